@@ -1,0 +1,1152 @@
+"""Real and synthetic 12-lead ECGs, all in one form: millivolts, leads by name, one sampling rate.
+
+    python data.py                                       # the 500 real ECGs in the box and 5,000 synthetic ones, ready to train
+    python data.py show sample --record 0                # a 12-lead picture in out/
+    python data.py calibrate                             # synthetic against real, measure by measure, with a figure
+    python data.py ptbxl --root DIR [--rate 500]         # PTB-XL in its official layout; --download fetches it first
+    python data.py challenge --root DIR --cohort georgia # PhysioNet/CinC Challenge 2020/2021 cohorts
+    python data.py wfdb --root DIR                       # any folder of WFDB records, without labels
+    python data.py array --root x.npy --fs-in 500        # your own (N, 12, T) or (N, T, 12) array
+
+File on disk -> Record -> prepared dataset -> batch. A prepared dataset is a folder datasets/NAME of signals.i16, labels.npy,
+index.npz and meta.json. The signal contract follows arXiv 2605.12241 (12 leads, mV, 240 Hz, 2.5 s, no filter);
+--contract sc gives the setting of arXiv 2605.17276 (100 Hz, 10 s, high-pass and mains notch).
+"""
+import argparse, ast, csv, functools, hashlib, itertools, json, math, multiprocessing, os, re, shutil, sys, time, zlib
+from array import array as typed
+from collections import Counter as Tally
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import scipy.ndimage
+import scipy.signal
+import torch
+from tqdm import tqdm
+
+LEADS = ('I', 'II', 'III', 'aVR', 'aVL', 'aVF', 'V1', 'V2', 'V3', 'V4', 'V5', 'V6')
+HERE = Path(__file__).resolve().parent
+
+
+class Stop(SystemExit):
+    """A defect of the run: one line that says what to do; a script that meets it ends with exit code 1."""
+
+
+class Defect(Exception):
+    """A defect of one record: its text is the reason under which the record is dropped and counted."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a stored sample means. Checkpoints carry it, and evaluating on data with another one is refused."""
+    fs: int = 240                                                # Hz
+    leads: tuple = LEADS
+    unit: str = 'mV'                                             # 'SD' under norm = 'record'
+    scale: float = 1e-3                                          # units per stored int16 count
+    filter: str = 'none'                                         # zero-phase steps joined by +: hp0.5, lp40, notch60
+    norm: str = 'none'                                           # 'record': each lead of a record to mean 0, SD 1
+    window: float = 2.5                                          # s: shorter records are dropped, a model's crop
+
+    def differs(self, other):
+        """Fields in which two contracts disagree, as text; the window is a model's own affair. '' if none."""
+        a, b = asdict(self), asdict(other)
+        return ', '.join(f'{k} {a[k]} against {b[k]}' for k in a if k != 'window' and a[k] != b[k])
+
+    @staticmethod
+    def read(d):
+        return Contract(**{**d, 'leads': tuple(d['leads'])})
+
+
+# the second paper gives neither cut-off nor filter order: 0.5 Hz, second order, are our choice
+CONTRACTS = {'ps': Contract(), 'sc': Contract(fs=100, filter='hp0.5+notch60', window=10.)}
+
+
+@dataclass
+class Record:
+    """One recording as a reader yields it. x (T, C) in `unit` at `fs` Hz; `load(record)` fills in what only the signal file says
+    (x, fs, leads, unit, ...) later, in a worker. labels: name -> 0, 1, a number or NaN; None where the record is unlabelled."""
+    id: str
+    patient: str = ''                                            # '' where unknown: then the record stands for itself
+    x: object = None
+    fs: float = 0.
+    leads: tuple = ()
+    unit: str = ''
+    age: float = math.nan                                        # years
+    sex: float = math.nan                                        # 1 female, 0 male
+    labels: dict = None
+    fold: int = 0                                                # 0: none given, a hash of the patient decides
+    peaks: object = None                                         # R-peaks in s; None: to be found
+    load: object = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# readers: one generator each, all yielding Record
+
+BITS = {'8': 8, '16': 16, '24': 24, '32': 32, '61': 16, '80': 8, '160': 16, '212': 12, '310': 32 / 3, '311': 32 / 3}
+MAX_SECONDS = 3600
+
+
+def check_header(path):
+    """Read the text of a WFDB header and refuse what wfdb would forgive: an absent fs becomes 250 there, a gain of 0 becomes 200,
+    and memory for any promised length is taken. Returns {comment key: text}. Raises Defect."""
+    try:
+        text = Path(f'{path}.hea').read_text(encoding='latin-1')
+    except FileNotFoundError:
+        raise Defect('file missing')
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    comments = dict(re.match(r'[#\s<]*([^:>]*)>?\s*:?(.*)', line).groups() for line in lines if line[0] == '#')
+    lines = [line.split() for line in lines if line[0] != '#']
+    if not lines or len(lines[0]) < 2 or not lines[0][1].isdigit():
+        raise Defect('unreadable header')
+    first, signals = lines[0], lines[1:]
+    if '/' in first[0]:
+        raise Defect('several segments')
+    if len(first) < 3:
+        raise Defect('fs absent')
+    try:
+        fs, samples = float(re.split('[/(]', first[2])[0]), int(first[3]) if len(first) > 3 else 0
+    except ValueError:
+        raise Defect('unreadable header')
+    if not 50 <= fs <= 10000:
+        raise Defect('absurd fs')
+    if not 0 <= samples <= MAX_SECONDS * fs:
+        raise Defect('absurd length')
+    if len(signals) < int(first[1]) or int(first[1]) < 12:
+        raise Defect('missing lead')
+    bits = Tally()
+    for fields in signals:
+        form = re.fullmatch(r'(\d+)(?:x(\d+))?(?::\d+)?(?:\+(\d+))?', fields[1] if len(fields) > 1 else '')
+        if not form or os.path.basename(fields[0]) != fields[0] or form[2] not in (None, '1'):
+            raise Defect('unreadable header')
+        gain = re.fullmatch(r'([-+.\deE]+)(?:\([-+\d]+\))?(?:/(\S+))?', fields[2] if len(fields) > 2 else '')
+        if not gain:
+            raise Defect('gain absent')
+        if not gain[2]:
+            raise Defect('unit absent')
+        if not 1e-3 <= abs(float(gain[1])) <= 1e9:
+            raise Defect('absurd gain')
+        if len(fields) < 9:
+            raise Defect('unnamed lead')
+        bits[fields[0]] += BITS.get(form[1], 0) * samples        # 0 for compressed formats, whose size says little
+        offset = int(form[3] or 0)
+    for name, size in bits.items():
+        file = Path(path).parent / name
+        if not file.is_file():
+            raise Defect('file missing')
+        if file.stat().st_size < size / 8 + offset:
+            raise Defect('truncated file')
+    return {k.strip().lower(): v.strip() for k, v in comments.items()}
+
+
+def load_wfdb(record, path):
+    """Fill a Record from the WFDB record at `path` (no extension): signal in its own units, age and sex from the comments."""
+    import wfdb
+    comments = check_header(path)
+    r = wfdb.rdrecord(str(path))
+    if len(set(r.units)) > 1:
+        raise Defect('leads in different units')
+    record.x, record.fs, record.leads, record.unit = r.p_signal, r.fs, tuple(r.sig_name), r.units[0]
+    if math.isnan(record.age) and re.fullmatch(r'\d{1,3}', comments.get('age', '')):
+        record.age = float(comments['age'])
+    if math.isnan(record.sex):
+        record.sex = {'f': 1., 'm': 0.}.get(comments.get('sex', ' ')[:1].lower(), math.nan)
+    return comments
+
+
+def load_challenge(record, path):
+    """A Challenge record: WFDB, with its diagnoses as SNOMED codes (2021) or as names (2020) in the comment Dx."""
+    codes = [c.strip() for c in load_wfdb(record, path).get('dx', '').split(',') if c.strip()]
+    if codes:
+        record.labels = {('snomed/' if c.isdigit() else 'dx2020/') + c: 1. for c in codes}
+
+
+def rows_of(path, *needed):
+    """Rows of a csv file as dicts. Stops where the file or a needed column is missing."""
+    path = Path(path)
+    if not path.is_file():
+        raise Stop(f'no {path.name} in {path.parent}: --root must name the folder that holds it (or add --download)')
+    with open(path, newline='', encoding='utf-8-sig') as f:
+        reader = csv.DictReader(f)
+        missing = [c for c in needed if c not in (reader.fieldnames or [])]
+        if missing:
+            raise Stop(f'{path} has no column {", ".join(missing)}')
+        yield from reader
+
+
+def number(text, otherwise=math.nan):
+    """A csv cell as a finite float; `otherwise` for blanks and text."""
+    try:
+        return float(text) if math.isfinite(float(text)) else otherwise
+    except (TypeError, ValueError):
+        return otherwise
+
+
+def ptbxl(root, rate=100):
+    """PTB-XL in its official layout (Wagner et al. 2020), at 100 or 500 Hz, with its six label sets as namespaces: all (71 codes),
+    diag (44), form (19), rhythm (12), sub (23), super (5). A code counts whatever its likelihood; folds are strat_fold."""
+    root = Path(root)
+    statements = {r['']: r for r in rows_of(root / 'scp_statements.csv', '', 'diagnostic', 'form', 'rhythm', 'diagnostic_class')}
+    sets = {c: [f'all/{c}'] + [f'{ns}/{c}' for ns, flag in (('diag', 'diagnostic'), ('form', 'form'), ('rhythm', 'rhythm'))
+                               if number(r[flag]) == 1] for c, r in statements.items()}
+    for c, r in statements.items():
+        if number(r['diagnostic']) == 1:
+            sets[c] += [f'sub/{r["diagnostic_subclass"]}', f'super/{r["diagnostic_class"]}']
+    vocabulary = dict.fromkeys(sorted(n for names in sets.values() for n in names), 0.)
+    for row in rows_of(root / 'ptbxl_database.csv', 'ecg_id', 'patient_id', 'age', 'sex', 'scp_codes', 'strat_fold', 'filename_lr', 'filename_hr'):
+        age = number(row['age'])
+        yield Record(f'ptbxl/{row["ecg_id"]}', f'ptbxl/patient{int(number(row["patient_id"], -1))}', age=min(age, 90.),  # 300 means > 89
+                     sex=number(row['sex']), fold=int(number(row['strat_fold'], 0)), labels=vocabulary,
+                     load=functools.partial(load_ptbxl, root=root, name=row['filename_lr' if rate == 100 else 'filename_hr'],
+                                            codes=row['scp_codes'], sets=sets))
+
+
+def load_ptbxl(record, root, name, codes, sets):
+    """Signal and labels of one row of ptbxl_database.csv."""
+    try:
+        codes = ast.literal_eval(codes)
+    except (ValueError, SyntaxError):
+        raise Defect('unreadable scp_codes')
+    if not isinstance(codes, dict) or '..' in Path(name).parts or Path(name).is_absolute():
+        raise Defect('unreadable scp_codes or file name')
+    record.labels = {**record.labels, **{n: 1. for c in codes for n in sets.get(c, [f'all/{c}'])}}
+    load_wfdb(record, root / name)
+
+
+def challenge(root, cohorts=()):
+    """PhysioNet/CinC Challenge 2020/2021 records (.hea with .mat or .dat), all cohorts or those named. No patient ids, no folds."""
+    found = [p for p in sorted(Path(root).rglob('*.hea'))]
+    cohort = lambda p: p.parts[-3] if re.fullmatch(r'g\d+', p.parts[-2]) else p.parts[-2]
+    missing = set(cohorts) - {cohort(p) for p in found}
+    if missing:
+        raise Stop(f'no cohort {", ".join(sorted(missing))} under {root}; there: {", ".join(sorted({cohort(p) for p in found})) or "none"}')
+    for p in found:
+        if not cohorts or cohort(p) in cohorts:
+            yield Record(f'{cohort(p)}/{p.stem}', load=functools.partial(load_challenge, path=p.with_suffix('')))
+
+
+def wfdb_folder(root):
+    """Any folder of WFDB records, at any depth, without labels."""
+    for p in sorted(Path(root).rglob('*.hea')):
+        yield Record(p.relative_to(root).with_suffix('').as_posix(), load=functools.partial(load_wfdb, path=p.with_suffix('')))
+
+
+def array(path, fs, leads, unit, labels=None):
+    """Your own recordings: .npy or .npz (key x) of shape (N, 12, T) or (N, T, 12). An .npz may carry fs, leads and unit itself.
+    labels: csv with one row per record, in order; columns id, patient, fold, age, sex are what they say, every other one a label,
+    blank where unknown."""
+    try:
+        file = np.load(path, mmap_mode='r', allow_pickle=False)
+    except FileNotFoundError:
+        raise Stop(f'no file {path}: --root must name a .npy or .npz file')
+    except (ValueError, OSError, EOFError) as e:
+        raise Stop(f'{path} is no numeric .npy or .npz file ({e})')
+    if isinstance(file, np.lib.npyio.NpzFile):
+        fs, leads, unit = (file[k].tolist() if k in file else v for k, v in (('fs', fs), ('leads', leads), ('unit', unit)))
+        if 'x' not in file:
+            raise Stop(f'{path} has no array x; it has {", ".join(file)}')
+        file = file['x']
+    if not fs:
+        raise Stop(f'the sampling rate of {path} is unknown: add --fs-in HZ')
+    axis = [a for a in (2, 1) if file.ndim == 3 and file.shape[a] == len(leads)]
+    if not axis or file.dtype.kind not in 'iuf':
+        raise Stop(f'{path} is {file.dtype} {file.shape}: numbers of shape (N, {len(leads)}, T) or (N, T, {len(leads)}) are needed')
+    rows = list(rows_of(labels)) if labels else [{}] * len(file)
+    if len(rows) != len(file):
+        raise Stop(f'{labels} has {len(rows)} rows for {len(file)} records')
+    known = ('id', 'patient', 'fold', 'age', 'sex')
+    for i, row in enumerate(rows):
+        x = file[i] if axis[0] == 2 else file[i].T
+        sex = {'f': 1., 'm': 0.}.get((row.get('sex') or ' ')[0].lower(), number(row.get('sex')))
+        yield Record(row.get('id') or f'{Path(path).stem}/{i}', row.get('patient') or '', np.array(x, float), fs, tuple(leads), unit,
+                     number(row.get('age')), sex, {f'label/{k}': number(v) for k, v in row.items() if k not in known} if labels else None,
+                     int(number(row.get('fold'), 0)))
+
+
+def synthetic(records, seed=0, seconds=10., shifts=(), prevalence=1.):
+    """Synthetic records 0 ... records - 1, always computed in whole blocks of 64, so that a larger set begins with a smaller one."""
+    names = [f'findings/{n}' for n in FINDINGS] + [f'tail/{n}' for n in TAIL] + [f'target/{n}' for n in TARGETS]
+    cohort = f'synthetic{seed}' + ''.join(f'-{s}' for s in sorted(shifts))
+    for start in range(0, records, 64):
+        s = synthesize(seed, torch.arange(start, start + 64), seconds, shifts=shifts, prevalence=prevalence)
+        values = torch.cat([s['findings'], s['tail'], s['targets']], 1).tolist()
+        for i in range(min(64, records - start)):
+            beats = s['beats'][i].double().numpy()
+            yield Record(f'{cohort}/{start + i}', f'{cohort}/patient{s["patient"][i]}', s['x'][i].numpy(), 240, LEADS, 'uV',
+                         float(s['targets'][i, -1]), float(s['female'][i]), dict(zip(names, values[i])),
+                         peaks=beats[(beats >= 0) & (beats < seconds)])
+
+
+PHYSIONET = {'ptbxl': 'ptb-xl', 'challenge': 'challenge-2021', 'ludb': 'ludb'}
+
+
+def download(source, root, rate=100, cohorts=()):
+    """Fetch an open PhysioNet set into root through wfdb, which skips files that are there already."""
+    import wfdb
+    if source == 'ptbxl':
+        wfdb.dl_files('ptb-xl', root, ['ptbxl_database.csv', 'scp_statements.csv', 'LICENSE.txt'])
+        names = [r['filename_lr' if rate == 100 else 'filename_hr'] for r in rows_of(Path(root) / 'ptbxl_database.csv')]
+        wfdb.dl_files('ptb-xl', root, [n + end for n in names for end in ('.hea', '.dat')])
+    else:
+        for cohort in cohorts or ['']:
+            where = Path(root) / 'training' / cohort if cohort else Path(root)
+            where.mkdir(parents=True, exist_ok=True)
+            wfdb.dl_database(f'challenge-2021/training/{cohort}' if cohort else 'challenge-2021', str(where), annotators=None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from a record to the contract
+
+def conform(x, fs, leads, unit, contract):
+    """x (T, C) in `unit` at `fs` Hz to (T', 12) in the contract's units and rate. Leads are taken by name, in any order and case.
+    Gaps of up to 0.1 s are interpolated. Returns (x, samples interpolated, x in mV before filter, rate and norm). Raises Defect."""
+    if not 50 <= fs <= 10000:
+        raise Defect('absurd fs')
+    factor = {'mv': 1., 'uv': 1e-3, '\u00b5v': 1e-3, '\u03bcv': 1e-3, 'v': 1e3}.get(str(unit).lower())
+    if factor is None:
+        raise Defect(f'unknown unit')
+    column = {str(name).strip().upper(): i for i, name in enumerate(leads)}
+    if any(name.upper() not in column for name in contract.leads):
+        raise Defect('missing lead')
+    x = np.asarray(x, float)[:, [column[name.upper()] for name in contract.leads]] * factor
+    if len(x) < round(contract.window * fs):
+        raise Defect('shorter than a window')
+    bad = ~np.isfinite(x)
+    if bad.any():
+        runs = scipy.ndimage.label(bad, [[0, 1, 0]] * 3)[0]      # runs along time, lead by lead
+        if np.bincount(runs.ravel())[1:].max() > .1 * fs:
+            raise Defect('NaN or inf beyond a short gap')
+        for c in np.flatnonzero(bad.any(0)):
+            x[bad[:, c], c] = np.interp(np.flatnonzero(bad[:, c]), np.flatnonzero(~bad[:, c]), x[~bad[:, c], c])
+    if (np.ptp(x, axis=0) < 2e-3).sum() > 2:
+        raise Defect('more than two flat leads')
+    if np.abs(x).max() > 32.767:
+        raise Defect('beyond 32.767 mV: wrong gain or unit?')
+    y = x
+    for step in contract.filter.split('+') if contract.filter != 'none' else ():
+        kind, hz = re.fullmatch(r'(hp|lp|notch)([\d.]+)', step).groups()
+        hz = float(hz)
+        if hz >= fs / 2:                                         # nothing there to remove
+            continue
+        if kind == 'notch':
+            y = scipy.signal.filtfilt(*scipy.signal.iirnotch(hz, 30, fs), y, axis=0)
+        else:
+            y = scipy.signal.sosfiltfilt(scipy.signal.butter(2, hz, kind, fs=fs, output='sos'), y, axis=0)
+    y = resample(y, fs, contract.fs)
+    if contract.norm == 'record':
+        y = (y - y.mean(0)) / (y.std(0) + 1e-6)
+    return y, int(bad.sum()), x
+
+
+def resample(x, fs, to):
+    """x (T, C) from fs to `to` Hz by a polyphase filter, which removes what would alias; ends continue the line through them."""
+    if fs == to:
+        return x
+    ratio = Fraction(to / fs).limit_denominator(1000)
+    return scipy.signal.resample_poly(x, ratio.numerator, ratio.denominator, axis=0, padtype='line')
+
+
+def find_peaks(x, fs):
+    """R-peaks in s of x (T, 12) in mV: wfdb's XQRS at 240 Hz (at 100 Hz it counts twice) on the first of II, I, V2, V5 in which
+    it finds at least 24 a minute."""
+    from wfdb.processing import XQRS
+    y = resample(x, fs, 240)
+    for lead in ('II', 'I', 'V2', 'V5'):
+        signal = y[:, LEADS.index(lead)]
+        if np.ptp(signal) < .02:
+            continue
+        detector = XQRS(signal, 240)
+        detector.detect(verbose=False)
+        if len(detector.qrs_inds) >= max(2, .4 * len(y) / 240):
+            return np.asarray(detector.qrs_inds) / 240
+    return np.zeros(0)
+
+
+def finish(record, contract, peaks=True):
+    """Worker: one Record to (record without its signal, counts (T, 12) int16, facts) or (record, None, reason for dropping it)."""
+    try:
+        if record.load:
+            record.load(record)
+        x, repaired, raw = conform(record.x, record.fs, record.leads, record.unit, contract)
+        counts = np.rint(x / contract.scale)
+        if np.abs(counts).max() > 32767:
+            raise Defect('beyond the range of int16')
+        counts = counts.astype(np.int16)
+        if record.peaks is None:
+            record.peaks = find_peaks(raw, record.fs) if peaks else np.zeros(0)
+        I, II, III = raw[:, 0], raw[:, 1], raw[:, 2]
+        facts = dict(repaired=repaired, einthoven=bool(np.std(III - II + I) > .1 * np.std(II) + .02))
+        record.peaks = np.rint(np.asarray(record.peaks) * contract.fs).astype(np.int32)
+        result = replace(record, x=None, load=None), counts, facts
+    except Defect as e:
+        result = replace(record, x=None, load=None), None, str(e)
+    except Exception as e:                                       # whatever a damaged file makes a library raise
+        result = replace(record, x=None, load=None), None, f'unreadable ({type(e).__name__})'
+    return result
+
+
+def fold_of(patient):
+    """Fold 1 ... 10 of a patient for whom the source gives none: a hash, so that it never depends on what else is in the set."""
+    return int.from_bytes(hashlib.blake2b(patient.encode(), digest_size=4).digest(), 'big') % 10 + 1
+
+
+def prepare(name, records, contract=Contract(), source='', extra_tasks=(), workers=None, peaks=True, strict=False, total=None):
+    """Write the prepared dataset datasets/NAME from a reader's records, streaming: signals go to disk as they come, only the index
+    (some 300 bytes a record) stays in memory. The folder appears when it is complete and replaces an older one.
+    Records with a defect are dropped and counted by reason (strict: the first one stops). Prints a summary, returns the meta dict."""
+    if not re.fullmatch(r'[\w][\w.-]*', name):
+        raise Stop(f'{name!r} cannot name a dataset: use letters, digits, _, - and .')
+    home, temporary, old = Path('datasets', name), Path('datasets', f'.{name}.partial'), Path('datasets', f'.{name}.old')
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        meta = write_dataset(temporary, records, contract, workers, peaks, strict, total, name)
+        meta |= dict(source=source, tasks={**meta['tasks'], **{t: [meta['labels'].index(n) for n in names] for t, names in extra_tasks}})
+        (temporary / 'meta.json').write_text(json.dumps(meta, indent=1))
+        shutil.rmtree(old, ignore_errors=True)
+        if home.exists():                                        # a kill between the two renames is mended by Dataset
+            home.rename(old)
+        temporary.rename(home)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return meta
+
+
+def peak_memory():
+    """Peak resident memory of this process in MB; NaN where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == 'darwin' else 2 ** 10)
+
+
+def write_dataset(folder, records, contract, workers, peaks, strict, total, name):
+    """The files of a prepared dataset but for meta.json, whose content it returns."""
+    began, early = time.time(), 0
+    dropped, index, names, fold_by, ids = Tally(), [], {}, {}, set()
+    peaks_so_far, peak_start = typed('i'), typed('q', [0])       # typed arrays: small objects here would fragment the heap
+    cells = typed('q'), typed('i'), typed('f')                   # row, column, value of each label that is not 0
+    digest, offset, repaired, odd = hashlib.blake2b(digest_size=8), 0, 0, 0
+    records = iter(records)
+    pool = multiprocessing.Pool(workers) if workers != 1 else None
+    work = functools.partial(finish, contract=contract, peaks=peaks)
+    try:
+        with open(folder / 'signals.i16', 'wb') as signals, tqdm(total=total, desc=f'preparing {name}', unit='rec', disable=None) as bar:
+            while block := list(itertools.islice(records, 256)):     # bounded, so that a fast reader cannot fill the memory
+                for record, counts, facts in pool.imap(work, block, 4) if pool else map(work, block):
+                    bar.update()
+                    if record.id in ids:
+                        raise Stop(f'record id {record.id} appears twice: make the ids unique and prepare again')
+                    ids.add(record.id)
+                    if counts is None:
+                        dropped[facts] += 1
+                        if strict:
+                            raise Stop(f'record {record.id}: {facts} (--strict stops at the first defect)')
+                        continue
+                    patient = record.patient or record.id
+                    fold = record.fold or fold_of(patient)
+                    if fold_by.setdefault(patient, fold) != fold:
+                        raise Stop(f'patient {patient} is in folds {fold_by[patient]} and {fold}: a patient must stay in one fold')
+                    for key, value in (record.labels or {}).items():
+                        column = names.setdefault(key, len(names))
+                        if value:
+                            for cell, v in zip(cells, (len(index), column, value)):
+                                cell.append(v)
+                    index.append((offset, len(counts), record.id, patient, fold, record.age, record.sex, record.labels is not None))
+                    peaks_so_far.extend(record.peaks.tolist())
+                    peak_start.append(len(peaks_so_far))
+                    data = counts.tobytes()
+                    signals.write(data)
+                    digest.update(data)
+                    offset, repaired, odd = offset + len(counts), repaired + (facts['repaired'] > 0), odd + facts['einthoven']
+                early = early or peak_memory()
+    finally:
+        if pool:
+            pool.terminate()
+    seen = len(index) + sum(dropped.values())
+    if not index:
+        why = '; '.join(f'{n} {reason}' for reason, n in dropped.most_common()) or 'the source holds no records'
+        raise Stop(f'nothing left to prepare: {why}')
+    labels = np.lib.format.open_memmap(folder / 'labels.npy', 'w+', np.float32, (len(index), len(names)))
+    labels[~np.array([row[-1] for row in index])] = np.nan       # unlabelled records know nothing
+    labels[np.array(cells[0]), np.array(cells[1])] = np.array(cells[2])
+    labels.flush()
+    columns = dict(zip(('offset', 'length', 'id', 'patient', 'fold', 'age', 'sex'), map(np.array, zip(*index))))
+    np.savez(folder / 'index.npz', **columns, peaks=np.array(peaks_so_far), peak_start=np.array(peak_start))
+    tasks = {}
+    for label, column in names.items():
+        tasks.setdefault(label.split('/')[0], []).append(column)
+    seconds = time.time() - began
+    print(f'{name}: {len(index):,} of {seen:,} records kept, {len(fold_by):,} patients, {offset / contract.fs / 3600:.1f} h of signal, '
+          f'{len(names)} labels, {len(peaks_so_far):,} R-peaks; {seconds:.1f} s ({seen / seconds:.0f} records/s)')
+    for reason, n in dropped.most_common():
+        print(f'  {n:,} dropped: {reason}')
+    if repaired:
+        print(f'  {repaired:,} with short gaps interpolated')
+    if odd:
+        print(f'  {odd:,} whose leads break III = II - I: swapped or mislabelled leads?')
+    print(f'  peak memory {peak_memory():.0f} MB, {peak_memory() - early:.0f} MB of it since the first {min(seen, 256)} records')
+    return dict(contract=asdict(contract), labels=list(names), tasks=tasks, records=len(index), seen=seen, dropped=dict(dropped),
+                repaired=repaired, einthoven=odd, hash=digest.hexdigest())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prepared datasets, splits, batches
+
+class Dataset:
+    """One or more prepared datasets ('ptbxl' or 'ptbxl,georgia') as one, signals on disk, everything else in memory.
+
+    labels (N, K) float32 with NaN for unknown; id, patient, fold, age, sex, length (N,); tasks {name: columns}; contract.
+    `synthetic` and `sample` prepare themselves. Raises Stop where a dataset is missing, damaged or of another contract.
+    """
+
+    def __init__(self, names):
+        self.name, parts = names, []
+        for part, name in enumerate(names.split(',')):
+            folder, old = Path('datasets', name), Path('datasets', f'.{name}.old')
+            if old.exists() and not folder.exists():             # the writer was killed between two renames
+                old.rename(folder)
+            if not folder.exists() and name in DEFAULTS:
+                DEFAULTS[name]()
+            try:
+                meta = json.loads((folder / 'meta.json').read_text())
+                index = dict(np.load(folder / 'index.npz'))
+                signals = np.memmap(folder / 'signals.i16', np.int16, 'r').reshape(-1, 12)
+                labels = np.load(folder / 'labels.npy', mmap_mode='r')
+            except FileNotFoundError:
+                there = ', '.join(sorted(p.parent.name for p in Path('datasets').glob('[!.]*/meta.json'))) or 'none'
+                raise Stop(f'no dataset {name!r} in datasets/ (there: {there}): prepare it with python data.py, see its --help')
+            except ValueError as e:
+                raise Stop(f'datasets/{name} is damaged ({e}): prepare it again')
+            if len(signals) != index['offset'][-1] + index['length'][-1] or len(labels) != len(index['id']):
+                raise Stop(f'datasets/{name} is damaged (files of different lengths): prepare it again')
+            parts.append((meta, index, signals, labels))
+        self.contract = Contract.read(parts[0][0]['contract'])
+        for name, (meta, *_) in zip(names.split(','), parts):
+            if differs := Contract.read(meta['contract']).differs(self.contract):
+                raise Stop(f'datasets/{name} has another contract ({differs}): prepare the datasets alike')
+        self.signals, self.label_names = [p[2] for p in parts], list(dict.fromkeys(n for p in parts for n in p[0]['labels']))
+        self.part = np.repeat(np.arange(len(parts)), [len(p[1]['id']) for p in parts])
+        for key in ('offset', 'length', 'id', 'patient', 'fold', 'age', 'sex'):
+            setattr(self, key, np.concatenate([p[1][key] for p in parts]))
+        if len(set(self.id)) < len(self.id):
+            raise Stop(f'{names}: the same record is in two of these datasets')
+        self.peaks = np.concatenate([p[1]['peaks'] for p in parts])
+        self.peak_count = np.concatenate([np.diff(p[1]['peak_start']) for p in parts])
+        self.peak_start = np.cumsum(np.r_[0, self.peak_count])
+        if len(parts) == 1:
+            self.labels = parts[0][3]
+        else:
+            self.labels = np.full((len(self.id), len(self.label_names)), np.nan, np.float32)
+            for i, (meta, _, _, labels) in enumerate(parts):
+                self.labels[np.ix_(self.part == i, [self.label_names.index(n) for n in meta['labels']])] = labels
+        self.tasks = {}
+        for meta, *_ in parts:
+            for task, columns in meta['tasks'].items():
+                names = [self.label_names.index(meta['labels'][c]) for c in columns]
+                self.tasks[task] = list(dict.fromkeys(self.tasks.get(task, []) + names))
+        self.hash = '+'.join(p[0]['hash'] for p in parts)
+        self.order = functools.lru_cache(2)(self.order)
+
+    def __len__(self):
+        return len(self.id)
+
+    def columns(self, task):
+        """Label columns of a task. Stops at an unknown one."""
+        if task not in self.tasks:
+            raise Stop(f'{self.name} has no task {task!r}; it has {", ".join(self.tasks) or "no labels"}')
+        return self.tasks[task]
+
+    def split(self):
+        """Row numbers (train, validation, test): the highest fold tests, the second highest validates, patients stay together."""
+        if len(folds := np.unique(self.fold)) < 3:
+            raise Stop(f'{self.name} has {len(folds)} folds: three are needed for train, validation and test')
+        return [np.flatnonzero(m) for m in (self.fold < folds[-2], self.fold == folds[-2], self.fold == folds[-1])]
+
+    def crop(self, rows, starts, samples):
+        """Crops of `samples` from records `rows`, beginning at `starts`: (B, 12, samples) float32 in the contract's unit."""
+        at = (self.offset[rows] + starts)[:, None] + np.arange(samples)
+        x = np.empty((len(rows), samples, 12), np.int16)
+        for part in np.unique(self.part[rows]):
+            mine = self.part[rows] == part
+            x[mine] = self.signals[part][at[mine]]
+        return torch.from_numpy(x).transpose(1, 2).float() * self.contract.scale
+
+    def order(self, seed, epoch, n):
+        return np.random.default_rng([seed, epoch, 1]).permutation(n)
+
+    def batch(self, rows, samples, size, seed, step):
+        """Training batch `step`: one random crop from each of `size` records, a function of (seed, step) alone; each epoch passes
+        over `rows` once in a new order. Dict of x (B, 12, T), y (B, K), patient (B,), peaks (B, P) in samples, -1 where none."""
+        turn = step * size + np.arange(size)
+        rows = np.array([rows[self.order(seed, t // len(rows), len(rows))[t % len(rows)]] for t in turn])
+        room = self.length[rows] - samples + 1
+        starts = (np.random.default_rng([seed, step, 2]).random(size) * room).astype(int)
+        return self.collate(rows, starts, samples)
+
+    def collate(self, rows, starts, samples):
+        """The batch of given crops, as `batch` describes it."""
+        inside = []
+        for row, start in zip(rows, starts):
+            p = self.peaks[self.peak_start[row]:self.peak_start[row + 1]] - start
+            inside.append(p[(p >= 0) & (p < samples)])
+        peaks = np.full((len(rows), max(map(len, inside))), -1)
+        for i, p in enumerate(inside):
+            peaks[i, :len(p)] = p
+        patient = np.unique(self.patient[rows], return_inverse=True)[1]
+        return dict(x=self.crop(rows, starts, samples), y=torch.from_numpy(np.array(self.labels[rows])),
+                    patient=torch.from_numpy(patient), peaks=torch.from_numpy(peaks))
+
+    def crops(self, rows, samples):
+        """Consecutive, non-overlapping crops of records `rows` for evaluation: (row of each crop, start of each crop)."""
+        count = self.length[rows] // samples
+        owner = np.repeat(rows, count)
+        return owner, np.concatenate([np.arange(c) * samples for c in count]).astype(int)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the synthetic 12-lead ECG: Gaussian beats on a heart dipole, seen through each patient's own lead field
+
+FINDINGS = ('1dAVb RBBB LBBB SB AF ST IRBBB AFL PVC PAC SARR LAFB LVH RVH IMI AMI LMI STD STE TINV LQT LVOLT PACE '
+            'WPW').split()                                       # CODE's six come first
+TARGETS = ['hr', 'pr', 'qrs', 'qt', 'axis', 'age']               # beats/min, ms, ms, ms, degrees, years
+KERNELS = 'P1 P2 Q R1 R2 S X J T1 T2 U SP F1 F2'.split()         # X: late or delta wave, SP: pacing spike, F: notches
+_P, _QRS, _T = [0, 1], [2, 3, 4, 5, 12, 13], [8, 9]
+# mean and between-patient SD of each kernel's dipole (x left, y down, z back; mV), fitted to 297 normal PTB-XL records
+_MU = np.array([[.037, .063, -.022], [.060, .074, .003], [-.100, -.068, -.275], [.85, .436, .16], [.676, .382, .539],
+                [-.24, -.042, .391], [0, 0, 0], [0, .002, -.047], [.12, .045, -.18], [.216, .133, -.063],
+                [.012, .01, -.01], [0, 0, 0], [0, 0, 0], [0, 0, 0]])
+_SD = np.array([[.019, .032, .018], [.022, .043, .024], [.166, .097, .176], [.302, .298, .438], [.482, .306, .341],
+                [.186, .162, .253], [0, 0, 0], [.03, .024, .033], [.09, .051, .113], [.131, .072, .097],
+                [.008, .008, .008], [0, 0, 0], [.2, .16, .2], [.2, .16, .2]])
+# what one lead sees of the dipole (rows I, II, V1-V6): Dower's matrix refitted to the same records
+_FIELD = np.array([[.638, -.142, -.029], [.252, 1.057, -.148], [-.508, .302, -.741], [-.066, .221, -1.693],
+                   [.982, -.028, -1.15], [1.228, .106, -.487], [1.068, .154, -.068], [.78, .222, .102]])
+_FIELD *= np.array([1.04, 1, .96, 1.2, 1.28, 1.2, 1.12, 1.08])[:, None]
+_FIELD_SD = np.linalg.norm(_FIELD, axis=1) * np.array([.26, .05, .13, .11, .11, .09, .09, .13])
+_RESIDUAL = {1: [.053, .015, -.013, .019, -.006, -.032, -.034, -.023], 5: [.056, .023, -.074, .053, .022, -.05, -.041, .006],
+             8: [.026, .007, -.029, .045, -.013, -.026, -.005, .016], 9: [.034, .008, -.02, .044, -.016, -.028, -.003, .018]}
+_LBBB = {2: [.25, .1, .25], 3: [.7, .3, .8], 4: [.9, .2, 1], 5: [.8, .1, .6], 6: [.4, .05, .3], 7: [-.12, -.02, -.25],
+         8: [-.16, -.04, -.3], 9: [-.2, -.05, -.15]}
+_PVC = [0, 0, .4, .8, 1, .6, .3, -.1, -.3, -.35, 0, 0, 0, 0]
+_CHRONIC = {'1dAVb': (.05, .45), 'RBBB': (.045, .4), 'IRBBB': (.05, 0), 'LBBB': (.035, .45), 'AF': (.05, .55), 'AFL': (.02, .4),
+            'LAFB': (.06, .35), 'LVH': (.08, .2), 'RVH': (.025, 0), 'IMI': (.07, .4), 'AMI': (.06, .4), 'LMI': (.03, .4),
+            'LVOLT': (.05, .2), 'PACE': (.02, .5), 'WPW': (.02, -.2)}           # finding: (prevalence, slope per decade of age)
+_ACUTE = {'PVC': (.05, .3), 'PAC': (.04, .3), 'STD': (.07, .3), 'STE': (.03, 0), 'TINV': (.06, .1), 'LQT': (.04, .1)}
+_TERRITORY = np.array([[0, 1, 0], [-.2, 0, -1], [.4, 0, -.9], [1, 0, .1], [.8, -.6, 0], [.7, .7, .1], [0, 0, 1], [-1, .3, -.3]])
+_TERRITORY /= np.linalg.norm(_TERRITORY, axis=1, keepdims=True)
+_TAIL = ['STdown', 'STup', 'Tinverted', 'Ttall', 'Tflat', 'Q', 'notch', 'Rloss', 'U']
+_TAIL_GAIN = np.zeros((9, 14))                                   # mV along the territory, per unit of severity
+for _m, _k, _g in [(0, 7, -.16), (1, 7, .22), (2, 9, -.38), (3, 9, .42), (5, 2, -.42), (5, 3, -.3), (6, 12, .8), (6, 13, -.8), (8, 10, .14)]:
+    _TAIL_GAIN[_m, _k] = _g
+TAIL = [f'{m}-{t}-{s}' for t in range(8) for m in _TAIL for s in ('mild', 'moderate', 'severe')]
+SHIFTS = {'age': dict(age=8., female=.6), 'prevalence': dict(prevalence=1.), 'field': dict(field=1.5, electrode=.5),
+          'gain': dict(gain=.85, gain_sd=.15), 'noise': dict(mains=.015, muscle=2., baseline=1.6), 'filter': dict(highpass=.5),
+          'swap': dict(swap=.03), 'twave': dict(twave=.85)}
+_HOME = dict(age=0., female=.5, prevalence=0., field=1., electrode=.3, gain=1., gain_sd=.07, mains=0., muscle=1., baseline=1.,
+             highpass=0., swap=0., twave=1.)
+
+
+class Draws:
+    """Counter-based random numbers (SplitMix64): what is drawn depends on (seed, index, purpose) alone, on any device.
+
+    index (B,) int64; u and n return (B, *shape) uniforms in (0, 1) and standard normals."""
+
+    def __init__(self, seed, index):
+        self.seed, self.index = seed, index
+
+    def u(self, purpose, *shape):
+        signed = lambda c: (c + 2 ** 63) % 2 ** 64 - 2 ** 63
+        golden, a, b = (signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+        def mix(z):                                              # int64 >> keeps the sign: mask it off
+            z = (z ^ (z >> 30 & (1 << 34) - 1)) * a
+            z = (z ^ (z >> 27 & (1 << 37) - 1)) * b
+            return z ^ (z >> 31 & (1 << 33) - 1)
+
+        stream = signed((self.seed * 0x2545F4914F6CDD1D + zlib.crc32(purpose.encode()) * 0x9E3779B97F4A7C15) % 2 ** 64)
+        h = mix(mix(self.index * golden + stream))
+        e = torch.arange(1, math.prod(shape) + 1, device=h.device) * golden
+        z = mix(h[:, None] + e).view(-1, *shape)
+        return ((z >> 41 & (1 << 23) - 1).float() + .5) / 2 ** 23     # 24 bits with the half: exact, never 0 or 1
+
+    def n(self, purpose, *shape):
+        return torch.erfinv(2 * self.u(purpose, *shape) - 1) * 2 ** .5
+
+
+def patient_of(index):
+    """Patient number of synthetic record(s): blocks of 16 records hold 10 patients with 7 x 1, 2, 3 and 4 records."""
+    slot = [0, 1, 2, 3, 4, 5, 6, 7, 7, 8, 8, 8, 9, 9, 9, 9]
+    return index // 16 * 10 + torch.as_tensor(slot, device=index.device)[index % 16]
+
+
+def synthesize(seed, index, seconds=10., fs=240, shifts=(), prevalence=1., noise=True, device='cpu'):
+    """Synthetic ECGs: record i depends on (seed, i, shifts) alone, whatever else is asked for with it.
+
+    index: record numbers (B,). Returns a dict of x (B, T, 12) int16 microvolts in the order of LEADS, patient (B,),
+    findings (B, 24), tail (B, 216), targets (B, 6) with NaN where a target is undefined, female (B,), beats (B, n) seconds.
+    Einthoven's and Goldberger's relations hold exactly, in integers. shifts: names from SHIFTS, which make another cohort.
+    """
+    s = _HOME | {k: v for name in shifts for k, v in SHIFTS[name].items()}
+    index = torch.as_tensor(index, device=device)
+    patient = patient_of(index)
+    key = seed * 1000003 + zlib.crc32(','.join(sorted(shifts)).encode())
+    p, r = Draws(2 * key, patient), Draws(2 * key + 1, index)
+    y = _findings(p, r, s, prevalence)
+    beats, kind, y = _rhythm(p, r, y, math.ceil(4.4 * seconds) + 2)
+    x, axis = _leads(p, r, y, s, beats, kind, round(seconds * fs), fs)
+    if noise:
+        x = _add_noise(r, x, s, fs)
+    if s['highpass']:
+        spectrum, f = torch.fft.rfft(x, dim=1), torch.fft.rfftfreq(x.shape[1], 1 / fs, device=x.device)
+        spectrum *= torch.where(r.u('highpass', 1, 1) < .5, (f >= s['highpass']).float()[:, None], 1.)
+        x = torch.fft.irfft(spectrum, n=x.shape[1], dim=1)
+    counts = torch.round(x * 500).int()                          # V leads: 2 uV steps (not 2.5: every lead is whole uV)
+    limb = torch.round(x[..., :2] * 250).int() * 2               # I, II: 4 uV steps, so that their halves are whole too
+    swapped = r.u('swap', 1) < s['swap']                         # arms swapped: I changes sign, II and III change places
+    I, II = limb[..., 0], limb[..., 1]
+    I, II = torch.where(swapped, -I, I), torch.where(swapped, II - I, II)
+    limb = torch.stack([I, II, II - I, -(I + II) // 2, I - II // 2, II - I // 2], -1)
+    x = (torch.cat([limb, counts[..., 2:]], -1) * 2).clamp(-32767, 32767).short()
+    inside = (beats >= 0) & (beats < seconds)
+    first, last = beats.masked_fill(~inside, 1e9).amin(1), beats.masked_fill(~inside, -1e9).amax(1)
+    hr = 60 * (inside.sum(1) - 1) / (last - first)               # of the beats in the record
+    hr = torch.where(inside.sum(1) > 1, hr, torch.nan)
+    nan = lambda v, *where: torch.where(sum(y[w] for w in where) > 0, torch.nan, v)
+    targets = torch.stack([hr, nan(y['pr'], 'AF', 'AFL', 'PACE'), y['d'], y['qt'], axis, y['age']], 1)
+    return dict(x=x, patient=patient, findings=torch.stack([y[k] for k in FINDINGS], 1), tail=y['tail'].flatten(1),
+                targets=targets, female=y['female'], beats=beats)
+
+
+def _findings(p, r, s, prevalence):
+    """Latent traits and the findings that they cause: dict of (B,) floats, findings 0 or 1, severities under 'g/NAME'."""
+    y = {'age': (54 + s['age'] + 18 * p.n('age')).clamp(18, 95), 'female': (p.u('sex') < s['female']).float()}
+    ag, sex = (y['age'] - 54) / 10, 2 * y['female'] - 1
+    drawn = {**{k: (v, p) for k, v in _CHRONIC.items()}, **{k: (v, r) for k, v in _ACUTE.items()}}
+    for name, ((p0, slope), who) in drawn.items():
+        p0 *= prevalence * ((1.5 if name in ('AF', 'LBBB', 'PACE') else .6) if s['prevalence'] else 1)
+        risk = math.log(p0 / (1 - p0)) + slope * ag - .24 * slope ** 2
+        y[name] = (who.u('has ' + name) < torch.sigmoid(risk)).float()
+        low = {'LAFB': .35, 'LVH': .25, 'IMI': .2, 'AMI': .2, 'LMI': .2}.get(name, .3)
+        y['g/' + name] = (low + (1 - low) * who.u('severity ' + name) + .1 * r.n('g ' + name)).clamp(low, 1)
+
+    def bar(*names, by):                                         # a finding in `by` rules out those in names
+        for n in names:
+            y[n] = y[n] * (sum(y[b] for b in by) == 0)
+
+    for group in (['AF', 'AFL', 'PACE'], ['PACE', 'LBBB', 'RBBB', 'IRBBB', 'WPW'], ['IMI', 'AMI', 'LMI'], ['STD', 'STE'], ['PVC', 'PAC']):
+        for i, name in enumerate(group[1:], 1):
+            bar(name, by=group[:i])
+    bar('IMI', 'AMI', 'LMI', 'LVH', 'RVH', 'LAFB', 'STD', 'STE', 'TINV', by=['LBBB', 'PACE'])
+    bar('LVH', by=['RVH', 'LVOLT'])
+    bar('1dAVb', by=['AF', 'AFL', 'PACE', 'WPW'])
+    bar('WPW', 'PAC', by=['AF', 'AFL', 'PACE'])
+    sinus = (y['AF'] + y['AFL'] + y['PACE'] == 0).float()
+    # rates and intervals (ms); thresholds of continuous latents make the labels SB, ST, 1dAVb, LQT and SARR
+    u = lambda purpose, who=r: who.u(purpose)
+    pick = lambda name, new, old: torch.where(y[name] > 0, new, old)
+    hr = 71.2 + 1.25 * sex - .3 * ag + 9.5 * r.n('hr') + 4 * p.n('hr')
+    tachy, brady, rate = 104 + 36 * u('ta') ** 1.5 - 6 * u('tb'), 57 - 16 * u('ba') ** 1.3 + 4 * u('bb'), u('rate')
+    hr = torch.where(rate < .05, tachy, torch.where(rate < .10, brady, hr)).clamp(32, 180)
+    hr = pick('AF', 60 + 70 * u('af rate'), hr)
+    flutter, ratio = 4.4 + 1.2 * u('flutter'), (2 + 3 * u('ratio')).floor()
+    hr = pick('AFL', 60 * flutter / ratio, hr)
+    pr = (158 + 4.5 * ag + 14 * p.n('pr') + 4 * r.n('pr') - .25 * (hr - 70)).clamp(100, 320)
+    pr = pick('1dAVb', 206 + 80 * u('pr a', p) ** 1.3 - 4 * u('pr b', p), pick('WPW', 95 + 20 * u('pr wpw', p), pr))
+    y['1dAVb'] = ((pr > 200) & (sinus > 0) & (y['WPW'] == 0)).float()
+    d = (88 - 2.4 * sex + 7 * p.n('qrs')).clamp(66, 118)
+    for name, low, high in (('RBBB', 122, 152), ('IRBBB', 100, 116), ('LBBB', 124, 160), ('PACE', 130, 170), ('WPW', 105, 130)):
+        d = pick(name, low + (high - low) * p.u('qrs ' + name), d)
+    qtc = 402 + 5 * sex + 1.5 * ag + 15 * p.n('qtc') + 8 * r.n('qtc') + .8 * (d - 88).clamp(min=0)
+    qtc = pick('LQT', 470 + 50 * u('lqt a') ** 1.2 - 6 * u('lqt b'), qtc)
+    y['LQT'] = ((qtc > 465 + 5 * sex) & (y['PACE'] == 0)).float()
+    rsa = .018 * torch.exp(-.30 * ag + .55 * p.n('rsa'))
+    y['SARR'], y['SB'], y['ST'] = (rsa > .06) * sinus, (hr < 55) * sinus, (hr > 100) * sinus
+    y.update(ag=ag, sex=sex, hr=hr, pr=pr, d=d, qt=qtc - 154 * (1 - 60 / hr), rsa=rsa.clamp(max=.25), sinus=sinus, flutter=flutter,
+             ratio=ratio, dp=(102 + 4 * ag + 8 * p.n('dp')).clamp(70, 140))
+    # the long tail: 8 territories x 9 morphologies x 3 severities; of several severities the highest counts
+    rank = torch.as_tensor(np.random.default_rng(0).permutation(216).reshape(8, 9, 3), device=hr.device)
+    p0 = .04 * prevalence / (1 + rank / 4) ** 1.1
+    tail = (p.u('tail', 8, 9, 3) < p0).float() * (1 - (y['LBBB'] + y['PACE'] + y['LVOLT']).clamp(max=1))[:, None, None, None]
+    tail[..., 1] *= 1 - tail[..., 2]
+    tail[..., 0] *= (1 - tail[..., 2]) * (1 - tail[..., 1])
+    low, wide = tail.new_tensor([.35, .55, .8]), tail.new_tensor([.2, .25, .3])
+    y['tail'], y['tail severity'] = tail, (tail * (low + wide * p.u('tail severity', 8, 9, 3))).sum(-1)   # (B, 8, 9)
+    return y
+
+
+def _rhythm(p, r, y, n):
+    """Beat times (B, n) in seconds, from just before 0, and their kind: 0 normal, 1 PVC or PAC."""
+    col = lambda v: v[:, None]
+    k = torch.arange(n, device=y['hr'].device)
+    rr = 60 / col(y['hr'])
+    t = k * rr
+    y['breath'], y['breath phase'] = .20 + .12 * p.u('breath'), 2 * math.pi * r.u('breath phase')
+    sway = torch.sin(2 * math.pi * col(y['breath']) * t + col(y['breath phase']))
+    slow = torch.sin(2 * math.pi * .095 * t + 2 * math.pi * r.u('slow', 1))
+    sinus = rr * (1 + col(y['rsa']) * (sway + .6 * slow) + .006 * r.n('rr', n))
+    fibrillation = rr * torch.exp((.12 + .14 * r.u('af cv', 1)) * r.n('af rr', n))
+    varied = (2 + 3 * r.u('block', n)).floor() / col(y['flutter'])
+    flutter = torch.where(r.u('varies', 1) < .35, varied, rr.expand(-1, n))
+    paced = rr.expand(-1, n)
+    rr = torch.where(col(y['AF']) > 0, fibrillation, torch.where(col(y['AFL']) > 0, flutter, torch.where(col(y['PACE']) > 0, paced, sinus)))
+    ectopic = r.u('ectopic', n) < .05 + .17 * r.u('ectopic rate', 1) ** 2
+    ectopic |= k == 2 + (r.u('one', 1) * (col(y['hr']) / 6 - 4).clamp(min=1)).floor()      # at least one within 10 s
+    ectopic &= col(y['PVC'] + y['PAC']) > 0
+    for _ in range(2):                                           # never two in a row
+        ectopic[:, 1:] &= ~ectopic[:, :-1]
+    ectopic[:, 0] = False
+    early = .58 + .20 * r.u('early', n)
+    after = torch.where(col(y['PVC']) > 0, 2 - early, 1.08)
+    rr = rr * torch.where(ectopic, early, 1.)
+    rr[:, 1:] = rr[:, 1:] * torch.where(ectopic[:, :-1], after[:, :-1], 1.)
+    rr = rr.clamp(min=.24)
+    return rr.cumsum(1) - rr[:, :1] * (1 + r.u('phase', 1)), ectopic, y
+
+
+def _kernels(p, r, y, s):
+    """Dipoles A (B, 14, 3) in mV, centres and widths (B, 14) in s, relative to the middle of the QRS."""
+    ms = {k: y[k] for k in ('d', 'pr', 'dp', 'qt')}
+    d, pr, dp, qt, v = ms['d'], ms['pr'], ms['dp'], ms['qt'], 2 * p.u('notch') - 1
+    on, const = -d / 2 - pr, torch.ones_like(d)
+    t2 = qt - d / 2 - .176 * qt                                  # the T wave ends 2 sigma after its centre
+    wpw = y['WPW'] > 0
+    centre = torch.stack([on + .33 * dp, on + .67 * dp, -.22 * d, -.065 * d, .065 * d, .22 * d, torch.where(wpw, -.33 * d, .30 * d),
+                          .5 * d + 48, t2 - .145 * qt, t2, t2 + 150, -.5 * d - 4, .2 * d * v, .3 * d * v], 1)
+    width = torch.stack([.165 * dp, .165 * dp, .085 * d, .083 * d, .083 * d, .085 * d, torch.where(wpw, .10 * d, .105 * d), 40 * const,
+                         .128 * qt, .088 * qt, 35 * const, 1.6 * const, 4 * const, 3.5 * const], 1)
+    A = torch.tensor(_MU, device=d.device).float() + torch.tensor(_SD, device=d.device).float() * (
+        .62 * p.n('dipole', 14, 3) + .18 * r.n('dipole', 14, 3))
+    col = lambda w: w[:, None, None]
+    ag, sex = y['ag'], y['sex']
+    A[:, _P] *= col(torch.exp(.20 * p.n('P size')) * (1 - y['AF']) * (1 - y['AFL']) * (1 - y['PACE']))
+    A[:, _QRS] *= col(torch.exp(.20 * p.n('QRS size') - .07 * ag - .05 * sex))
+    A[:, _T] *= col(torch.exp(.18 * p.n('T size') + .08 * r.n('T size')) * (1 - .05 * ag - .12 * sex).clamp(min=.4) * s['twave'])
+    A[:, 7, 2] += .025 * sex
+
+    def add(name, k, direction, gain=1.):                        # along `direction`, in proportion to the severity
+        A[:, k] += (y[name] * y['g/' + name] * gain)[:, None] * A.new_tensor(direction)
+
+    def unit(purpose, who):
+        e = who.n(purpose, 3)
+        return e / e.norm(dim=1, keepdim=True)
+
+    A[:, 7] += (-.35 * (y['hr'] - 75).clamp(min=0) / 50)[:, None] * A.new_tensor([.06, .06, -.03])
+    late = y['RBBB'] * (.35 + .65 * y['g/RBBB']) + y['IRBBB'] * (.1 + .3 * y['g/IRBBB'])
+    A[:, 5] *= (1 - .6 * late)[:, None]
+    for k, direction in ((6, [-.55, 0, -.75]), (8, [.05, 0, .12]), (9, [.10, 0, .25])):
+        A[:, k] += late[:, None] * A.new_tensor(direction)
+    for name, up in (('LBBB', 1.), ('PACE', -2.5)):              # a paced beat spreads like LBBB, from below upwards
+        mix = col(y[name] * (.5 + .5 * y['g/' + name]))[:, 0]
+        for k, target in _LBBB.items():
+            A[:, k] += mix * (A.new_tensor(target) * A.new_tensor([1, up, 1]) - A[:, k])
+    A[:, 11] += (y['PACE'] * (.5 + 1.5 * p.u('spike')))[:, None] * unit('spike axis', p)
+    A[:, 6] += (y['WPW'] * y['g/WPW'] * .5)[:, None] * unit('delta axis', p)
+    for k, direction in ((3, [.1, -.25, 0]), (4, [.15, -.95, 0]), (5, [.2, -.6, .1])):
+        add('LAFB', k, direction)
+    A[:, 3:6] *= col(1 + .75 * y['LVH'] * y['g/LVH'])
+    for name, changes in {'LVH': {4: [.2, 0, .35], 7: [-.07, -.03, .05], 9: [-.26, -.1, .1]},
+                          'RVH': {4: [-.7, .3, -.9], 5: [-.5, .1, -.4], 9: [.1, -.1, .2]}}.items():
+        for k, direction in changes.items():
+            add(name, k, direction)
+    for name, u in (('IMI', [0, 1, 0]), ('AMI', [.15, 0, -1]), ('LMI', [1, -.2, 0])):
+        add(name, 2, u, -.38), add(name, 3, u, -.45), add(name, 9, u, -.2 * (p.u('T ' + name) < .6))
+    for name, u, j, t in (('STD', [1, .35, -.35], -.14, -.12), ('STE', [-.15, 1, 0], .22, .16)):
+        add(name, 7, u, j), add(name, 8, u, t)
+    add('TINV', 9, [-.35, -.05, 1], .34)
+    territory, severity = A.new_tensor(_TERRITORY), y['tail severity']                       # (8, 3), (B, 8, 9)
+    A += torch.einsum('btm,mk,tc->bkc', severity, A.new_tensor(_TAIL_GAIN), territory)
+    for m, ks in ((4, [8, 9]), (7, [3, 4])):                     # flat T and R loss shrink what points at the territory
+        for k in ks:
+            shrink = (1.2 * severity[:, :, m]).clamp(max=1) * torch.relu(A[:, k] @ territory.T)
+            A[:, k] -= shrink @ territory
+    A *= col(torch.where(y['LVOLT'] > 0, .3 + .3 * p.u('low voltage'), 1.))
+    turn = math.pi / 180 * (A.new_tensor([11., 11, 14]) * p.n('rotation', 3) + 3 * r.n('rotation', 3))
+    turn[:, 2] += math.pi / 180 * (4 * sex - 7 * ag)
+    spin = torch.zeros(len(d), 3, 3, device=d.device)            # exp of a skew matrix is a rotation
+    for i, j, axis, sign in ((1, 2, 0, -1), (0, 2, 1, 1), (0, 1, 2, -1)):
+        spin[:, i, j], spin[:, j, i] = sign * turn[:, axis], -sign * turn[:, axis]
+    return A @ torch.matrix_exp(spin).transpose(1, 2), centre / 1000, width / 1000
+
+
+def _leads(p, r, y, s, beats, kind, T, fs):
+    """Noise-free leads I, II, V1-V6 (B, T, 8) in mV and the frontal axis (B,) in degrees."""
+    A, centre, width = _kernels(p, r, y, s)
+    B, device = len(A), A.device
+    field = A.new_tensor(_FIELD) + s['field'] * A.new_tensor(_FIELD_SD)[:, None] * p.n('field', 8, 3)
+    moved = torch.arange(6, device=device) + s['electrode'] * p.n('electrode', 6) + .12 * r.n('electrode', 6)
+    low = moved.floor().clamp(0, 4).long()                       # chest electrodes slide along the row V1 ... V6
+    at = lambda i: field[:, 2:].gather(1, i[..., None].expand(-1, -1, 3))
+    field = torch.cat([field[:, :2], at(low) + (moved - low).clamp(-.5, 1.5)[..., None] * (at(low + 1) - at(low))], 1)
+    gain = s['gain'] * torch.exp(s['gain_sd'] * p.n('gain', 1, 1))
+    local = .16 * p.n('local', 14, 8) * A.new_tensor([.3, .3, 1, 1, 1, 1, 1, 1])             # what no dipole explains
+    size, mean_size = A.norm(dim=2, keepdim=True), A.new_tensor(np.linalg.norm(_MU, axis=1))
+
+    def seen(A, size):                                           # one beat's matrix (B, 14, 8)
+        M = A @ field.transpose(1, 2) + local * size
+        for k, residual in _RESIDUAL.items():
+            M[:, k] += (size[:, k] / mean_size[k]).clamp(max=2) * A.new_tensor(residual)
+        return gain * M
+
+    M = seen(A, size)
+    t = torch.arange(T, device=device) / fs
+    before = (torch.searchsorted(beats, t.expand(B, -1).contiguous(), right=True) - 1).clamp(0, beats.shape[1] - 2)
+    x = torch.zeros(B, T, 8, device=device)
+    odd = kind.any(1)
+    if odd.any():                                                # the other shape of an ectopic beat, where there is one
+        early = {k: v[odd] for k, v in y.items()}
+        pvc = early['PVC'][:, None] > 0
+        e = r.n('PVC axis', 3)[odd]
+        e = e / e.norm(dim=1, keepdim=True) * (1.1 + .5 * r.n('PVC size', 1)[odd].abs())
+        wide = .150 + .025 * r.u('PVC width', 1)[odd]
+        stretch = wide / (early['d'][:, None] / 1000)
+        c1 = torch.where(pvc, torch.cat([centre[odd, :2], centre[odd, 2:7] * stretch, centre[odd, 7:] + wide / 3], 1), centre[odd])
+        w1 = torch.where(pvc, torch.cat([width[odd, :2], width[odd, 2:7] * stretch, width[odd, 7:]], 1), width[odd])
+        A1 = A[odd].clone()
+        A1[:, _P] *= A.new_tensor([.4, -.8, 1.2])                # a PAC's P wave starts elsewhere
+        A1 = torch.where(pvc[..., None], A.new_tensor(_PVC)[:, None] * e[:, None], A1)
+        M1 = M.clone()
+        M1[odd] = gain[odd] * (A1 @ field[odd].transpose(1, 2)) + gain[odd] * local[odd] * A1.norm(dim=2, keepdim=True)
+    for j in (before, before + 1):                               # only the beats on either side of a sample reach it
+        dt, ectopic = t - beats.gather(1, j), kind.gather(1, j)
+        G = torch.exp(-.5 * ((dt[..., None] - centre[:, None]) / width[:, None]) ** 2)       # (B, T, 14)
+        if odd.any():
+            G[odd] *= ~ectopic[odd][..., None]
+            G1 = torch.exp(-.5 * ((dt[odd][..., None] - c1[:, None]) / w1[:, None]) ** 2) * ectopic[odd][..., None]
+            x[odd] += G1 @ M1[odd]
+        x += G @ M                                               # (B, T, 8)
+    breath = torch.sin(2 * math.pi * y['breath'][:, None] * t + y['breath phase'][:, None])
+    x *= 1 + .025 * breath[..., None]
+    phase = 2 * math.pi * ((4.5 + 3.5 * r.u('f wave', 1)) * t + .6 * torch.sin(2 * math.pi * .31 * t + 6.28 * r.u('f drift', 1)) * .5
+                           + r.u('f phase', 1))
+    f = (torch.sin(phase) + .4 * torch.sin(2 * phase + 1)) * ((.012 + .045 * r.u('f size', 1)) * y['AF'][:, None])
+    x += f[..., None] * A.new_tensor([.3, .6, 1, .6, .35, .25, .2, .2])
+    phase = 2 * math.pi * (y['flutter'][:, None] * t + r.u('F phase', 1))
+    saw = (torch.sin(phase) + .45 * torch.sin(2 * phase) + .2 * torch.sin(3 * phase)) * ((.05 + .08 * r.u('F size', 1)) * y['AFL'][:, None])
+    x += saw[..., None] * A.new_tensor([.25, 1, -.6, -.3, .2, .25, .25, .25])
+    area = (M[:, 2:7, :2] * width[:, 2:7, None]).sum(1)          # of the QRS in I and II
+    axis = torch.rad2deg(torch.atan2((area[:, 1] - area[:, 0] / 2) * 2 / 3 ** .5, area[:, 0]))
+    return x, axis
+
+
+def _add_noise(r, x, s, fs):
+    """Noise at the nine electrodes (mV RMS): baseline wander, pink, muscle, mains, now and then a bump."""
+    B, T = x.shape[:2]
+    f = torch.fft.rfftfreq(T, 1 / fs, device=x.device)
+    shape = torch.stack([torch.exp(-(f / .28) ** 2) * (f > 0), (f.clamp(min=.3)) ** -.9 / (1 + (f / 15) ** 2) * (f > .3),
+                         f / (f + 12) / (1 + (f / 70) ** 2)])    # power spectra
+    limb = x.new_tensor([.55] * 3 + [.50] * 6)               # most of the chest's wander is common to V1-V6
+    rms = torch.stack([.034 * s['baseline'] * torch.exp(.75 * r.n('baseline', 1) + .45 * r.n('electrode baseline', 9)) * limb,
+                       (.009 * torch.exp(.4 * r.n('pink', 1))).expand(-1, 9),
+                       (.0045 * s['muscle'] * torch.exp(.65 * r.n('muscle', 1))).expand(-1, 9)], -1)   # (B, 9, 3)
+    power = rms ** 2 @ (shape / shape.sum(1, keepdim=True))      # (B, 9, F): independent noises add in power
+    angle = 2 * math.pi * r.u('noise', 9, len(f))
+    e = torch.fft.irfft(torch.polar((2 * power).sqrt() * T / 2, angle), n=T)                 # (B, 9, T)
+    slow = .05 * s['baseline'] * torch.exp(.75 * r.n('baseline', 1)) * (2 * shape[0] / shape[0].sum()).sqrt() * T / 2
+    e[:, 3:] += torch.fft.irfft(torch.polar(slow, 2 * math.pi * r.u('common baseline', len(f))), n=T)[:, None]
+    t = torch.arange(T, device=x.device) / fs
+    hz = torch.where(r.u('mains hz', 1, 1) < (0. if s['mains'] else .5), 50., 60.)
+    size = (s['mains'] or .0007) * torch.exp((.3 if s['mains'] else 1) * r.n('mains', 1, 1)) * 2 ** .5
+    e += size * torch.exp(.3 * r.n('mains electrode', 9, 1)) * torch.sin(2 * math.pi * (hz * t + r.u('mains phase', 9, 1)))
+    where = (torch.arange(9, device=x.device) == (9 * r.u('bump at', 1)).floor()) & (r.u('bump', 1) < .1)
+    size = (.15 + .5 * r.u('bump size', 1, 1)) * torch.sign(r.u('bump sign', 1, 1) - .5)
+    e += where[..., None] * size * torch.exp(-.5 * ((t - T / fs * r.u('bump time', 1, 1)) / (.1 + .3 * r.u('bump width', 1, 1))) ** 2)
+    ra, la, ll = e[:, 0], e[:, 1], e[:, 2]
+    return x + torch.cat([torch.stack([la - ra, ll - ra], 1), e[:, 3:] - e[:, :3].mean(1, keepdim=True)], 1).transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures, calibration, command line
+
+def figure(*args, **kwargs):
+    """A matplotlib figure that needs no screen: (fig, axes) of plt.subplots."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    return plt.subplots(*args, **kwargs)
+
+
+def show(name, row, path=None):
+    """The classic paper picture of one record, 25 mm/s and 10 mm/mV: 2.5 s of each lead, 10 s of lead II below. Returns its path."""
+    ds = Dataset(name)
+    if not 0 <= row < len(ds):
+        raise Stop(f'{name} has records 0 to {len(ds) - 1}')
+    fs, path = ds.contract.fs, Path(path or f'out/{name}_{row}.png')
+    T = min(int(ds.length[row]), round(10 * fs))
+    x = ds.crop(np.array([row]), np.array([0]), T)[0].numpy()    # (12, T)
+    fig, ax = figure(figsize=(11, 4.9), layout='constrained')
+    for k in range(51):
+        ax.axvline(k * .2, color='#f3b5b5' if k % 5 else '#e58a8a', lw=.5, zorder=0)
+    for k in np.arange(-7.5, 2.01, .5):
+        ax.axhline(k, color='#f3b5b5', lw=.5, zorder=0)
+    for i, lead in enumerate(LEADS):
+        start, height, part = i // 3 * T // 4, -2 * (i % 3), slice(i // 3 * T // 4, (i // 3 + 1) * T // 4)
+        ax.plot(np.arange(T)[part] / fs, np.clip(x[i, part], -1.8, 1.9) + height, 'k', lw=.7)
+        ax.text(start / fs + .05, height + .85, lead, weight='bold')
+    ax.plot(np.arange(T) / fs, np.clip(x[1], -1.4, 1.9) - 6, 'k', lw=.7)
+    ax.text(.05, -5.15, 'II', weight='bold')
+    peaks = ds.peaks[ds.peak_start[row]:ds.peak_start[row + 1]]
+    ax.plot(peaks[peaks < T] / fs, np.full((peaks < T).sum(), -7.3), 'k|', ms=5)
+    labels = [n for n, v in zip(ds.label_names, ds.labels[row]) if v == 1 and not n.startswith('target/')]
+    ax.set(xlim=(0, T / fs), ylim=(-7.5, 2), xticks=[], yticks=[], aspect=.4)
+    ax.set_title(f'{ds.id[row]}   {"" if np.isnan(ds.age[row]) else f"{ds.age[row]:.0f} y"}\n{", ".join(labels) or "no labels"}', size=9, loc='left')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=130)
+    print(f'{path}: record {row} of {name}, {", ".join(labels) or "no labels"}')
+    return path
+
+
+def measure(x, peaks, fs=240):
+    """What calibration compares, of one record x (T, 12) in mV with R-peaks in samples: dict of numbers."""
+    m, eight = {}, x[:, [0, 1, 6, 7, 8, 9, 10, 11]]
+    names = [LEADS[i] for i in (0, 1, 6, 7, 8, 9, 10, 11)]
+    per_lead = lambda what, values, leads=names: m.update({f'{what} {n} (mV)': v for n, v in zip(leads, values)})
+    per_lead('SD', x.std(0), LEADS)
+    per_lead('1 %', np.percentile(eight, 1, axis=0))
+    per_lead('99 %', np.percentile(eight, 99, axis=0))
+    at = lambda a, b: slice(round((.25 + a) * fs), round((.25 + b) * fs))
+    beats = [eight[p - round(.25 * fs):p + round(.45 * fs)] for p in peaks if .25 * fs < p < len(x) - .45 * fs]
+    beat = np.median(beats, axis=0) if beats else np.full((round(.7 * fs), 8), np.nan)
+    beat = beat - np.median(beat[at(-.08, -.055)], axis=0)       # the PR segment is zero
+    t = beat[at(.15, .44)]
+    per_lead('QRS peak to peak', np.ptp(beat[at(-.07, .07)], axis=0))
+    per_lead('T peak', np.take_along_axis(t, np.abs(t).argmax(0)[None], 0)[0])
+    per_lead('P peak', beat[at(-.25, -.09)].max(0))
+    power, f = np.abs(np.fft.rfft(eight - eight.mean(0), axis=0)) ** 2, np.fft.rfftfreq(len(x), 1 / fs)
+    m['mean abs correlation'] = np.abs(np.corrcoef(eight.T))[np.triu_indices(8, 1)].mean()
+    band = scipy.signal.sosfiltfilt(scipy.signal.butter(2, (.5, 40), 'bandpass', fs=fs, output='sos'), eight, axis=0)
+    for what, signal in (('raw', eight), ('.5-40 Hz', band)):
+        share = np.linalg.eigvalsh(np.cov(signal.T))[::-1].clip(1e-12)
+        share = share / share.sum()
+        if what == 'raw':
+            m['effective rank'] = np.exp(-(share * np.log(share)).sum())
+        m.update({f'energy of {k} components, {what}': share[:k].sum() for k in (3, 4, 5)})
+    rr = np.diff(peaks) / fs
+    m['HR (/min)'] = 60 / rr.mean() if len(rr) else np.nan
+    m['ln RMSSD (ms)'] = np.log(1000 * np.sqrt(np.mean(np.diff(rr) ** 2)) + 1) if len(rr) > 1 else np.nan
+    total = power.sum(1)
+    for a, b in ((0, .5), (.5, 5), (5, 15), (15, 40)):
+        m[f'power {a}-{b} Hz'] = total[(f >= a) & (f < b)].sum() / total.sum()
+    inside = (f >= 15) & (f < 40)
+    m['PSD slope 15-40 Hz'] = np.polyfit(np.log(f[inside]), np.log(total[inside] + 1e-12), 1)[0]
+    slow = 1000 * np.sqrt(2 * power[f < .5].sum(0)) / len(x)
+    m['below .5 Hz, I (uV)'], m['below .5 Hz, V1-V6 (uV)'] = slow[0], slow[2:].mean()
+    return {k: float(v) for k, v in m.items()}
+
+
+def calibrate(real='sample', made='synthetic', records=512, path='out/calibration.png'):
+    """Between-record mean and SD of every measure, real against synthetic; accepted where the means differ by at most .4 of the
+    real SD. Prints the table, draws it, returns {measure: (real mean, real SD, synthetic mean, difference in SD)}."""
+    sets = []
+    for name in (real, made):
+        ds = Dataset(name)
+        rows = [measure(ds.crop(np.array([i]), np.array([0]), int(ds.length[i]))[0].T.numpy(),
+                        ds.peaks[ds.peak_start[i]:ds.peak_start[i + 1]], ds.contract.fs)
+                for i in tqdm(range(min(len(ds), records)), desc=f'measuring {name}', disable=None)]
+        sets.append({k: np.array([r[k] for r in rows]) for k in rows[0]})
+    table = {}
+    print(f'{"measure":34s} {real:>17s} {made:>17s}  difference')
+    for k in sets[0]:
+        (a, sd), (b, sd_b) = ((np.nanmean(s[k]), np.nanstd(s[k])) for s in sets)
+        table[k] = (a, sd, b, (b - a) / sd)
+        print(f'{k:34s} {a:8.3f} +- {sd:5.3f} {b:8.3f} +- {sd_b:5.3f}  {(b - a) / sd:+5.2f} SD{"" if abs(b - a) <= .4 * sd else "  <- beyond .4"}')
+    fig, ax = figure(figsize=(7, 12), layout='constrained')
+    for k, (a, sd, b, d) in enumerate(table.values()):
+        ax.plot(d, -k, 'o', color='C0' if abs(d) <= .4 else 'C3', ms=4)
+    ax.axvspan(-.4, .4, color='C0', alpha=.12)
+    ax.set(yticks=-np.arange(len(table)), xlim=(-1.2, 1.2), xlabel='difference of means, in SD of the real records')
+    ax.set_yticklabels(list(table), size=6)
+    ax.set_title(f'{made} against {real}: accepted within .4 SD', size=9)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=130)
+    within = sum(abs(d) <= .4 for *_, d in table.values())
+    print(f'{path}: {within} of {len(table)} measures within .4 SD')
+    return table
+
+
+SYNTHETIC_TASKS = [('code', [f'findings/{n}' for n in FINDINGS[:6]]), ('unseen', [f'findings/{n}' for n in FINDINGS[6:]])]
+DEFAULTS = {                                                     # these prepare themselves
+    'sample': lambda: prepare('sample', ptbxl(HERE / 'sample/ptbxl'), source='sample', total=500),
+    'synthetic': lambda: prepare('synthetic', synthetic(5000), source='synthetic --records 5000', extra_tasks=SYNTHETIC_TASKS,
+                                 workers=1, total=5000)}
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('source', nargs='?', choices=['synthetic', 'sample', 'ptbxl', 'challenge', 'wfdb', 'array', 'show', 'calibrate'],
+                   help='what to prepare, or show / calibrate; nothing: the sample and the synthetic set')
+    p.add_argument('name', nargs='?', help='show: the prepared dataset')
+    p.add_argument('--root', help='folder (or file, for array) that holds the source')
+    p.add_argument('--out', help='name of the prepared dataset (default: the source)')
+    p.add_argument('--download', action='store_true', help='fetch an open PhysioNet set into --root first')
+    p.add_argument('--strict', action='store_true', help='stop at the first record with a defect')
+    p.add_argument('--workers', type=int, help='processes (default: one per core)')
+    p.add_argument('--no-peaks', action='store_true', help='do not look for R-peaks')
+    g = p.add_argument_group('the signal contract')
+    g.add_argument('--contract', choices=list(CONTRACTS), default='ps', help='ps: mV, 240 Hz, 2.5 s; sc: 100 Hz, 10 s, high-pass, notch')
+    g.add_argument('--fs', type=int, help='Hz')
+    g.add_argument('--window', type=float, help='s: shorter records are dropped')
+    g.add_argument('--filter', help='none, or steps like hp0.5+lp40+notch60')
+    g.add_argument('--norm', choices=['none', 'record'], help='record: each lead of a record to mean 0, SD 1 (amplitude is lost)')
+    g = p.add_argument_group('ptbxl, challenge')
+    g.add_argument('--rate', type=int, choices=[100, 500], default=100, help='which of the two versions of PTB-XL')
+    g.add_argument('--cohort', nargs='+', default=[], help='Challenge cohorts (default: all that are there)')
+    g = p.add_argument_group('array')
+    g.add_argument('--fs-in', type=float, help='Hz of the array')
+    g.add_argument('--leads', default=','.join(LEADS), help='lead names in the order of the array, joined by commas')
+    g.add_argument('--unit', default='mV', help='mV, uV or V')
+    g.add_argument('--labels', help='csv of labels, one row per record')
+    g = p.add_argument_group('synthetic')
+    g.add_argument('--records', type=int, default=5000)
+    g.add_argument('--seconds', type=float, default=10.)
+    g.add_argument('--seed', type=int, default=0)
+    g.add_argument('--shift', nargs='+', default=[], choices=[*SHIFTS, 'all'], help='a shifted cohort, out of distribution')
+    g.add_argument('--prevalence-scale', type=float, default=1., help='.3 comes near the prevalences of CODE')
+    g = p.add_argument_group('show')
+    g.add_argument('--record', type=int, default=0, help='row of the prepared dataset')
+    a = p.parse_args(argv)
+    if a.source == 'show':
+        return show(a.name or 'sample', a.record)
+    if a.source == 'calibrate':
+        return calibrate()
+    if a.source is None:
+        for make in DEFAULTS.values():
+            make()
+        return
+    changes = {k: getattr(a, k) for k in ('fs', 'window', 'filter', 'norm') if getattr(a, k) is not None}
+    contract = replace(CONTRACTS[a.contract], **changes, unit='SD' if a.norm == 'record' else 'mV')
+    if not 50 <= contract.fs <= 1000 or not .1 <= contract.window <= MAX_SECONDS:
+        raise Stop('--fs must lie between 50 and 1000 Hz, --window between 0.1 and 3600 s')
+    if not re.fullmatch(r'none|(hp|lp|notch)\d+(\.\d+)?(\+(hp|lp|notch)\d+(\.\d+)?)*', contract.filter):
+        raise Stop(f'--filter {contract.filter}: none, or steps like hp0.5+lp40+notch60')
+    if a.records < 1 or not .5 <= a.seconds <= MAX_SECONDS or not 0 < a.prevalence_scale <= 5:
+        raise Stop('--records must be 1 or more, --seconds 0.5 to 3600, --prevalence-scale above 0 and up to 5')
+    if a.source not in ('synthetic', 'sample') and not a.root:
+        raise Stop(f'--root DIR is missing: where is the {a.source} source?')
+    if a.download:
+        if a.source not in ('ptbxl', 'challenge'):
+            raise Stop('--download knows ptbxl and challenge')
+        download(a.source, a.root, a.rate, a.cohort)
+    if a.root and not Path(a.root).exists():
+        raise Stop(f'no such folder or file: {a.root}')
+    shifts = tuple(SHIFTS) if 'all' in a.shift else tuple(a.shift)
+    extra, total, workers = (), None, a.workers
+    if a.source == 'synthetic':
+        records, total, extra, workers = synthetic(a.records, a.seed, a.seconds, shifts, a.prevalence_scale), a.records, SYNTHETIC_TASKS, 1
+    elif a.source == 'sample':
+        records, total = ptbxl(HERE / 'sample/ptbxl'), 500
+    elif a.source == 'ptbxl':
+        records = ptbxl(a.root, a.rate)
+    elif a.source == 'challenge':
+        records = challenge(a.root, a.cohort)
+    elif a.source == 'wfdb':
+        records = wfdb_folder(a.root)
+    else:
+        records = array(a.root, a.fs_in, a.leads.split(','), a.unit, a.labels)
+    prepare(a.out or a.source, records, contract, ' '.join(sys.argv[1:] if argv is None else argv), extra, workers, not a.no_peaks, a.strict, total)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,459 @@
+"""What is a pretrained encoder worth? Probes, fine-tuning and training from scratch, each number with its interval.
+
+    python evaluate.py                                   # the newest run: synthetic held-out records, then the 500 real ones
+    python evaluate.py out/a out/b out/c                 # several pretraining seeds: intervals include their variance
+    python evaluate.py out/a --data ptbxl --task super --mode frozen
+    python evaluate.py --list                            # prepared datasets and their tasks
+
+Modes, as in arXiv 2605.12241: linear (mean pooling, frozen encoder), frozen (attention pooling, frozen encoder), finetune
+(everything learns). Beside the pretrained encoder stand a random one, whose BatchNorm has seen data, and one trained from scratch.
+"""
+import argparse, copy, csv, hashlib, json, sys, time
+from pathlib import Path
+
+import numpy as np
+import scipy.optimize
+import scipy.special
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import Contract, Dataset, Stop, figure
+from models import (AttentionPool, Config, Encoder, MeanPool, learning_rate, load, load_encoder, pick_device, precision,
+                    see_data, to_device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metric and intervals
+
+def auroc(score, y, group=None, weight=None):
+    """AUROC of each class, by pair counting: the share of (positive, negative) pairs ranked rightly, ties counting half.
+
+    score, y (n, K), NaN in y for unknown; group (n,): only pairs within a group count (folds, whose scores come from different
+    probes); weight (R, n): R resamples as counts per record. Returns (R, K), NaN for a class without both labels in any group.
+    """
+    weight = np.ones((1, len(y))) if weight is None else weight
+    group = np.zeros(len(y), int) if group is None else group
+    out = np.full((len(weight), y.shape[1]), np.nan)
+    for k in range(y.shape[1]):
+        known = np.flatnonzero(np.isfinite(y[:, k]))
+        known = known[np.lexsort((score[known, k], group[known]))]
+        s, g, positive, w = score[known, k], group[known], y[known, k] > 0, weight[:, known]
+        if not positive.any() or positive.all():
+            continue
+        negative = np.concatenate([np.zeros((len(w), 1)), np.cumsum(w * ~positive, 1)], 1)   # weight of negatives before each rank
+        new_group = np.r_[True, g[1:] != g[:-1]]
+        new_value = new_group | np.r_[True, s[1:] != s[:-1]]
+        start = lambda new: np.flatnonzero(new)[np.cumsum(new) - 1]                          # first rank of one's block
+        end = lambda new: np.r_[np.flatnonzero(new)[1:], len(s)][np.cumsum(new) - 1]         # one past its last
+        at = lambda rank: negative[:, rank[positive]]
+        below, ties = at(start(new_value)) - at(start(new_group)), at(end(new_value)) - at(start(new_value))
+        pairs = (w[:, positive] * (at(end(new_group)) - at(start(new_group)))).sum(1)
+        with np.errstate(invalid='ignore'):
+            out[:, k] = (w[:, positive] * (below + ties / 2)).sum(1) / pairs
+    return out
+
+
+def resample_patients(patient, resamples=1000, seed=0):
+    """Bootstrap over patients: how often each record counts in each resample, (R, n)."""
+    names, index = np.unique(patient, return_inverse=True)
+    counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
+    return counts[:, index].astype(float)
+
+
+def macro(table):
+    """Mean over the classes that have both labels: (R, K) -> (R,)."""
+    return np.nanmean(table, axis=1)
+
+
+def interval(points, boot):
+    """95 % interval of the mean over runs. points: macro value per pretraining seed (S,), or per label draw (S, draws);
+    boot (R,): bootstrap of the mean over runs, resampling patients.
+
+    Two independent sources of variance add in squares: the patients (bootstrap percentiles) and, where there is more than one, the
+    runs (Student t over the topmost level that repeats: seeds, else label draws). Returns (mean, low, high)."""
+    points = np.asarray(points, float)
+    mean = points.mean()
+    if points.ndim == 2:
+        points = points.mean(1) if len(points) > 1 else points[0]
+    runs = scipy.stats.t.ppf(.975, len(points) - 1) * points.std(ddof=1) / len(points) ** .5 if len(points) > 1 else 0.
+    low, high = np.percentile(boot, [2.5, 97.5])
+    return mean, mean - np.hypot(mean - low, runs), mean + np.hypot(high - mean, runs)
+
+
+class Score:
+    """Test predictions of several runs on the same records, as macro AUROC. scores: list over seeds of lists over label draws of
+    (n, K). point (S, draws), boot (R,) share their resamples with every Score on the same records, so differences are paired."""
+
+    def __init__(self, scores, y, patient, group):
+        weight = resample_patients(patient)
+        self.point = np.array([[macro(auroc(s, y, group))[0] for s in draws] for draws in scores])
+        self.boot = np.mean([macro(auroc(s, y, group, weight)) for draws in scores for s in draws], 0)
+        self.per_class = np.mean([auroc(s, y, group)[0] for draws in scores for s in draws], 0)
+
+    def interval(self):
+        return interval(self.point, self.boot)
+
+    def minus(self, other):
+        return interval(self.point - other.point, self.boot - other.boot)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# embeddings and the linear probe
+
+@torch.no_grad()
+def per_record(encode, ds, rows, samples, device, name='predicting', first=False):
+    """Mean over each record's consecutive crops of encode(batch) (B, K): (len(rows), K). first: its first crop only."""
+    owner, start = (rows, np.zeros(len(rows), int)) if first else ds.crops(rows, samples)
+    out = []
+    for i in tqdm(range(0, len(owner), 256), desc=name, leave=False, disable=None):
+        with precision(device):
+            out.append(encode({'x': ds.crop(owner[i:i + 256], start[i:i + 256], samples).to(device)}).double().cpu())
+    place = {row: i for i, row in enumerate(rows)}
+    place, out = torch.tensor([place[r] for r in owner]), torch.cat(out)
+    total = torch.zeros(len(rows), out.shape[1], dtype=torch.float64).index_add_(0, place, out)
+    return (total / torch.bincount(place, minlength=len(rows))[:, None]).numpy()
+
+
+def embed(encoder, ds, rows, samples, device, name='embedding', first=False):
+    """Mean over tokens and crops of the encoder's output: (len(rows), D)."""
+    encoder = encoder.to(device).eval()
+    return per_record(lambda batch: encoder(batch).mean(1), ds, rows, samples, device, name, first)
+
+
+L2 = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
+
+
+def logistic(X, Y, l2, start=None):
+    """Converged multi-label logistic regression: minimises mean BCE over known labels, summed over classes, + l2 / 2 |W|^2.
+    X (n, D) standardised, Y (n, K) with NaN. Returns (D + 1, K), the bias last."""
+    X, known, D = np.c_[X, np.ones(len(X))], np.isfinite(Y), X.shape[1]
+    T, scale = np.where(known, Y, 0.), known / np.maximum(known.sum(0), 1)
+
+    def loss(w):
+        w = w.reshape(D + 1, -1)
+        z = X @ w
+        gradient = X.T @ ((scipy.special.expit(z) - T) * scale)
+        gradient[:-1] += l2 * w[:-1]
+        return (scale * (np.logaddexp(0, z) - T * z)).sum() + l2 / 2 * (w[:-1] ** 2).sum(), gradient.ravel()
+
+    start = np.zeros((D + 1, Y.shape[1])) if start is None else start
+    found = scipy.optimize.minimize(loss, start.ravel(), jac=True, method='L-BFGS-B', options=dict(maxiter=3000, maxfun=4000, gtol=1e-5))
+    if found.status == 1:
+        print(f'  the probe at l2 {l2} had not converged after {found.nit} iterations', file=sys.stderr)
+    return found.x.reshape(D + 1, -1)
+
+
+def linear_probe(X, Y, train, val, test):
+    """Linear probe on embeddings X (n, D): standardised on the labelled records, L2 chosen by BCE on `val`, refitted on train and
+    val together. Returns scores (len(test), K)."""
+    def standard(rows):
+        return X[rows].mean(0), X[rows].std(0) + 1e-6
+
+    best, w, (mean, std) = (np.inf, None), None, standard(train)
+    known = np.isfinite(Y[val])
+    for l2 in L2:                                                # from strong to weak, each starting from the last
+        w = logistic((X[train] - mean) / std, Y[train], l2, w)
+        z = (X[val] - mean) / std @ w[:-1] + w[-1]
+        bce = (np.logaddexp(0, z) - np.where(known, Y[val], 0) * z)[known].mean()
+        best = min(best, (bce, l2))
+    both = np.concatenate([train, val])
+    mean, std = standard(both)
+    w = logistic((X[both] - mean) / std, Y[both], best[1], w)
+    return (X[test] - mean) / std @ w[:-1] + w[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# heads and encoders trained by gradient: frozen, finetune, scratch
+
+def predict(encoder, head, ds, rows, samples, device):
+    """Mean over crops of the predicted probabilities: (len(rows), K)."""
+    encoder.eval(), head.eval()
+    return per_record(lambda batch: head(encoder(batch)).float().sigmoid(), ds, rows, samples, device)
+
+
+def fit(encoder, ds, columns, train, val, test, samples, mode, device, epochs, seed=0, lr=1e-3):
+    """The downstream loop. frozen: attention pooling on a fixed encoder in eval mode; finetune: mean pooling, head at lr, backbone
+    at lr / 10, stem at lr / 100; scratch: mean pooling, everything at 3 lr. One random crop per record and epoch, AdamW with weight
+    decay 1e-3, cosine; the epoch with the best validation macro AUROC predicts. Returns scores (len(test), K)."""
+    torch.manual_seed(seed)
+    encoder, dim = copy.deepcopy(encoder).to(device), encoder.config.dim
+    head = (AttentionPool if mode == 'frozen' else MeanPool)(dim, len(columns)).to(device)
+    encoder.requires_grad_(mode != 'frozen')
+    rates = {'frozen': (lr, 0, 0), 'finetune': (lr, lr / 10, lr / 100), 'scratch': (3 * lr,) * 3}[mode]
+    groups = [dict(params=[p for p in part.parameters() if p.requires_grad], peak=rate)
+              for part, rate in zip((head, encoder.blocks, encoder.stem), rates)]
+    optimiser = torch.optim.AdamW([g for g in groups if g['params']], lr=lr, weight_decay=1e-3)
+    batch_size = min(64, len(train))
+    per_epoch, y = len(train) // batch_size, np.array(ds.labels[:, columns])
+    best = (-1., None)
+    for epoch in tqdm(range(epochs), desc=mode, leave=False, disable=None):
+        encoder.train(mode != 'frozen'), head.train()
+        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+            for group in optimiser.param_groups:
+                group['lr'] = learning_rate(step, epochs * per_epoch, group['peak'])
+            batch = to_device(ds.batch(train, samples, batch_size, seed, step), device)
+            target = batch['y'][:, columns]
+            with precision(device):
+                logits = head(encoder(batch)).float()
+            known = target.isfinite()
+            loss = F.binary_cross_entropy_with_logits(logits[known], target[known])
+            if not loss.isfinite():
+                raise Stop(f'{mode}: the loss is {loss.item()} at step {step}; try a lower rate')
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        value = macro(auroc(predict(encoder, head, ds, val, samples, device), y[val]))[0]
+        if not best[0] >= value:
+            best = value, copy.deepcopy((encoder.state_dict(), head.state_dict()))
+    encoder.load_state_dict(best[1][0])
+    head.load_state_dict(best[1][1])
+    return predict(encoder, head, ds, test, samples, device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one dataset, one task
+
+def plans(ds, rows, seen):
+    """(train, val, test) row numbers of each probe to fit, and whether they are folds of a cross-validation: small datasets
+    (under 2,000 records) predict every record once, larger ones their last fold. Test folds with patients in `seen` (those the
+    encoder was pretrained on) are left out."""
+    folds = np.unique(ds.fold)
+    small = len(rows) < 2000
+    if not small:
+        result = [[r[np.isin(r, rows)] for r in ds.split()]]
+    else:
+        which = lambda f: rows[ds.fold[rows] == f]
+        result = []
+        for i, f in enumerate(folds):
+            val = folds[i - 1]
+            result.append([rows[(ds.fold[rows] != f) & (ds.fold[rows] != val)], which(val), which(f)])
+    clean = [p for p in result if not seen & set(ds.patient[p[2]])]
+    if len(clean) < len(result):
+        print(f'  {len(result) - len(clean)} of {len(result)} test folds hold patients seen in pretraining and are left out')
+    if not clean or min(len(part) for p in clean for part in p) == 0:
+        raise Stop(f'{ds.name}: no fold is left to test on: the encoder was pretrained on its patients, or folds are empty')
+    return clean, small
+
+
+def draw_labels(train, val, count, seed, draw):
+    """`count` labelled records out of train and val, a fifth of them to choose L2 or the epoch on; 'all' keeps the folds."""
+    if count == 'all':
+        return train, val
+    rows = np.random.default_rng([seed, draw, count]).permutation(np.concatenate([train, val]))[:count]
+    return rows[count // 5:], rows[:count // 5]
+
+
+class Task:
+    """One dataset and task under one contract: its rows, labels and plans, and how to score an encoder on them."""
+
+    def __init__(self, data, name, runs, device):
+        self.ds, self.device = Dataset(data), device
+        self.name = name or next((t for t in ('findings', 'super', 'snomed', 'dx2020', 'label') if t in self.ds.tasks), None)
+        self.columns = self.ds.columns(self.name)
+        contract = Contract.read(runs[0]['contract'])
+        for r in runs:
+            if differs := Contract.read(r['contract']).differs(self.ds.contract):
+                raise Stop(f'{r["path"]} was trained under another contract than datasets/{data} ({differs}): prepare the data with '
+                           f'--fs {r["contract"]["fs"]} --filter {r["contract"]["filter"]} --norm {r["contract"]["norm"]}')
+        self.samples = round(contract.window * contract.fs)
+        y = np.array(self.ds.labels[:, self.columns])
+        if not np.isin(y[np.isfinite(y)], (0, 1)).all():
+            raise Stop(f'task {self.name} holds numbers, not yes/no labels')
+        rows = np.flatnonzero((self.ds.length >= self.samples) & np.isfinite(y).any(1))
+        self.plans, self.folded = plans(self.ds, rows, set().union(*(r['patients'] for r in runs)))
+        self.test = np.concatenate([p[2] for p in self.plans])
+        self.group = np.concatenate([np.full(len(p[2]), i) for i, p in enumerate(self.plans)])
+        scored = np.isfinite(auroc(np.zeros((len(self.test), y.shape[1])), y[self.test], self.group)[0])
+        self.unscored = [self.ds.label_names[c] for c, s in zip(self.columns, scored) if not s]
+        self.columns = [c for c, s in zip(self.columns, scored) if s]
+        if not self.columns:
+            raise Stop(f'{data}, task {self.name}: no class has both labels among the {len(self.test)} test records')
+        self.y, self.patient = y[:, scored], self.ds.patient[self.test]
+        self.available = min(len(p[0]) + len(p[1]) for p in self.plans)
+        self.embeddings = {}
+
+    def rows(self):
+        return np.unique(np.concatenate([r for p in self.plans for r in p]))
+
+    def embedding(self, encoder, name):
+        """Embeddings of all rows that any plan needs, once per encoder: (len(ds), D)."""
+        key = id(encoder)
+        if key not in self.embeddings:
+            rows = self.rows()
+            X = np.zeros((len(self.ds), encoder.config.dim))
+            X[rows] = embed(encoder, self.ds, rows, self.samples, self.device, name)
+            self.embeddings[key] = encoder, X
+        return self.embeddings[key][1]
+
+    def scores(self, encoder, mode, count, seed, draw, epochs, name):
+        """Test scores (n, K) of one encoder under one draw of labels."""
+        out = []
+        for train, val, test in self.plans:
+            train, val = draw_labels(train, val, count, seed, draw)
+            if mode == 'linear':
+                out.append(linear_probe(self.embedding(encoder, name), self.y, train, val, test))
+            else:
+                out.append(fit(encoder, self.ds, self.columns, train, val, test, self.samples, mode, self.device, epochs, 1000 * seed + draw))
+        return np.concatenate(out)
+
+    def score(self, encoders, mode, count, draws, epochs, name):
+        """Score over all encoders (one per pretraining seed) and label draws; each seed has draws of its own."""
+        draws = 1 if count == 'all' else draws
+        return Score([[self.scores(e, mode, count, seed, d, epochs, name) for d in range(draws)] for seed, e in enumerate(encoders)],
+                     self.y[self.test], self.patient, self.group)
+
+
+def random_encoders(runs, ds, samples):
+    """For each run a fresh encoder of the same shape whose BatchNorm has seen eight batches of the dataset's training records."""
+    rows = ds.split()[0]
+    rows = rows[ds.length[rows] >= samples]
+    out = []
+    for r in runs:
+        torch.manual_seed(10_000 + r['seed'])
+        out.append(see_data(Encoder(Config(**r['config'])), (ds.batch(rows, samples, min(64, len(rows)), r['seed'], s) for s in range(8))))
+    return out
+
+
+def evaluate_task(runs, data, task, mode, counts, draws, epochs, scratch, out, device):
+    """All arms on one dataset and task: prints the table, writes JSON and CSV files and figures to `out`, returns rows."""
+    began, t = time.time(), Task(data, task, runs, device)
+    pretrained, random = [load_encoder(r) for r in runs], random_encoders(runs, t.ds, t.samples)
+    head = (f'{data}, task {t.name}: {len(t.test):,} test records of {len(set(t.patient)):,} patients, {len(t.columns)} classes'
+            + (f' ({len(t.unscored)} without both labels: {", ".join(t.unscored[:6])}{" ..." if len(t.unscored) > 6 else ""})' if t.unscored else '')
+            + (f'; {len(t.plans)} folds, each record predicted by a probe that never saw its patient, pairs counted within folds' if t.folded else ''))
+    print(f'\n{head}\n{"labels":>8s}  {"arm":22s} macro AUROC  95 % interval    minus random')
+    rows = []
+    counts = [int(c * t.available) if isinstance(c, float) and c < 1 else 'all' if c == 1 else c for c in counts]
+    for count in [c for c in counts if c == 'all' or 10 <= c <= t.available]:
+        arms = {'random encoder': t.score(random, mode, count, draws, epochs, 'random encoder'),
+                'pretrained': t.score(pretrained, mode, count, draws, epochs, 'pretrained')}
+        if count == 'all' and (scratch or mode == 'finetune'):
+            torch.manual_seed(0)
+            fresh = [Encoder(Config(**r['config'])) for r in runs]
+            arms = {'from scratch': t.score(fresh, 'scratch', count, draws, 2 * epochs, 'scratch'), **arms}
+        for arm, score in arms.items():
+            mean, low, high = score.interval()
+            difference = score.minus(arms['random encoder']) if arm != 'random encoder' else None
+            text = '' if difference is None else '{:+.3f} [{:+.3f}, {:+.3f}]{}'.format(*difference, ' *' if difference[1] > 0 or difference[2] < 0 else '')
+            print(f'{str(count):>8s}  {arm:22s} {mean:.3f}        [{low:.3f}, {high:.3f}]   {text}')
+            for r, points in zip(runs, score.point):
+                rows.append(dict(data=data, task=t.name, arm=arm, mode='scratch' if arm == 'from scratch' else mode, labels=count, seed=r['seed'],
+                                 run=r['path'], auroc=points.mean(), mean=mean, low=low, high=high, n=len(t.test), classes=len(t.columns),
+                                 **dict(zip(('difference', 'difference_low', 'difference_high'), difference or ('', '', '')))))
+            if arm == 'pretrained':
+                for i, r in enumerate(runs):
+                    result = dict(command=' '.join(sys.argv), checkpoint=r['hash'], contract=r['contract'], seed=r['seed'], n=len(t.test),
+                                  patients=len(set(t.patient)), classes=[t.ds.label_names[c] for c in t.columns], left_out=t.unscored,
+                                  metric='macro AUROC', point=float(score.point[i].mean()), mean_over_runs=mean, low=low, high=high,
+                                  minus_random=difference, per_class=dict(zip([t.ds.label_names[c] for c in t.columns], score.per_class)))
+                    (Path(r['path']) / f'results_{data.replace(",", "+")}_{t.name}_{mode}_{count}_{r["seed"]}.json').write_text(json.dumps(result, indent=1))
+    if mode == 'linear':
+        path = out / f'pca_{data.replace(",", "+")}.png'
+        draw_pca([('random encoder', t.embedding(random[0], '')), ('pretrained', t.embedding(pretrained[0], ''))], t, path)
+    print(f'  * the interval of the paired difference excludes 0; {time.time() - began:.0f} s')
+    return rows
+
+
+def draw_pca(arms, t, path):
+    """First two principal components of the standardised embeddings, coloured by the two most frequent classes."""
+    rows = t.rows()
+    common = np.argsort(-np.nansum(t.y[rows], 0))[:2]
+    fig, axes = figure(1, len(arms), figsize=(10, 4.6), layout='constrained')
+    for ax, (name, X) in zip(axes, arms):
+        X = (X[rows] - X[rows].mean(0)) / (X[rows].std(0) + 1e-6)
+        U, S, _ = np.linalg.svd(X, full_matrices=False)
+        ax.scatter(*(U[:, :2] * S[:2]).T, s=4, color='#cccccc', label='others')
+        for c, color in zip(common, ('C0', 'C3')):
+            ax.scatter(*(U[:, :2] * S[:2])[t.y[rows, c] > 0].T, s=6, color=color, label=t.ds.label_names[t.columns[c]])
+        share = S ** 2 / (S ** 2).sum()
+        ax.set_title(f'{name}: {100 * share[:2].sum():.0f} % of variance, effective rank {np.exp(-(share * np.log(share + 1e-12)).sum()):.1f}', size=9)
+        ax.legend(fontsize=7)
+    fig.savefig(path, dpi=120)
+
+
+def draw_curve(rows, path):
+    """AUROC against the number of labels, one panel per dataset."""
+    sets = [d for d in dict.fromkeys(r['data'] for r in rows) if len({r['labels'] for r in rows if r['data'] == d}) > 1]
+    if not sets:
+        return
+    fig, axes = figure(1, len(sets), figsize=(5.5 * len(sets), 4), layout='constrained', squeeze=False)
+    for ax, data in zip(axes[0], sets):
+        for arm, color in (('from scratch', 'C7'), ('random encoder', 'C1'), ('pretrained', 'C0')):
+            mine = list({r['labels']: r for r in rows if r['data'] == data and r['arm'] == arm}.values())
+            x = [list(dict.fromkeys(r['labels'] for r in rows if r['data'] == data)).index(r['labels']) for r in mine]
+            y = np.array([[r['mean'], r['low'], r['high']] for r in mine])
+            if len(y):
+                ax.errorbar(x, y[:, 0], np.abs(y[:, 1:] - y[:, :1]).T, fmt='o-', capsize=3, color=color, label=arm)
+        ticks = list(dict.fromkeys(str(r['labels']) for r in rows if r['data'] == data))
+        ax.set_xticks(range(len(ticks)), ticks)
+        ax.set(xlabel='labelled records', ylabel='macro AUROC', title=f'{data}, {rows[0]["mode"] if arm != "from scratch" else ""} probe'.strip())
+        ax.legend()
+    fig.savefig(path, dpi=120)
+
+
+def open_run(path):
+    """The checkpoint of a run folder, with its path and hash. Prints what was loaded."""
+    file = Path(path) / 'ckpt.pt'
+    try:
+        c = load(file)
+    except ValueError as e:
+        raise Stop(str(e))
+    c |= dict(path=str(path), hash=hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest(), patients=set(c['patients']))
+    encoder = load_encoder(c)
+    print(f'{file}: the {c["objective"]} student after {c["step"]:,} steps on {c["data"]}, seed {c["seed"]}, '
+          f'{sum(p.numel() for p in encoder.parameters()):,} parameters in {len(c["encoder"])} tensors, all matched')
+    return c
+
+
+def labels(text):
+    """--labels: all, a fraction up to 1, or a number of records."""
+    if text == 'all':
+        return text
+    value = float(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError('must be positive')
+    return int(value) if value > 1 else value
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('runs', nargs='*', help='run folders (default: the newest in out/)')
+    p.add_argument('--data', nargs='+', default=['synthetic', 'sample'], help='prepared datasets')
+    p.add_argument('--task', help='label set to predict (default: the first of findings, super, snomed, dx2020, label)')
+    p.add_argument('--mode', choices=['linear', 'frozen', 'finetune', 'scratch'], default='linear')
+    p.add_argument('--labels', nargs='+', type=labels, help='numbers of labelled records, or fractions up to 1 '
+                   '(default: 100 300 1000 all on synthetic data, else all)')
+    p.add_argument('--draws', type=int, default=3, help='draws of few labels')
+    p.add_argument('--epochs', type=int, default=5, help='of frozen and finetune; scratch takes twice as many')
+    p.add_argument('--scratch', action='store_true', help='train from scratch on every dataset, not on synthetic data alone')
+    p.add_argument('--device')
+    p.add_argument('--list', action='store_true', help='show prepared datasets and their tasks')
+    a = p.parse_args(argv)
+    if a.list:
+        for meta in sorted(Path('datasets').glob('[!.]*/meta.json')):
+            m = json.loads(meta.read_text())
+            print(f'{meta.parent.name}: {m["records"]:,} records; ' + ', '.join(f'{t} ({len(c)})' for t, c in m['tasks'].items()))
+        return
+    found = sorted(Path('out').glob('*/ckpt.pt'), key=lambda f: f.stat().st_mtime)
+    if not a.runs and not found:
+        raise Stop('no run in out/: pretrain one with python train.py')
+    if a.draws < 1 or a.epochs < 1:
+        raise Stop('--draws and --epochs must be 1 or more')
+    runs = [open_run(r) for r in a.runs or [found[-1].parent]]
+    out, rows, device = Path(runs[0]['path']), [], pick_device(a.device)
+    for data in a.data:
+        made = data.startswith('synthetic')
+        counts = a.labels or ([100, 300, 1000, 'all'] if made and a.mode == 'linear' else ['all'])
+        rows += evaluate_task(runs, data, a.task, a.mode, counts, a.draws, a.epochs, a.scratch or made, out, device)
+    with open(out / f'results_{a.mode}.csv', 'w', newline='') as f:
+        writer = csv.DictWriter(f, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    draw_curve(rows, out / 'labels.png')
+    print(f'\ntables and figures are in {out}/: {", ".join(sorted(f.name for f in out.glob("*.png")))}, results_{a.mode}.csv, results_*.json')
+
+
+if __name__ == '__main__':
+    main()
