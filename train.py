@@ -97,7 +97,8 @@ def online_probe(encoder, ds, samples, device):
         return math.nan
     rows, X = np.concatenate([train, val]), np.zeros((len(ds), encoder.config.dim))
     X[rows] = embed(encoder, ds, rows, samples, device, 'probe', first=True)
-    scores = linear_probe(X, y, train[:480], train[480:], val)
+    cut = len(train) * 4 // 5
+    scores = linear_probe(X, y, train[:cut], train[cut:], val)
     table = auroc(scores, y[val])
     return float(macro(table)[0]) if np.isfinite(table).any() else math.nan
 

@@ -1,0 +1,91 @@
+"""The pretraining loop: exact resume after a kill, refusals, benchmark."""
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from models import load
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = '--steps 30 --batch 8 --layers 1 --log-every 5 --save-every 10 --probe-every 15 --seed 3'.split()
+
+
+def start(*flags):
+    return subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def rows(path):
+    return [{k: v for k, v in r.items() if k not in ('seconds', 'crops_per_second')} for r in csv.DictReader(open(path))]
+
+
+def test_killed_and_resumed_is_bitwise_the_same(here):
+    whole = start(*SHORT, '--out', 'out/whole')
+    assert whole.wait() == 0, whole.stdout.read()
+    killed, checkpoint = start(*SHORT, '--out', 'out/killed'), here / 'out/killed/ckpt.pt'
+    while not (checkpoint.exists() and load(checkpoint)['step'] >= 10):
+        assert killed.poll() is None, killed.stdout.read()
+        time.sleep(.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert load(checkpoint)['step'] < 30
+    again = start('--resume', '--out', 'out/killed')
+    assert again.wait() == 0, again.stdout.read()
+    a, b = load(here / 'out/whole/ckpt.pt'), load(checkpoint)
+    assert a['step'] == b['step'] == 30 and a['state'].keys() == b['state'].keys()
+    assert all(torch.equal(a['state'][k], b['state'][k]) for k in a['state'])
+    assert rows(here / 'out/whole/log.csv') == rows(here / 'out/killed/log.csv')
+    assert (here / 'out/killed/loss.png').exists()
+
+
+def test_loss_falls(here):
+    train.main('--steps 60 --batch 16 --layers 1 --probe-every 0 --out out/falls'.split())
+    losses = [float(r['loss']) for r in rows(here / 'out/falls/log.csv')]
+    assert losses[-1] < 4.7                                      # below chance, ln 129 = 4.86
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_state(here):
+    with pytest.raises(SystemExit, match='the loss is .* at step .*lower --lr'):
+        train.main('--steps 20 --batch 4 --layers 1 --lr 1e30 --clip 1e30 --probe-every 0 --out out/blown'.split())
+    state = load(here / 'out/blown/ckpt.pt')['state']
+    assert all(t.isfinite().all() for t in state.values()) and (here / 'out/blown/bad_batch.pt').exists()
+
+
+def test_existing_folder_is_not_overwritten(here):
+    train.main('--steps 1 --batch 4 --layers 1 --probe-every 0 --out out/mine'.split())
+    before = (here / 'out/mine/ckpt.pt').read_bytes()
+    with pytest.raises(SystemExit, match='exists: add --resume'):
+        train.main('--steps 1 --out out/mine'.split())
+    with pytest.raises(SystemExit, match='was started with --size tiny'):
+        train.main('--size base --resume --out out/mine'.split())
+    assert (here / 'out/mine/ckpt.pt').read_bytes() == before
+    train.main('--steps 2 --batch 4 --layers 1 --probe-every 0 --out out/mine --force'.split())
+    assert load(here / 'out/mine/ckpt.pt')['step'] == 2
+
+
+@pytest.mark.parametrize('flags, why', [
+    ('--data nowhere', "no dataset 'nowhere'"), ('--steps 0', 'must be 1 or more'), ('--window 11', 'lasts 11.0 s'),
+    ('--resume --out out/nothing', 'nothing to resume')])
+def test_bad_requests_stop_before_anything_is_written(here, flags, why):
+    before = sorted((here / 'out').glob('*')) if (here / 'out').exists() else []
+    with pytest.raises(SystemExit, match=why):
+        train.main(flags.split())
+    assert before == (sorted((here / 'out').glob('*')) if (here / 'out').exists() else [])
+
+
+def test_checkpoint_says_what_it_is(here):
+    train.main('--steps 1 --batch 4 --layers 1 --probe-every 0 --data sample,synthetic --out out/both'.split())
+    c = load(here / 'out/both/ckpt.pt')
+    assert c['objective'] == 'cpc' and c['config']['causal'] and c['contract']['fs'] == 240 and c['contract']['window'] == 2.5
+    assert any(p.startswith('ptbxl/') for p in c['patients']) and any(p.startswith('synthetic0/') for p in c['patients'])
+
+
+def test_benchmark_prints_the_ratio(here, capsys):
+    train.main('--benchmark --batch 2 --layers 1'.split())
+    assert 'times that' in capsys.readouterr().out
