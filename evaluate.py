@@ -66,29 +66,30 @@ def macro(table):
 
 
 def interval(points, boot):
-    """95 % interval of the mean over runs. points: macro value per pretraining seed (S,), or per label draw (S, draws);
-    boot (R,): bootstrap of the mean over runs, resampling patients.
+    """95 % interval of the mean over runs. points (S, draws): macro value per seed and label draw; boot (R,): bootstrap of their
+    mean, resampling patients.
 
-    Two independent sources of variance add in squares: the patients (bootstrap percentiles) and, where there is more than one, the
-    runs (Student t over the topmost level that repeats: seeds, else label draws). Returns (mean, low, high)."""
-    points = np.asarray(points, float)
-    mean = points.mean()
-    if points.ndim == 2:
-        points = points.mean(1) if len(points) > 1 else points[0]
-    runs = scipy.stats.t.ppf(.975, len(points) - 1) * points.std(ddof=1) / len(points) ** .5 if len(points) > 1 else 0.
+    Independent sources of variance add in squares: the patients (bootstrap percentiles), the seeds and the label draws (Student t
+    over the means of each, where there is more than one). Returns (mean, low, high)."""
+    mean, squares = points.mean(), 0.
+    for means in (points.mean(1), points.mean(0)):
+        if len(means) > 1:
+            squares += (scipy.stats.t.ppf(.975, len(means) - 1) * means.std(ddof=1)) ** 2 / len(means)
     low, high = np.percentile(boot, [2.5, 97.5])
-    return mean, mean - np.hypot(mean - low, runs), mean + np.hypot(high - mean, runs)
+    return mean, mean - np.hypot(mean - low, squares ** .5), mean + np.hypot(high - mean, squares ** .5)
 
 
 class Score:
-    """Test predictions of several runs on the same records, as macro AUROC. scores: list over seeds of lists over label draws of
-    (n, K). point (S, draws), boot (R,) share their resamples with every Score on the same records, so differences are paired."""
+    """Test predictions on the same records, as macro AUROC. scores: list over seeds of lists over label draws of (n, K). Every Score
+    of the same records shares their resamples, and draw d is the same labelled records for every seed, so differences are paired."""
 
     def __init__(self, scores, y, patient, group):
         weight = resample_patients(patient)
-        self.point = np.array([[macro(auroc(s, y, group))[0] for s in draws] for draws in scores])
-        self.boot = np.mean([macro(auroc(s, y, group, weight)) for draws in scores for s in draws], 0)
-        self.per_class = np.mean([auroc(s, y, group)[0] for draws in scores for s in draws], 0)
+        tables = [[auroc(s, y, group)[0] for s in draws] for draws in scores]
+        self.point = np.array([[macro(t[None])[0] for t in draws] for draws in tables])      # (S, draws)
+        self.boot = np.mean([np.concatenate([macro(auroc(s, y, group, w)) for w in np.array_split(weight, 10)])   # a tenth of the memory
+                             for draws in scores for s in draws], 0)                         # (R,)
+        self.per_class = np.mean([t for draws in tables for t in draws], 0)
 
     def interval(self):
         return interval(self.point, self.boot)
@@ -103,6 +104,7 @@ class Score:
 @torch.no_grad()
 def per_record(encode, ds, rows, samples, device, name='predicting', first=False):
     """Mean over each record's consecutive crops of encode(batch) (B, K): (len(rows), K). first: its first crop only."""
+    assert len(set(rows)) == len(rows), 'a record is asked for twice'
     owner, start = (rows, np.zeros(len(rows), int)) if first else ds.crops(rows, samples)
     out = []
     for i in tqdm(range(0, len(owner), 128), desc=name, leave=False, disable=None):
@@ -152,22 +154,20 @@ def logistic(X, Y, l2):
 
 
 def linear_probe(X, Y, train, val, test):
-    """Linear probe on embeddings X (n, D): standardised on the labelled records, L2 chosen by BCE on `val`, refitted on train and
-    val together. Returns scores (len(test), K)."""
-    def standard(rows):
-        return X[rows].mean(0), X[rows].std(0) + 1e-6
+    """Linear probe on embeddings X (n, D): standardised on the labelled records, L2 chosen by macro AUROC on `val` (by BCE where
+    no class has both labels there), refitted on train and val together. Returns scores (len(test), K)."""
+    def fitted(rows, l2):
+        mean, std = X[rows].mean(0), X[rows].std(0) + 1e-6
+        w = logistic((X[rows] - mean) / std, Y[rows], l2)
+        return lambda rows: (X[rows] - mean) / std @ w[:-1] + w[-1]
 
-    best, (mean, std) = (np.inf, None), standard(train)
-    known = np.isfinite(Y[val])
-    for l2 in L2:
-        w = logistic((X[train] - mean) / std, Y[train], l2)
-        z = (X[val] - mean) / std @ w[:-1] + w[-1]
-        bce = (np.logaddexp(0, z) - np.where(known, Y[val], 0) * z)[known].mean()
-        best = min(best, (bce, l2))
-    both = np.concatenate([train, val])
-    mean, std = standard(both)
-    w = logistic((X[both] - mean) / std, Y[both], best[1])
-    return (X[test] - mean) / std @ w[:-1] + w[-1]
+    known, best = np.isfinite(Y[val]), (-np.inf, None)
+    for l2 in L2:                                                # from strong to weak: of equals the strongest
+        z = fitted(train, l2)(val)
+        table = auroc(z, Y[val])
+        value = macro(table)[0] if np.isfinite(table).any() else -(np.logaddexp(0, z) - np.where(known, Y[val], 0) * z)[known].mean()
+        best = max(best, (value, l2), key=lambda b: b[0])
+    return fitted(np.concatenate([train, val]), best[1])(test)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,29 +226,27 @@ def plans(ds, rows, seen):
     """(train, val, test) row numbers of each probe to fit, and whether they are folds of a cross-validation: small datasets
     (under 2,000 records) predict every record once, larger ones their last fold. Test folds with patients in `seen` (those the
     encoder was pretrained on) are left out."""
-    folds = np.unique(ds.fold)
-    small = len(rows) < 2000
-    if not small:
-        result = [[r[np.isin(r, rows)] for r in ds.split()]]
-    else:
-        which = lambda f: rows[ds.fold[rows] == f]
-        result = []
-        for i, f in enumerate(folds):
-            val = folds[i - 1]
-            result.append([rows[(ds.fold[rows] != f) & (ds.fold[rows] != val)], which(val), which(f)])
+    folds, small = np.unique(ds.fold[rows]), len(rows) < 2000
+    if len(folds) < 3:
+        raise Stop(f'{ds.name}: labelled records in {len(folds)} folds; three are needed for train, validation and test')
+    if {name.split('/')[0] for name in [*seen, *ds.id]} >= {'ptb-xl', 'ptbxl'}:
+        raise Stop('the Challenge cohort ptb-xl is PTB-XL under other names: pretrain on one of them and test on something else')
+    which = lambda f: rows[ds.fold[rows] == f]
+    result = [[rows[(ds.fold[rows] != f) & (ds.fold[rows] != folds[i - 1])], which(folds[i - 1]), which(f)] for i, f in enumerate(folds)]
+    result = result if small else result[-1:]
     clean = [p for p in result if not seen & set(ds.patient[p[2]])]
+    if not clean:
+        raise Stop(f'{ds.name}: the encoder was pretrained on patients of every test fold: take other data, or pretrain on its training folds')
     if len(clean) < len(result):
         print(f'  {len(result) - len(clean)} of {len(result)} test folds hold patients seen in pretraining and are left out')
-    if not clean or min(len(part) for p in clean for part in p) == 0:
-        raise Stop(f'{ds.name}: no fold is left to test on: the encoder was pretrained on its patients, or folds are empty')
     return clean, small
 
 
-def draw_labels(train, val, count, seed, draw):
+def draw_labels(train, val, count, draw):
     """`count` labelled records out of train and val, a fifth of them to choose L2 or the epoch on; 'all' keeps the folds."""
     if count == 'all':
         return train, val
-    rows = np.random.default_rng([seed, draw, count]).permutation(np.concatenate([train, val]))[:count]
+    rows = np.random.default_rng([draw, count]).permutation(np.concatenate([train, val]))[:count]
     return rows[count // 5:], rows[:count // 5]
 
 
@@ -258,6 +256,8 @@ class Task:
     def __init__(self, data, name, runs, device):
         self.ds, self.device = Dataset(data), device
         self.name = name or next((t for t in ('findings', 'super', 'snomed', 'dx2020', 'label') if t in self.ds.tasks), None)
+        if self.name is None:
+            raise Stop(f'{data} has no labels to predict: prepare it with labels, or name another set with --data')
         self.columns = self.ds.columns(self.name)
         contract = Contract.read(runs[0]['contract'])
         for r in runs:
@@ -278,6 +278,8 @@ class Task:
         if not self.columns:
             raise Stop(f'{data}, task {self.name}: no class has both labels among the {len(self.test)} test records')
         self.y, self.patient = y[:, scored], self.ds.patient[self.test]
+        same = np.array_equal(self.patient, self.ds.id[self.test])
+        self.patients = None if same else len(set(self.patient))                             # None: the source names no patients
         self.available = min(len(p[0]) + len(p[1]) for p in self.plans)
         self.embeddings = {}
 
@@ -298,7 +300,7 @@ class Task:
         """Test scores (n, K) of one encoder under one draw of labels."""
         out = []
         for train, val, test in self.plans:
-            train, val = draw_labels(train, val, count, seed, draw)
+            train, val = draw_labels(train, val, count, draw)
             if mode == 'linear':
                 out.append(linear_probe(self.embedding(encoder, name), self.y, train, val, test))
             else:
@@ -306,60 +308,80 @@ class Task:
         return np.concatenate(out)
 
     def score(self, encoders, mode, count, draws, epochs, name):
-        """Score over all encoders (one per pretraining seed) and label draws; each seed has draws of its own."""
+        """Score over all encoders (one per seed) and label draws, the same for each."""
         draws = 1 if count == 'all' else draws
         return Score([[self.scores(e, mode, count, seed, d, epochs, name) for d in range(draws)] for seed, e in enumerate(encoders)],
                      self.y[self.test], self.patient, self.group)
 
 
-def random_encoders(runs, ds, samples):
-    """For each run a fresh encoder of the same shape whose BatchNorm has seen eight batches of the dataset's training records."""
+def random_encoders(runs, count, ds, samples):
+    """`count` fresh encoders of the runs' shape whose BatchNorm has seen eight batches: of the training records that the runs were
+    pretrained on where they are prepared, else of this dataset's."""
+    if all(Path('datasets', name).is_dir() for name in runs[0]['data'].split(',')):
+        ds = Dataset(runs[0]['data'])
     rows = ds.split()[0]
-    rows = rows[ds.length[rows] >= samples]
-    out = []
-    for r in runs:
-        torch.manual_seed(10_000 + r['seed'])
-        out.append(see_data(Encoder(Config(**r['config'])), (ds.batch(rows, samples, min(64, len(rows)), r['seed'], s) for s in range(8))))
+    rows, out = rows[ds.length[rows] >= samples], []
+    for i in range(count):
+        torch.manual_seed(10_000 + i)
+        out.append(see_data(Encoder(Config(**runs[0]['config'])), (ds.batch(rows, samples, min(64, len(rows)), i, s) for s in range(8))))
     return out
 
 
 def evaluate_task(runs, data, task, mode, counts, draws, epochs, scratch, out, device):
-    """All arms on one dataset and task: prints the table, writes JSON and CSV files and figures to `out`, returns rows."""
+    """All arms on one dataset and task: prints the table, writes JSON files and figures, returns the rows of the CSV file. With one
+    run the random encoder is still averaged over three seeds where that is cheap, since its variance is large."""
     began, t = time.time(), Task(data, task, runs, device)
-    pretrained, random = [load_encoder(r) for r in runs], random_encoders(runs, t.ds, t.samples)
-    head = (f'{data}, task {t.name}: {len(t.test):,} test records of {len(set(t.patient)):,} patients, {len(t.columns)} classes'
-            + (f' ({len(t.unscored)} without both labels: {", ".join(t.unscored[:6])}{" ..." if len(t.unscored) > 6 else ""})' if t.unscored else '')
-            + (f'; {len(t.plans)} folds, each record predicted by a probe that never saw its patient, pairs counted within folds' if t.folded else ''))
-    print(f'\n{head}\n{"labels":>8s}  {"arm":22s} macro AUROC  95 % interval    minus random')
-    rows = []
+    pretrained = [load_encoder(r) for r in runs]
+    random = random_encoders(runs, 3 if len(runs) == 1 and mode == 'linear' else len(runs), t.ds, t.samples)
+    print(f'\n{data}, task {t.name}: {len(t.test):,} test records of {t.patients or "unknown"} patients, {len(t.columns)} classes'
+          + (f' ({len(t.unscored)} without both labels: {", ".join(t.unscored[:6])}{" ..." if len(t.unscored) > 6 else ""})' if t.unscored else '')
+          + (f'; {len(t.plans)} folds, each record predicted by a probe that never saw its patient, pairs counted within folds' if t.folded else ''))
+    print(f'{"labels":>8s}  {"arm":22s} macro AUROC  95 % interval    minus random')
     counts = [int(c * t.available) if isinstance(c, float) and c < 1 else 'all' if c == 1 else c for c in counts]
-    for count in [c for c in counts if c == 'all' or 10 <= c <= t.available]:
-        arms = {'random encoder': t.score(random, mode, count, draws, epochs, 'random encoder'),
-                'pretrained': t.score(pretrained, mode, count, draws, epochs, 'pretrained')}
-        if count == 'all' and (scratch or mode == 'finetune'):
+    rows, extra = [], dict(epochs='' if mode == 'linear' else epochs, draws=draws)
+    for count in counts:
+        if count != 'all' and not 10 <= count <= t.available:
+            print(f'{str(count):>8s}  left out: between 10 and {t.available:,} labelled records can be drawn')
+            continue
+        arms = {}
+        if count == 'all' and (scratch or mode in ('finetune', 'scratch')):
             torch.manual_seed(0)
-            fresh = [Encoder(Config(**r['config'])) for r in runs]
-            arms = {'from scratch': t.score(fresh, 'scratch', count, draws, 2 * epochs, 'scratch'), **arms}
+            arms['from scratch'] = t.score([Encoder(Config(**r['config'])) for r in runs], 'scratch', count, draws, 2 * epochs, 'scratch')
+        if mode != 'scratch':
+            arms['random encoder'] = t.score(random, mode, count, draws, epochs, 'random encoder')
+            arms['pretrained'] = t.score(pretrained, mode, count, draws, epochs, 'pretrained')
         for arm, score in arms.items():
-            mean, low, high = score.interval()
-            difference = score.minus(arms['random encoder']) if arm != 'random encoder' else None
-            text = '' if difference is None else '{:+.3f} [{:+.3f}, {:+.3f}]{}'.format(*difference, ' *' if difference[1] > 0 or difference[2] < 0 else '')
-            print(f'{str(count):>8s}  {arm:22s} {mean:.3f}        [{low:.3f}, {high:.3f}]   {text}')
-            for r, points in zip(runs, score.point):
-                rows.append(dict(data=data, task=t.name, arm=arm, mode='scratch' if arm == 'from scratch' else mode, labels=count, seed=r['seed'],
-                                 run=r['path'], auroc=points.mean(), mean=mean, low=low, high=high, n=len(t.test), classes=len(t.columns),
-                                 **dict(zip(('difference', 'difference_low', 'difference_high'), difference or ('', '', '')))))
-            if arm == 'pretrained':
-                for i, r in enumerate(runs):
-                    result = dict(command=' '.join(sys.argv), checkpoint=r['hash'], contract=r['contract'], seed=r['seed'], n=len(t.test),
-                                  patients=len(set(t.patient)), classes=[t.ds.label_names[c] for c in t.columns], left_out=t.unscored,
-                                  metric='macro AUROC', point=float(score.point[i].mean()), mean_over_runs=mean, low=low, high=high,
-                                  minus_random=difference, per_class=dict(zip([t.ds.label_names[c] for c in t.columns], score.per_class)))
-                    (Path(r['path']) / f'results_{data.replace(",", "+")}_{t.name}_{mode}_{count}_{r["seed"]}.json').write_text(json.dumps(result, indent=1))
-    if mode == 'linear':
-        path = out / f'pca_{data.replace(",", "+")}.png'
-        draw_pca([('random encoder', t.embedding(random[0], '')), ('pretrained', t.embedding(pretrained[0], ''))], t, path)
-    print(f'  * the interval of the paired difference excludes 0; {time.time() - began:.0f} s')
+            how = dict(mode='scratch', epochs=2 * epochs) if arm == 'from scratch' else dict(mode=mode)
+            rows += report(runs, t, arm, {**extra, **how, 'labels': count}, score, arms.get('random encoder'))
+    if mode == 'linear' and rows:
+        draw_pca([('random encoder', t.embedding(random[0], '')), ('pretrained', t.embedding(pretrained[0], ''))], t,
+                 out / f'pca_{t.ds.name.replace(",", "+")}.png')
+    print('  * the interval of the paired difference excludes 0' if len(runs) > 1 else
+          '  one pretraining seed: its variance is not in these intervals; give several runs to have it in them')
+    print(f'  {time.time() - began:.0f} s')
+    return rows
+
+
+def report(runs, t, arm, how, score, random):
+    """Print one line of the table and write one JSON file per run (none for the random encoder); returns rows for the CSV file."""
+    mean, low, high = score.interval()
+    difference = score.minus(random) if random and score is not random else None
+    text = ''
+    if difference:
+        text = '{:+.3f} [{:+.3f}, {:+.3f}]'.format(*difference) + (' *' if len(runs) > 1 and difference[1] * difference[2] > 0 else '')
+    note = f' ({how["epochs"]} epochs)' if how['epochs'] else ''
+    print(f'{str(how["labels"]):>8s}  {arm + note:22s} {mean:.3f}        [{low:.3f}, {high:.3f}]   {text}')
+    names, rows = [t.ds.label_names[c] for c in t.columns], []
+    common = dict(data=t.ds.name, task=t.name, arm=arm, **how, n=len(t.test), patients=t.patients, metric='macro AUROC', mean=mean, low=low,
+                  high=high, minus_random=difference, runs=len(runs))
+    for i, points in enumerate(score.point):
+        seed = i if score is random else runs[i]['seed']
+        rows.append({**common, 'minus_random': ' '.join(f'{v:.4f}' for v in difference or ()), 'classes': len(names), 'seed': seed, 'point': points.mean()})
+        if score is not random:
+            result = dict(command=' '.join(sys.argv), checkpoint=runs[i]['hash'], contract=runs[i]['contract'], seed=seed, point=float(points.mean()),
+                          **common, classes=names, left_out=t.unscored, per_class=dict(zip(names, score.per_class)))
+            file = f'results_{t.ds.name.replace(",", "+")}_{t.name}_{how["mode"]}_{how["labels"]}_{seed}.json'
+            (Path(runs[i]['path']) / file).write_text(json.dumps(result, indent=1))
     return rows
 
 
@@ -395,7 +417,7 @@ def draw_curve(rows, path):
                 ax.errorbar(x, y[:, 0], np.abs(y[:, 1:] - y[:, :1]).T, fmt='o-', capsize=3, color=color, label=arm)
         ticks = list(dict.fromkeys(str(r['labels']) for r in rows if r['data'] == data))
         ax.set_xticks(range(len(ticks)), ticks)
-        ax.set(xlabel='labelled records', ylabel='macro AUROC', title=f'{data}, {rows[0]["mode"] if arm != "from scratch" else ""} probe'.strip())
+        ax.set(xlabel='labelled records', ylabel='macro AUROC', title=f'{data}, {rows[-1]["mode"]}')
         ax.legend()
     fig.savefig(path, dpi=120)
 
@@ -407,8 +429,11 @@ def open_run(path):
         c = load(file)
     except ValueError as e:
         raise Stop(str(e))
-    c |= dict(path=str(path), hash=hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest(), patients=set(c['patients']))
-    encoder = load_encoder(c)
+    try:
+        c |= dict(path=str(path), hash=hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest(), patients=set(c['patients']))
+        encoder = load_encoder(c)
+    except (RuntimeError, KeyError, TypeError) as e:
+        raise Stop(f'{file} is no checkpoint of train.py, or of another version of it: {" ".join(str(e).split())[:200]}')
     print(f'{file}: the {c["objective"]} student after {c["step"]:,} steps on {c["data"]}, seed {c["seed"]}, '
           f'{sum(p.numel() for p in encoder.parameters()):,} parameters in {len(c["encoder"])} tensors, all matched')
     return c
@@ -449,11 +474,16 @@ def main(argv=None):
     if a.draws < 1 or a.epochs < 1:
         raise Stop('--draws and --epochs must be 1 or more')
     runs = [open_run(r) for r in a.runs or [found[-1].parent]]
+    kinds = {(r['objective'], r['data'], r['step'], r['contract']['window'], str(r['config'])) for r in runs}
+    if len(kinds) > 1 or len({r['seed'] for r in runs}) < len(runs):
+        raise Stop('several runs are averaged, so they must be alike but for their seeds: evaluate unlike ones one by one')
     out, rows, device = Path(runs[0]['path']), [], pick_device(a.device)
     for data in a.data:
         made = data.startswith('synthetic')
         counts = a.labels or ([100, 300, 1000, 'all'] if made and a.mode == 'linear' else ['all'])
         rows += evaluate_task(runs, data, a.task, a.mode, counts, a.draws, a.epochs, a.scratch or made, out, device)
+    if not rows:
+        raise Stop('nothing was scored')
     with open(out / f'results_{a.mode}.csv', 'w', newline='') as f:
         writer = csv.DictWriter(f, rows[0].keys())
         writer.writeheader()

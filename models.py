@@ -49,7 +49,7 @@ def discretise(log_dt, state):
 
 
 def convolve(u, k):
-    """Long convolution by FFT, at the precision of k whatever autocast says. u and result (H, B, L).
+    """Long convolution by FFT. u and result (H, B, L).
 
     k (1, H, L): y_t = sum_j k[0]_j u_{t-j}, which never looks ahead;
     k (2, H, L): plus sum_j k[1]_j u_{t+1+j}, the same looking back from the future, shifted by one so that lag 0 counts once.
@@ -58,9 +58,8 @@ def convolve(u, k):
     kernel = F.pad(k[0], (0, L))                                 # (H, 2L): room for what would wrap around
     if len(k) == 2:
         kernel = kernel + F.pad(k[1].flip(1), (L, 0))
-    with torch.autocast(u.device.type, enabled=False):
-        spectrum = torch.fft.rfft(u.to(k.dtype), n=2 * L) * torch.fft.rfft(kernel)[:, None]
-        return torch.fft.irfft(spectrum, n=2 * L)[..., :L]
+    spectrum = torch.fft.rfft(u, n=2 * L) * torch.fft.rfft(kernel)[:, None]
+    return torch.fft.irfft(spectrum, n=2 * L)[..., :L]
 
 
 CHUNK = 25
@@ -140,14 +139,16 @@ class S4(nn.Module):
         return torch.einsum('chn,hnl->chl', self.C, *self.dynamics(self.basis, L))
 
     def mix(self, u):
-        """k * u, by the faster way for the device; u and result (H, B, L)."""
-        if u.device.type != 'cpu':
-            return convolve(u, self.kernel(u.shape[2]))
-        parts = self.dynamics(self.chunk_parts)
-        y = convolve_chunks(u, self.C[0], parts)
-        if len(self.C) == 2:
-            y = y + F.pad(convolve_chunks(u.flip(2), self.C[1], parts).flip(2)[..., 1:], (0, 1))
-        return y
+        """k * u, by the faster way for the device and at the precision of C, whatever autocast says; u and result (H, B, L)."""
+        with torch.autocast(u.device.type, enabled=False):
+            u = u.to(self.C)
+            if u.device.type != 'cpu':
+                return convolve(u, self.kernel(u.shape[2]))
+            parts = self.dynamics(self.chunk_parts)
+            y = convolve_chunks(u, self.C[0], parts)
+            if len(self.C) == 2:
+                y = y + F.pad(convolve_chunks(u.flip(2), self.C[1], parts).flip(2)[..., 1:], (0, 1))
+            return y
 
     def forward(self, u):
         u = u.permute(2, 0, 1).contiguous()                      # (H, B, L)
@@ -262,8 +263,14 @@ class AttentionPool(nn.Module):
 # device, precision, schedule, checkpoints
 
 def pick_device(name=None):
-    """The device asked for, else CUDA where there is one, else the CPU."""
-    return torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    """The device asked for, else CUDA where there is one, else the CPU. Exits with one line where it cannot be had."""
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        device = torch.device(name) if name else device
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise SystemExit(f'device {name} cannot be used here ({str(e).splitlines()[0]}): leave --device out, or take cpu')
+    return device
 
 
 def precision(device):

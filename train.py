@@ -76,6 +76,8 @@ def resume(out, a, parser):
         checkpoint = load(out / 'ckpt.pt')
     except ValueError as e:
         raise Stop(str(e))
+    if 'args' not in checkpoint:
+        raise Stop(f'{out}/ckpt.pt is no checkpoint of train.py: nothing to resume')
     for k, v in checkpoint['args'].items():
         if getattr(a, k) not in (v, parser.get_default(k)):
             raise Stop(f'{out} was started with --{k.replace("_", "-")} {v}: --resume goes on as begun, leave the flag out')
@@ -86,11 +88,9 @@ def resume(out, a, parser):
 def online_probe(encoder, ds, samples, device):
     """Macro AUROC of a linear probe fitted on up to 600 training records and scored on up to 300 validation records, first crops.
     A rough gauge of progress; NaN where there are no labels."""
-    task = next((t for t in ds.tasks if t not in ('target', 'tail')), None)
-    if task is None:
-        return math.nan
-    y = np.array(ds.labels[:, ds.tasks[task]])
-    usable = np.flatnonzero((ds.length >= samples) & np.isfinite(y).all(1))
+    y = np.array(ds.labels[:, next((c for t, c in ds.tasks.items() if t != 'tail'), [])])
+    y = y[:, np.isin(y, (0, 1)).any(0) & (np.isin(y, (0, 1)) | np.isnan(y)).all(0)]          # yes/no labels only
+    usable = np.flatnonzero((ds.length >= samples) & np.isfinite(y).any(1))
     train, val, _ = (r[np.isin(r, usable)] for r in ds.split())
     train, val = train[:600], val[:300]
     if len(train) < 20 or len(val) < 20:
@@ -181,12 +181,12 @@ def train(a, out, checkpoint=None):
         # one step
         with precision(device):
             loss, logs = objective(batch)
-        if not math.isfinite(loss.item()):
-            torch.save(batch, out / 'bad_batch.pt')
-            raise Stop(f'the loss is {loss.item()} at step {step}: the batch is in {out}/bad_batch.pt, the last good state in ckpt.pt; '
-                       f'lower --lr or --clip and start again')
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), a.clip)
+        if not (loss.isfinite() and norm.isfinite()):
+            torch.save(batch, out / 'bad_batch.pt')
+            raise Stop(f'the loss is {loss.item()} and its gradient {norm.item()} at step {step}: the batch is in {out}/bad_batch.pt, '
+                       f'the last good state in ckpt.pt; lower --lr and start again')
         optimiser.step()
         optimiser.zero_grad()
         objective.after_step(step)
@@ -256,10 +256,16 @@ def main(argv=None):
     for name in ('steps', 'batch', 'layers', 'log_every', 'save_every'):
         if getattr(a, name) < 1:
             raise Stop(f'--{name.replace("_", "-")} must be 1 or more')
+    if not (a.seed >= 0 and 0 < a.lr < math.inf and 0 < a.clip and a.weight_decay >= 0 and (a.window is None or .5 <= a.window)):
+        raise Stop('--seed must not be negative, --lr and --clip must be positive, --weight-decay not negative, --window 0.5 s or more')
     if a.benchmark:
         return benchmark(a)
     out = run_folder(a)
-    train(a, out, resume(out, a, parser) if a.resume else None)
+    checkpoint = resume(out, a, parser) if a.resume else None
+    try:
+        train(a, out, checkpoint)
+    except KeyboardInterrupt:
+        raise Stop(f'\nstopped; go on with python train.py --resume --out {out}')
 
 
 if __name__ == '__main__':

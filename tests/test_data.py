@@ -67,6 +67,8 @@ def test_short_gaps_are_interpolated_long_ones_refused():
 
 def broken(**changes):
     x, arguments = ecg(), dict(fs=500, leads=LEADS, unit='mV')
+    if len(changes.get('leads', LEADS)) == 13:
+        x = np.c_[x, x[:, :1]]
     if 'flat' in changes:
         x[:, 3:6] = .5
     if 'huge' in changes:
@@ -77,7 +79,8 @@ def broken(**changes):
 
 
 @pytest.mark.parametrize('changes, why', [
-    (dict(leads=LEADS[:11] + ('X',)), 'missing lead'), (dict(unit='furlong'), 'unknown unit'), (dict(unit=None), 'unknown unit'),
+    (dict(leads=LEADS[:11] + ('X',)), 'missing lead'), (dict(leads=LEADS[:11] + ('v1',)), 'missing lead'),
+    (dict(leads=LEADS + ('ii',)), 'lead named twice'), (dict(unit='furlong'), 'unknown unit'), (dict(unit=None), 'unknown unit'),
     (dict(fs=0), 'absurd fs'), (dict(fs=1e6), 'absurd fs'), (dict(fs=float('nan')), 'absurd fs'), (dict(flat=1), 'flat leads'),
     (dict(huge=1), 'wrong gain or unit'), (dict(short=1), 'shorter than a window')])
 def test_defects_of_a_signal(changes, why):
@@ -179,10 +182,27 @@ def test_challenge_reads_codes_and_names(tmp_path, monkeypatch, capsys):
     assert named == {'georgia/E00001': {'snomed/426783006', 'snomed/164889003'}, 'cpsc_2018/A0002': {'dx2020/RBBB', 'dx2020/I-AVB'},
                      'cpsc_2018/A0003': {'snomed/999999999'}}
     assert np.isnan(ds.age[0]) and set(ds.tasks) == {'snomed', 'dx2020'}
+    for i, row in zip(ds.id, ds.labels):                         # a record coded in one scheme knows nothing in the other
+        other = 'dx2020' if i in ('georgia/E00001', 'cpsc_2018/A0003') else 'snomed'
+        assert [n for n, v in zip(ds.label_names, row) if np.isnan(v)] == [n for n in ds.label_names if n.startswith(other)]
     data.main(['challenge', '--root', str(tmp_path), '--workers', '1', '--out', 'g', '--cohort', 'georgia'])
     assert len(Dataset('g')) == 1
     with pytest.raises(SystemExit, match='no cohort nowhere.*there: cpsc_2018, georgia'):
         data.main(['challenge', '--root', str(tmp_path), '--cohort', 'nowhere'])
+
+
+def test_download_asks_physionet_for_the_right_files(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(wfdb, 'dl_files', lambda db, root, files: asked.append((db, files)))
+    monkeypatch.setattr(wfdb, 'get_record_list', lambda db: ['training/georgia/g1/', 'training/ptb/g1/'])
+    monkeypatch.setattr(wfdb, 'dl_database', lambda db, root, records, annotators: asked.append((db, records)))
+    root = copy_ptbxl(tmp_path / 'p', [{}])
+    data.download('ptbxl', root, 500)
+    assert asked[1] == ('ptb-xl', ['records500/00000/00001_hr.hea', 'records500/00000/00001_hr.dat'])
+    data.download('challenge', tmp_path / 'new', cohorts=['georgia'])
+    assert asked[2] == ('challenge-2021', ['training/georgia/g1/']) and (tmp_path / 'new').is_dir()
+    with pytest.raises(Stop, match='no cohort atlantis'):
+        data.download('challenge', tmp_path, cohorts=['atlantis'])
 
 
 # --- PTB-XL
@@ -265,7 +285,18 @@ def test_array_in_both_layouts_with_labels(tmp_path, monkeypatch):
     a, b, rows = Dataset('a'), Dataset('b'), np.arange(3)
     assert torch.equal(a.crop(rows, rows * 0, 960), b.crop(rows, rows * 0, 960))
     assert a.label_names == ['label/sick', 'label/old'] and np.array_equal(a.labels, [[1, 0], [np.nan, 1], [0, 1]], equal_nan=True)
-    assert a.sex.tolist() == [1, 0, 0] and a.patient.tolist() == ['p0', 'p1', 'p1'] and b.id.tolist() == ['b/0', 'b/1', 'b/2']
+    assert all(f in range(1, 11) for f in a.fold) and a.sex.tolist() == [1, 0, 0] and a.patient.tolist() == ['p0', 'p1', 'p1'] and b.id.tolist() == ['b/0', 'b/1', 'b/2']
+
+
+def test_folds_of_an_array_are_kept_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save('a.npy', np.stack([ecg(4, 250, s) for s in range(3)]))
+    Path('l.csv').write_text('fold,sick\n0,1\n1,0\n2,0\n')
+    data.main('array --root a.npy --fs-in 250 --labels l.csv --out a --workers 1'.split())
+    assert Dataset('a').fold.tolist() == [0, 1, 2] and [r.tolist() for r in Dataset('a').split()] == [[0], [1], [2]]
+    Path('l.csv').write_text('fold,sick\ntrain,1\ntrain,0\ntest,0\n')
+    with pytest.raises(SystemExit, match="fold 'train' is no whole number"):
+        data.main('array --root a.npy --fs-in 250 --labels l.csv --out a --workers 1'.split())
 
 
 @pytest.mark.parametrize('make, why', [
@@ -385,7 +416,8 @@ def test_einthoven_and_goldberger_hold_in_integers(made):
 
 def test_records_depend_on_their_number_alone(here, made):
     a, b = list(data.synthetic(70)), list(data.synthetic(130))
-    assert all(np.array_equal(x.x, y.x) and x.labels == y.labels or np.isnan(list(x.labels.values())).any() for x, y in zip(a, b))
+    for x, y in zip(a, b):
+        assert np.array_equal(x.x, y.x) and np.array_equal(list(x.labels.values()), list(y.labels.values()), equal_nan=True)
     disk = Dataset('synthetic')                                  # on either path: from disk as on the fly
     assert np.array_equal(disk.crop(np.arange(130), np.zeros(130, int), 2400).numpy(), np.stack([r.x.T for r in b]).astype(np.float32) * np.float32(1e-3))
     for index in ([5], [300, 7, 64], range(100)):                # in any company: one quantisation step at the most
@@ -407,7 +439,8 @@ def test_random_numbers_are_uniform_and_finite():
     assert (torch.histc(u, 20, 0, 1) / 50_000 - 1).abs().max() < .02
 
 
-# percent of records with each finding, as the generator was specified
+# percent of records with each finding, as the generator was specified; SARR is left out: its specified 8.4 does not follow from its
+# specified formula, which gives 5 (and 5.2 % of the real sample have it)
 PREVALENCE = {'1dAVb': 5.9, 'RBBB': 4.7, 'IRBBB': 4.2, 'LBBB': 4.5, 'SB': 7.1, 'ST': 4.8, 'AF': 7.1, 'AFL': 2.1, 'PVC': 5.5, 'PAC': 3.5, 'LAFB': 6.2,
               'LVH': 8.0, 'RVH': 1.9, 'IMI': 7.1, 'AMI': 5.8, 'LMI': 2.9, 'STD': 6.6, 'STE': 2.5, 'TINV': 5.6, 'LQT': 5.8, 'LVOLT': 5.0, 'PACE': 2.3, 'WPW': 1.9}
 
@@ -448,11 +481,69 @@ def test_calibrated_against_the_real_sample(here):
     assert {k: round(d, 2) for k, (*_, d) in table.items() if abs(d) > .4} == {}
 
 
-def test_shifted_cohort_is_other_people(made):
-    shifted = synthesize(0, torch.arange(512), shifts=tuple(data.SHIFTS))
-    assert shifted['targets'][:, 5].mean() - made['targets'][:, 5].mean() > 4 and shifted['female'].mean() > made['female'].mean()
-    younger = synthesize(0, torch.arange(64), shifts=('gain',))
-    assert not torch.equal(younger['x'], made['x'][:64])
+def test_each_shift_does_what_it_says(made, monkeypatch):
+    """The same people under one changed setting, so that the change is all there is to see."""
+    home, index = data._HOME, torch.arange(512)
+
+    def under(shift, **kwargs):
+        monkeypatch.setattr(data, '_HOME', home | data.SHIFTS[shift])
+        return synthesize(0, index, **kwargs)
+
+    age = made['targets'][:, 5]
+    inside = (age > 18) & (age < 87)                             # not cut off at 18 or 95
+    assert torch.allclose(under('age')['targets'][inside, 5], age[inside] + 8, atol=1e-4)
+    assert ((under('age')['female'] - made['female']) >= 0).all()
+    count = lambda o, name: o['findings'][:, data.FINDINGS.index(name)].sum()
+    assert count(under('prevalence'), 'AF') > count(made, 'AF') and count(under('prevalence'), 'LVH') < count(made, 'LVH')
+    clean, weak = synthesize(0, index, noise=False), under('gain', noise=False)['x'].float().std((1, 2))
+    assert (weak / clean['x'].float().std((1, 2))).median() == pytest.approx(.85, abs=.02)
+    swapped, before = under('swap')['x'].int(), made['x'].int()
+    moved = (swapped != before).flatten(1).any(1)
+    assert .005 < moved.float().mean() < .06
+    assert torch.equal(swapped[moved][..., 0], -before[moved][..., 0]) and torch.equal(swapped[moved][..., 1], before[moved][..., 2])
+    assert torch.equal(swapped[moved][..., 6:], before[moved][..., 6:])
+    device = under('device')['x']
+    assert (device % 5 == 0).all() and .4 < (device.float().mean(1).abs().amax(1) < 3).float().mean() < .6   # half are high-passed
+    power = lambda o: (torch.fft.rfft(o['x'].double(), dim=1).abs()[:, 595:606] ** 2).sum((1, 2)).median().item()   # 59.5 to 60.5 Hz
+    assert power(under('noise')) > 30 * power(made)
+    monkeypatch.setattr(data, '_HOME', home)
+    p, r = data.Draws(0, data.patient_of(index)), data.Draws(1, index)
+    y = data._findings(p, r, home, 1.)
+    none = (torch.stack([y[f] for f in data.FINDINGS], 1).sum(1) + y['tail'].sum((1, 2, 3))) == 0
+    normal, small = (data._kernels(p, r, y, s)[0][none] for s in (home, home | data.SHIFTS['twave']))
+    assert torch.allclose(small[:, 8:10], .85 * normal[:, 8:10], atol=1e-5) and torch.equal(small[:, :7], normal[:, :7])
+    beats, kind, y = data._rhythm(p, r, y, 20)
+    x = [data._leads(p, r, y, home | dict(electrode=0., field=k), beats, kind, 240, 240)[0][kind.sum(1) == 0] for k in (0., 1., 1.5)]
+    assert torch.allclose(x[2] - x[0], 1.5 * (x[1] - x[0]), atol=1e-4)                       # the lead field's spread, x 1.5
+    assert data.SHIFTS['field']['field'] == 1.5
+
+
+def test_targets_are_what_the_signal_shows():
+    """Noise-free sinus beats: P onset to QRS onset against PR, QRS width against QRS, end of T against QT, QRS area against the axis."""
+    o = synthesize(0, torch.arange(512), noise=False)
+    y = dict(zip(data.FINDINGS, o['findings'].T))
+    plain = (sum(y[f] for f in ('AF', 'AFL', 'PACE', 'PVC', 'PAC', 'WPW', 'LVOLT')) == 0) & (o['targets'][:, 0] < 75)
+    seen, drawn = [], []
+    for i in torch.nonzero(plain).flatten().tolist():
+        x, R = o['x'][i][:, [0, 1, 6, 7, 8, 9, 10, 11]].numpy() / 1000, round(float(o['beats'][i][3]) * 240)
+        beat = x[R - 84:R + 132]                                 # -350 to +550 ms, R at 84
+        slope = np.linalg.norm(np.gradient(beat, axis=0), axis=1)
+        qrs = np.flatnonzero(slope[60:108] > .06 * slope.max()) + 60
+        size = np.linalg.norm(beat - beat[qrs[0] - 3], axis=1)   # against the PR segment
+        top = size[20:qrs[0] - 8].argmax() + 20
+        p_on = np.flatnonzero(size[:top] < .3 * size[top])
+        size = np.linalg.norm(beat - beat[-4:].mean(0), axis=1)
+        top = size[qrs[-1] + 14:].argmax() + qrs[-1] + 14
+        t_end = np.flatnonzero(size[top:] < .2 * size[top])
+        if len(p_on) and len(t_end):
+            I, II = (beat[qrs[0]:qrs[-1], lead] - beat[qrs[0] - 3, lead] for lead in (0, 1))
+            axis = np.degrees(np.arctan2((II - I / 2).sum() * 2 / 3 ** .5, I.sum()))
+            seen.append([(qrs[0] - p_on[-1]) / .24, (qrs[-1] - qrs[0]) / .24, (top + t_end[0] - qrs[0]) / .24, axis])
+            drawn.append(o['targets'][i, 1:5].tolist())
+    seen, drawn = np.array(seen), np.array(drawn)
+    turn = np.abs((seen[:, 3] - drawn[:, 3] + 180) % 360 - 180)
+    r = [np.corrcoef(seen[:, k], drawn[:, k])[0, 1] for k in range(3)]
+    assert len(seen) > 100 and min(r) > .7 and np.median(turn) < 5
 
 
 def test_show_draws(here):

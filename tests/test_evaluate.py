@@ -1,5 +1,6 @@
 """Metrics against pair counting, probes against their optimum, protocols against leaks."""
 import copy
+import csv
 import json
 
 import numpy as np
@@ -12,7 +13,7 @@ import evaluate
 import train
 from data import Dataset, Stop
 from evaluate import Score, Task, auroc, draw_labels, embed, fit, interval, linear_probe, logistic, macro, open_run, per_record, plans
-from models import Config, Encoder
+from models import Config, Encoder, load
 
 CPU = torch.device('cpu')
 
@@ -57,13 +58,25 @@ def test_weights_are_copies():
     assert np.allclose(auroc(score, y, weight=weight[None].astype(float)), auroc(score[again], y[again]))
 
 
-def test_interval_adds_both_variances_in_squares():
-    boot = np.random.default_rng(0).normal(.8, .01, 100_000)
-    assert np.allclose(interval([[.8]], boot)[1:], (.8 - .0196, .8 + .0196), atol=3e-4)
-    points = [[.78], [.80], [.82]]                               # three seeds: t(2) * .02 / sqrt(3)
+def test_interval_adds_its_variances_in_squares():
+    boot, one = np.random.default_rng(0).normal(.8, .01, 100_000), np.array([[.8]])
+    assert np.allclose(interval(one, boot)[1:], (.8 - .0196, .8 + .0196), atol=3e-4)
+    points = np.array([[.78], [.80], [.82]])                     # three seeds: t(2) * .02 / sqrt(3)
     runs = scipy.stats.t.ppf(.975, 2) * .02 / 3 ** .5
     assert np.allclose(interval(points, boot)[1:], (.8 - np.hypot(.0196, runs), .8 + np.hypot(.0196, runs)), atol=3e-4)
-    assert np.allclose(interval(np.array(points).T, boot), interval(points, boot))           # one seed: its label draws
+    assert np.allclose(interval(points.T, boot), interval(points, boot))                     # three draws of one seed
+    both = .8 + .02 * np.add.outer([-1, 0, 1], [-1, 0, 1])       # seeds and draws
+    assert np.allclose(interval(both, boot)[2] - .8, (.0196 ** 2 + 2 * runs ** 2) ** .5, atol=3e-4)
+
+
+def test_interval_covers_over_repeated_studies():
+    """Truth .8, seeds SD .018, patients SE .01: an interval from three seeds must cover it in about 95 of 100 studies."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        patients = rng.normal(0, .01)
+        low, high = interval(.8 + patients + rng.normal(0, .018, (3, 1)), .8 + patients + rng.normal(0, .01, 2000))[1:]
+        covered += low < .8 < high
+    assert .93 <= covered / 400 <= 1
 
 
 def test_paired_difference_of_equals_is_zero():
@@ -142,15 +155,25 @@ def test_folds_seen_in_pretraining_are_not_tested_on(here, capsys):
     ds = Dataset('sample')
     found, _ = plans(ds, np.arange(len(ds)), set(ds.patient[ds.fold <= 8]))
     assert set(ds.fold[np.concatenate([p[2] for p in found])]) == {9, 10} and '8 of 10' in capsys.readouterr().out
-    with pytest.raises(Stop, match='no fold is left'):
+    with pytest.raises(Stop, match='patients of every test fold'):
         plans(ds, np.arange(len(ds)), set(ds.patient))
+    with pytest.raises(Stop, match='PTB-XL under other names'):
+        plans(ds, np.arange(len(ds)), {'ptb-xl/HR00599'})
+
+
+def test_folds_without_labelled_records_are_no_folds(here):
+    ds = Dataset('sample')
+    found, _ = plans(ds, np.flatnonzero(ds.fold != 4), set())
+    assert len(found) == 9 and min(len(part) for p in found for part in p) > 0
+    with pytest.raises(Stop, match='in 2 folds'):
+        plans(ds, np.flatnonzero(ds.fold < 3), set())
 
 
 def test_label_draws():
     train, val = np.arange(100), np.arange(100, 120)
-    a, b = draw_labels(train, val, 50, seed=1, draw=0)
+    a, b = draw_labels(train, val, 50, draw=0)
     assert len(a) == 40 and len(b) == 10 and len(set(a) | set(b)) == 50
-    assert not np.array_equal(a, draw_labels(train, val, 50, 1, 1)[0]) and draw_labels(train, val, 'all', 1, 1) == (train, val)
+    assert not np.array_equal(a, draw_labels(train, val, 50, 1)[0]) and draw_labels(train, val, 'all', 1) == (train, val)
 
 
 @pytest.fixture(scope='module')
@@ -162,6 +185,15 @@ def run(world):
     return 'out/short'
 
 
+def test_foreign_checkpoints_are_refused(here, run):
+    c = load(here / run / 'ckpt.pt')
+    for name, wrong in (('a', {'w': torch.zeros(1)}), ('b', {**c, 'encoder': dict(list(c['encoder'].items())[1:])})):
+        (here / 'out' / name).mkdir()
+        torch.save(wrong, here / 'out' / name / 'ckpt.pt')
+        with pytest.raises(Stop, match='no checkpoint of train.py'):
+            open_run(here / 'out' / name)
+
+
 def test_evaluate_writes_its_results(here, run, capsys):
     evaluate.main([run, '--labels', '100', 'all', '--draws', '2', '--epochs', '1'])
     text = capsys.readouterr().out
@@ -170,6 +202,7 @@ def test_evaluate_writes_its_results(here, run, capsys):
     result = json.loads((here / run / 'results_sample_super_linear_all_0.json').read_text())
     assert result['n'] == 500 and result['patients'] == 466 and result['low'] < result['point'] < result['high']
     assert len(result['classes']) == 5 and result['contract']['fs'] == 240
+    assert result['minus_random'][1] < result['minus_random'][0] < result['minus_random'][2] and result['labels'] == 'all'
     for name in ('results_linear.csv', 'labels.png', 'pca_sample.png', 'pca_synthetic.png'):
         assert (here / run / name).stat().st_size > 100
 
@@ -177,11 +210,23 @@ def test_evaluate_writes_its_results(here, run, capsys):
 def test_two_runs_share_one_table(here, run, capsys):
     train.main('--steps 2 --batch 4 --layers 1 --probe-every 0 --seed 1 --out out/second'.split())
     evaluate.main([run, 'out/second', '--data', 'sample', '--task', 'rhythm'])
-    assert len((here / run / 'results_linear.csv').read_text().splitlines()) == 1 + 2 * 2
+    table = list(csv.DictReader(open(here / run / 'results_linear.csv')))
+    mine = [r for r in table if r['arm'] == 'pretrained']
+    assert len(table) == 4 and {r['seed'] for r in mine} == {'0', '1'} and mine[0]['mean'] == mine[1]['mean']
+    assert float(mine[0]['mean']) == pytest.approx(np.mean([float(r['point']) for r in mine]))
+    with pytest.raises(Stop, match='alike but for their seeds'):
+        evaluate.main([run, run])
+
+
+@pytest.mark.parametrize('mode, arms', [('scratch', {'from scratch'}), ('finetune', {'from scratch', 'random encoder', 'pretrained'})])
+def test_trained_modes(here, run, mode, arms):
+    evaluate.main([run, '--data', 'synthetic', '--task', 'code', '--mode', mode, '--labels', '1', '--epochs', '1'])
+    table = list(csv.DictReader(open(here / run / f'results_{mode}.csv')))
+    assert {r['arm'] for r in table} == arms and all(0 < float(r['low']) < float(r['high']) < 1 for r in table)
 
 
 @pytest.mark.parametrize('flags, why', [
-    (['--data', 'nowhere'], "no dataset 'nowhere'"), (['--task', 'nothing'], 'has no task'), (['--task', 'target', '--data', 'synthetic'], 'numbers'),
+    (['--labels', '5', '--data', 'synthetic'], 'nothing was scored'), (['--device', 'tpu'], 'cannot be used here'), (['--data', 'nowhere'], "no dataset 'nowhere'"), (['--task', 'nothing'], 'has no task'), (['--task', 'target', '--data', 'synthetic'], 'numbers'),
     (['--draws', '0'], 'must be 1 or more')])
 def test_bad_requests_stop_with_one_line(here, run, flags, why):
     with pytest.raises(SystemExit, match=why):

@@ -60,6 +60,13 @@ def test_fp32_convolution_stays_close():
     assert (s4.mix(u) - exact).abs().max() < 1e-4
 
 
+def test_autocast_leaves_the_convolution_alone():
+    s4, u = S4(16), torch.randn(16, 4, 60)
+    with torch.autocast('cpu', torch.bfloat16):
+        low = s4.mix(u)
+    assert low.dtype == torch.float32 and torch.equal(low, s4.mix(u))
+
+
 def test_half_the_rate_is_half_the_lag():
     s4 = make_s4(causal=True)
     s4.log_dt.fill_(math.log(1e-3))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import train
 from models import load
 
@@ -51,10 +52,37 @@ def test_loss_falls(here):
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_good_state(here):
-    with pytest.raises(SystemExit, match='the loss is .* at step .*lower --lr'):
+    with pytest.raises(SystemExit, match='the loss is .* and its gradient .* at step .*lower --lr'):
         train.main('--steps 20 --batch 4 --layers 1 --lr 1e30 --clip 1e30 --probe-every 0 --out out/blown'.split())
     state = load(here / 'out/blown/ckpt.pt')['state']
     assert all(t.isfinite().all() for t in state.values()) and (here / 'out/blown/bad_batch.pt').exists()
+
+
+def test_a_bad_gradient_never_reaches_a_checkpoint(here, monkeypatch):
+    from objectives import CPC
+    forward = CPC.forward
+
+    def poisoned(self, batch):
+        loss, logs = forward(self, batch)
+        steps.append(0)
+        return (loss + (0 * self.head.weight.sum()).sqrt() if len(steps) == 3 else loss), logs                # finite loss, NaN gradient
+
+    steps = []
+    monkeypatch.setattr(CPC, 'forward', poisoned)
+    with pytest.raises(SystemExit, match='its gradient nan at step 2'):
+        train.main('--steps 6 --batch 4 --layers 1 --save-every 1 --probe-every 0 --out out/poisoned'.split())
+    checkpoint = load(here / 'out/poisoned/ckpt.pt')
+    assert checkpoint['step'] == 2 and all(t.isfinite().all() for t in checkpoint['state'].values())
+
+
+def test_numeric_labels_do_not_disturb_pretraining(here):
+    import numpy as np
+    rng = np.random.default_rng(0)
+    np.save('num.npy', rng.normal(0, .2, (60, 12, 800)).cumsum(2) * .05)
+    Path('num.csv').write_text('hr,sick\n' + ''.join(f'{60 + i},{i % 2}\n' for i in range(60)))
+    data.main('array --root num.npy --fs-in 250 --labels num.csv --out num --workers 1 --no-peaks'.split())
+    train.main('--steps 2 --batch 4 --layers 1 --data num --out out/num'.split())
+    assert load(here / 'out/num/ckpt.pt')['step'] == 2
 
 
 def test_existing_folder_is_not_overwritten(here):
@@ -70,7 +98,8 @@ def test_existing_folder_is_not_overwritten(here):
 
 
 @pytest.mark.parametrize('flags, why', [
-    ('--data nowhere', "no dataset 'nowhere'"), ('--steps 0', 'must be 1 or more'), ('--window 11', 'lasts 11.0 s'),
+    ('--data nowhere', "no dataset 'nowhere'"), ('--steps 0', 'must be 1 or more'), ('--window .1', '0.5 s or more'), ('--seed -1', '--seed'),
+    ('--lr nan', '--lr'), ('--device tpu', 'cannot be used here'), ('--window 11', 'lasts 11.0 s'),
     ('--resume --out out/nothing', 'nothing to resume')])
 def test_bad_requests_stop_before_anything_is_written(here, flags, why):
     before = sorted((here / 'out').glob('*')) if (here / 'out').exists() else []

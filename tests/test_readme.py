@@ -1,0 +1,35 @@
+"""What the README and the module docstrings tell people to type."""
+import re
+from pathlib import Path
+
+import pytest
+
+import data
+import evaluate
+import models
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {'data.py': data, 'train.py': train, 'evaluate.py': evaluate, 'models.py': models}
+TEXT = (ROOT / 'README.md').read_text() + ''.join(m.__doc__ for m in SCRIPTS.values())
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_every_flag_named_is_a_flag(script, capsys, monkeypatch):
+    monkeypatch.setattr('sys.argv', [script, '--help'])
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS[script].main()
+    known = set(re.findall(r'--[a-z][a-z-]*', capsys.readouterr().out.split('options:')[1]))
+    commands = re.findall(rf'python {script}([^`\n#|&)]*)', TEXT)
+    named = {flag for command in commands for flag in re.findall(r'--[a-z][a-z-]*', command)}
+    assert stop.value.code == 0 and commands and named <= known
+
+
+def test_files_linked_are_there():
+    linked = re.findall(r'\]\(((?:assets|sample)/[^)]+)\)', (ROOT / 'README.md').read_text())
+    assert linked and [f for f in linked if not (ROOT / f).exists()] == []
+
+
+def test_requirements_are_the_six_packages_pinned():
+    lines = (ROOT / 'requirements.txt').read_text().split()
+    assert sorted(re.fullmatch(r'(\w+)==[\d.]+', line)[1] for line in lines) == ['numpy', 'pytest', 'scipy', 'torch', 'tqdm', 'wfdb']
