@@ -1118,6 +1118,7 @@ DEFAULTS = {                                                     # these prepare
 
 
 def main(argv=None):
+    """The command line: see the top of the file."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('source', nargs='?', choices=['synthetic', 'sample', 'ptbxl', 'challenge', 'wfdb', 'array', 'show', 'calibrate'],
                    help='what to prepare, or show / calibrate; nothing: the sample and the synthetic set')

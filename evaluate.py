@@ -15,6 +15,7 @@ import numpy as np
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 from data import Contract, Dataset, Stop, figure
@@ -184,12 +185,12 @@ def fit(encoder, ds, columns, train, val, test, samples, mode, device, epochs, s
     at lr / 10, stem at lr / 100; scratch: mean pooling, everything at 5 lr. One random crop per record and epoch, AdamW with weight
     decay 1e-3, cosine; the epoch with the best validation macro AUROC predicts. Returns scores (len(test), K)."""
     torch.manual_seed(seed)
-    encoder, dim = copy.deepcopy(encoder).to(device), encoder.config.dim
+    encoder, dim = copy.deepcopy(encoder).to(device), encoder.dim
     head = (AttentionPool if mode == 'frozen' else MeanPool)(dim, len(columns)).to(device)
     encoder.requires_grad_(mode != 'frozen')
     rates = {'frozen': (lr, 0, 0), 'finetune': (lr, lr / 10, lr / 100), 'scratch': (5 * lr,) * 3}[mode]
     groups = [dict(params=[p for p in part.parameters() if p.requires_grad], peak=rate)
-              for part, rate in zip((head, encoder.blocks, encoder.stem), rates)]
+              for part, rate in zip((head, nn.ModuleList([encoder.blocks, encoder.norm]), encoder.stem), rates)]
     optimiser = torch.optim.AdamW([g for g in groups if g['params']], lr=lr, weight_decay=1e-3)
     batch_size = min(32, len(train))
     per_epoch, y = len(train) // batch_size, np.array(ds.labels[:, columns])
@@ -291,7 +292,7 @@ class Task:
         key = id(encoder)
         if key not in self.embeddings:
             rows = self.rows()
-            X = np.zeros((len(self.ds), encoder.config.dim))
+            X = np.zeros((len(self.ds), encoder.dim))
             X[rows] = embed(encoder, self.ds, rows, self.samples, self.device, name)
             self.embeddings[key] = encoder, X
         return self.embeddings[key][1]
@@ -450,6 +451,7 @@ def labels(text):
 
 
 def main(argv=None):
+    """The command line: see the top of the file."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('runs', nargs='*', help='run folders (default: the newest in out/)')
     p.add_argument('--data', nargs='+', default=['synthetic', 'sample'], help='prepared datasets')

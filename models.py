@@ -142,7 +142,7 @@ class S4(nn.Module):
         """k * u, by the faster way for the device and at the precision of C, whatever autocast says; u and result (H, B, L)."""
         with torch.autocast(u.device.type, enabled=False):
             u = u.to(self.C)
-            if u.device.type != 'cpu':
+            if u.device.type != 'cpu' or self.C.shape[2] > 16:   # a wide state makes chunks slow
                 return convolve(u, self.kernel(u.shape[2]))
             parts = self.dynamics(self.chunk_parts)
             y = convolve_chunks(u, self.C[0], parts)
@@ -170,22 +170,112 @@ class S4Block(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Transformer with rotary positions
+
+def rotate(x):
+    """Rotary position embedding (Su et al. 2021, 2104.09864), base 10000, pairs (i, i + half): x (B, heads, L, size)."""
+    L, half = x.shape[2], x.shape[3] // 2
+    angle = torch.outer(torch.arange(L, device=x.device), 10000. ** (-torch.arange(half, device=x.device) / half))
+    a, b, cos, sin = x[..., :half], x[..., half:], angle.cos().to(x), angle.sin().to(x)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block of arXiv 2605.12241: x + drop(attention(norm x)), then x + drop(ffn(norm x)); 8 heads, FFN 4 D, GELU.
+    Its branch is the second one, the last before a residual sum."""
+
+    def __init__(self, dim, causal, dropout, heads=8):
+        super().__init__()
+        self.heads, self.causal, self.p = heads, causal, dropout
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        self.wide, self.narrow = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        for linear in (self.q, self.k, self.v, self.out, self.wide, self.narrow):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def attention(self, x):
+        split = lambda y: y.unflatten(2, (self.heads, -1)).transpose(1, 2)                   # (B, heads, L, size)
+        q, k, v = rotate(split(self.q(x))), rotate(split(self.k(x))), split(self.v(x))
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.p * self.training, is_causal=self.causal)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def forward(self, x):
+        drop = lambda y: F.dropout(y, self.p, self.training)
+        x = x + drop(self.attention(self.norm1(x)))
+        branch = self.narrow(drop(F.gelu(self.wide(self.norm2(x)))))
+        return x + drop(branch), branch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Net1D, the CNN of ECGFounder at stride 1
+
+class Net1DBlock(nn.Module):
+    """Bottleneck block of Net1D: 1x1, grouped convolution of 16 taps, 1x1, squeeze-and-excitation, identity padded with zero channels.
+
+    As released it is not causal: 8 taps look ahead and the excitation pools over all time, so CPC would see its targets. Causal here
+    means that all 15 neighbours lie in the past and the excitation pools over the tokens so far."""
+
+    def __init__(self, inside, outside, causal, first):
+        super().__init__()
+        self.causal, self.first, self.grow = causal, first, outside - inside
+        self.conv1, self.conv3 = nn.Conv1d(inside, outside, 1), nn.Conv1d(outside, outside, 1)
+        self.conv2 = nn.Conv1d(outside, outside, 16, groups=max(1, outside // 16))
+        self.squeeze, self.excite = nn.Linear(outside, outside // 2), nn.Linear(outside // 2, outside)
+
+    def forward(self, x):
+        y = x.transpose(1, 2)                                    # (B, C, L)
+        h = self.conv1(y if self.first else F.silu(y))
+        h = self.conv2(F.pad(F.silu(h), (15, 0) if self.causal else (7, 8)))
+        h = self.conv3(F.silu(h)).transpose(1, 2)                # (B, L, C)
+        L = h.shape[1]
+        pooled = h.cumsum(1) / torch.arange(1, L + 1, device=h.device)[:, None] if self.causal else h.mean(1, keepdim=True)
+        branch = h * self.excite(F.silu(self.squeeze(pooled))).sigmoid()
+        return branch + F.pad(x, (self.grow // 2, self.grow - self.grow // 2)), branch
+
+
+class Net1DEntry(nn.Module):
+    """First convolution of Net1D, D -> D / 8 channels, 16 taps, and Swish."""
+
+    def __init__(self, dim, causal):
+        super().__init__()
+        self.causal, self.conv = causal, nn.Conv1d(dim, dim // 8, 16)
+
+    def forward(self, x):
+        y = F.silu(self.conv(F.pad(x.transpose(1, 2), (15, 0) if self.causal else (7, 8)))).transpose(1, 2)
+        return y, y
+
+
+def net1d(dim, causal):
+    """The blocks of Net1D (Hong et al. 2020) with the widths of arXiv 2605.12241 at dim 512: seven stages, 20 blocks, stride 1."""
+    widths = [dim // 8, dim // 4, dim // 4, dim // 2, dim // 2, dim, dim]
+    widths = [w for w, blocks in zip(widths, (2, 2, 2, 3, 3, 4, 4)) for _ in range(blocks)]
+    return [Net1DEntry(dim, causal)] + [Net1DBlock(a, b, causal, i == 0) for i, (a, b) in enumerate(zip([dim // 8] + widths, widths))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the encoder
+
+LAYERS = {'s4': 4, 'transformer': 6, 'net1d': 20}                # the paper's; it also tries 6 for S4. Net1D's depth is fixed
+DROPOUT = {'s4': .2, 'transformer': .1, 'net1d': 0.}
+
 
 @dataclass
 class Config:
     """All that is needed to build an Encoder; it travels in the checkpoint."""
     backbone: str = 's4'
     dim: int = 64                                                # D
-    layers: int = 4                                              # the paper also tries 6
+    layers: int = 4
     state: int = 8                                               # N of S4
     causal: bool = True
     dropout: float = .2
     leads: int = 12
+    fs: float = 240                                              # Hz of the input
 
 
 class Encoder(nn.Module):
     """Stem and backbone: tokens(batch) -> z (B, L, D), pad; backbone(z, pad) -> h (B, L, D); encoder(batch) does both.
+    Attributes: dim, causal, tokens_per_second.
 
     pad (B, L) is True where a token stands for nothing, None where every token counts. `layers`: a list to which the backbone
     appends each block's (branch before the residual sum, output).
@@ -195,7 +285,12 @@ class Encoder(nn.Module):
         super().__init__()
         self.config, c = config, config
         self.stem = stem(c.leads, c.dim)
-        self.blocks = nn.ModuleList(S4Block(c.dim, c.state, c.causal, c.dropout) for _ in range(c.layers))
+        self.dim, self.causal, self.tokens_per_second = c.dim, c.causal, c.fs / 2
+        make = {'s4': lambda: [S4Block(c.dim, c.state, c.causal, c.dropout) for _ in range(c.layers)],
+                'transformer': lambda: [TransformerBlock(c.dim, c.causal, c.dropout) for _ in range(c.layers)],
+                'net1d': lambda: net1d(c.dim, c.causal)}
+        self.blocks = nn.ModuleList(make[c.backbone]())
+        self.norm = nn.LayerNorm(c.dim) if c.backbone == 'transformer' else nn.Identity()
 
     def tokens(self, batch):
         return self.stem(batch['x']).transpose(1, 2).contiguous(), None
@@ -205,7 +300,7 @@ class Encoder(nn.Module):
             z, branch = block(z)
             if layers is not None:
                 layers.append((branch, z))
-        return z
+        return self.norm(z)
 
     def forward(self, batch):
         return self.backbone(*self.tokens(batch))
@@ -326,6 +421,7 @@ def load_encoder(checkpoint):
 
 
 def main():
+    """The command line: see the top of the file."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--out', default='out/s4.png', help='where the figure goes')
     a = p.parse_args()

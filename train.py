@@ -17,17 +17,18 @@ import torch
 
 from data import Dataset, Stop, figure
 from evaluate import auroc, embed, linear_probe, macro
-from models import SIZES, Config, Encoder, learning_rate, load, parameters, pick_device, precision, save, to_device
+from models import DROPOUT, LAYERS, SIZES, Config, Encoder, learning_rate, load, parameters, pick_device, precision, save, to_device
 from objectives import OBJECTIVES
 
 
 def knobs():
+    """Every setting, with its default."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group('what')
     g.add_argument('--objective', choices=list(OBJECTIVES), default='cpc')
-    g.add_argument('--backbone', choices=['s4'], default='s4')
+    g.add_argument('--backbone', choices=list(LAYERS), default='s4')
     g.add_argument('--size', choices=list(SIZES), default='tiny', help='width: ' + ', '.join(f'{k} {v}' for k, v in SIZES.items()))
-    g.add_argument('--layers', type=int, default=4, help='of the backbone; the paper also tries 6')
+    g.add_argument('--layers', type=int, help='of the backbone (default: ' + ', '.join(f'{k} {v}' for k, v in LAYERS.items()) + '; net1d is fixed)')
     g.add_argument('--data', default='synthetic', help='prepared dataset, or several joined by commas; their training folds are used')
     g.add_argument('--window', type=float, help="crop in s (default: the objective's)")
     g = p.add_argument_group('how')
@@ -95,7 +96,7 @@ def online_probe(encoder, ds, samples, device):
     train, val = train[:600], val[:300]
     if len(train) < 20 or len(val) < 20:
         return math.nan
-    rows, X = np.concatenate([train, val]), np.zeros((len(ds), encoder.config.dim))
+    rows, X = np.concatenate([train, val]), np.zeros((len(ds), encoder.dim))
     X[rows] = embed(encoder, ds, rows, samples, device, 'probe', first=True)
     cut = len(train) * 4 // 5
     scores = linear_probe(X, y, train[:cut], train[cut:], val)
@@ -115,14 +116,24 @@ def write_log(path, rows):
 
 def draw_loss(rows, path):
     """Loss, accuracy or other health, and online probe over the steps."""
-    health = list(rows[0])[4:-4]
+    health = [k for k in list(rows[0])[4:-4] if k != 'chance']
     panels = ['loss', *health, 'probe']
     fig, axes = figure(1, len(panels), figsize=(4 * len(panels), 3.2), layout='constrained')
     for ax, name in zip(axes, panels):
         xy = [(int(r['step']), float(r[name])) for r in rows if r[name] not in ('', None) and math.isfinite(float(r[name]))]
         ax.plot(*zip(*xy), marker='o' if name == 'probe' else '') if xy else None
+        if name == 'accuracy':
+            ax.axhline(float(rows[0]['chance']), ls=':', color='C7', label='chance')
+            ax.legend()
         ax.set(xlabel='step', title=name)
     fig.savefig(path, dpi=120)
+
+
+def build(a, fs):
+    """The objective around a fresh encoder, as the arguments say."""
+    kind = OBJECTIVES[a.objective]
+    config = Config(a.backbone, SIZES[a.size], a.layers or LAYERS[a.backbone], causal=kind.causal, dropout=DROPOUT[a.backbone], fs=fs)
+    return kind(Encoder(config), steps=a.steps)
 
 
 def train(a, out, checkpoint=None):
@@ -137,10 +148,9 @@ def train(a, out, checkpoint=None):
     if not len(rows):
         raise Stop(f'no training record of {a.data} lasts {window} s: prepare longer ones or lower --window')
     torch.manual_seed(a.seed)
-    config = Config(a.backbone, SIZES[a.size], a.layers, causal=kind.causal, leads=len(ds.contract.leads))
-    objective = kind(Encoder(config)).to(device)
-    encoder = objective.encoder
-    optimiser = torch.optim.AdamW(objective.parameters(), lr=a.lr, weight_decay=a.weight_decay)
+    objective = build(a, ds.contract.fs).to(device)
+    encoder, config, learned = objective.encoder, objective.encoder.config, [p for p in objective.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(learned, lr=a.lr, weight_decay=a.weight_decay)
     first, log, seconds = 0, [], 0.
     if checkpoint:
         objective.load_state_dict(checkpoint['state'], strict=True)
@@ -148,7 +158,7 @@ def train(a, out, checkpoint=None):
         first, log, seconds = checkpoint['step'], checkpoint['log'], checkpoint['seconds']
         if checkpoint['dataset'] != ds.hash:
             raise Stop(f'{a.data} has been prepared anew since this run began: prepare it as it was, or start again')
-    print(f'{a.objective} on {a.backbone} {a.size}: stem {parameters(encoder.stem):,} + backbone {parameters(encoder.blocks):,} '
+    print(f'{a.objective} on {a.backbone} {a.size}: stem {parameters(encoder.stem):,} + backbone {parameters(encoder) - parameters(encoder.stem):,} '
           f'+ head {parameters(objective) - parameters(encoder):,} parameters, {"causal" if config.causal else "bidirectional"}')
     print(f'{a.data}: {len(rows):,} training records' + (f' ({short:,} too short)' if short else '') + f', {window} s crops of {samples} samples '
           f'at {ds.contract.fs} Hz, {-(-samples // 2)} tokens, {ds.contract.unit}, filter {ds.contract.filter}')
@@ -182,7 +192,7 @@ def train(a, out, checkpoint=None):
         with precision(device):
             loss, logs = objective(batch)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), a.clip)
+        norm = torch.nn.utils.clip_grad_norm_(learned, a.clip)
         if not (loss.isfinite() and norm.isfinite()):
             torch.save(batch, out / 'bad_batch.pt')
             raise Stop(f'the loss is {loss.item()} and its gradient {norm.item()} at step {step}: the batch is in {out}/bad_batch.pt, '
@@ -213,8 +223,8 @@ def benchmark(a, repeats=7):
     from torch.utils.flop_counter import FlopCounterMode
     device, kind = pick_device(a.device), OBJECTIVES[a.objective]
     torch.manual_seed(0)
-    objective = kind(Encoder(Config(a.backbone, SIZES[a.size], a.layers, causal=kind.causal))).to(device)
-    optimiser, batch = torch.optim.AdamW(objective.parameters()), {'x': torch.randn(a.batch, 12, round(kind.window * 240), device=device)}
+    objective = build(a, 240).to(device)
+    optimiser, batch = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad]), {'x': torch.randn(a.batch, 12, round(kind.window * 240), device=device)}
     left, right = torch.randn(9600, 512, device=device), torch.randn(512, 1024, device=device)
 
     def step():
@@ -223,6 +233,7 @@ def benchmark(a, repeats=7):
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
+        objective.after_step(0)
 
     def product():
         with precision(device):
@@ -251,10 +262,11 @@ def benchmark(a, repeats=7):
 
 
 def main(argv=None):
+    """The command line: see the top of the file."""
     parser = knobs()
     a = parser.parse_args(argv)
     for name in ('steps', 'batch', 'layers', 'log_every', 'save_every'):
-        if getattr(a, name) < 1:
+        if getattr(a, name) is not None and getattr(a, name) < 1:
             raise Stop(f'--{name.replace("_", "-")} must be 1 or more')
     if not (a.seed >= 0 and 0 < a.lr < math.inf and 0 < a.clip and a.weight_decay >= 0 and (a.window is None or .5 <= a.window)):
         raise Stop('--seed must not be negative, --lr and --clip must be positive, --weight-decay not negative, --window 0.5 s or more')

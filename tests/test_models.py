@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from models import (CHUNK, AttentionPool, Config, Encoder, S4, S4Block, convolve, convolve_chunks, discretise, learning_rate, legs,
-                    load, load_encoder, parameters, save, see_data, stem, tied_dropout)
+import models
+from models import (CHUNK, LAYERS, AttentionPool, Config, Encoder, S4, S4Block, TransformerBlock, convolve, convolve_chunks, discretise, learning_rate, legs,
+                    load, load_encoder, parameters, rotate, save, see_data, stem, tied_dropout)
 
 
 def make_s4(causal, seed=0, dim=6):
@@ -101,6 +102,41 @@ def test_published_parameter_counts():
 def test_token_counts(samples, tokens):
     z, pad = Encoder(Config(dim=8)).tokens({'x': torch.randn(1, 12, samples)})
     assert z.shape == (1, tokens, 8) and pad is None and z.min() >= 0
+
+
+@pytest.mark.parametrize('backbone, count', [('transformer', 19_724_288), ('net1d', 10_487_424)])
+def test_other_backbones(backbone, count):
+    assert parameters(Encoder(Config(backbone, 512, LAYERS[backbone]))) == count
+    x = torch.randn(2, 12, 200)
+    y = x.clone()
+    y[:, :, 120:] += 1
+    for causal in (True, False):
+        torch.manual_seed(0)
+        encoder = Encoder(Config(backbone, 64, 2, causal=causal)).eval()
+        a, b = encoder({'x': x}), encoder({'x': y})
+        early = (a[:, :60] - b[:, :60]).abs().max()
+        assert (early < 1e-6 if causal else early > 1e-4) and (a[:, 60:] - b[:, 60:]).abs().max() > 1e-3 and a.shape == (2, 100, 64)
+
+
+def test_rotary_products_depend_on_the_distance_alone():
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 1, 1, 16, dtype=torch.float64).expand(1, 1, 40, 16) for _ in range(2))
+    s = (rotate(q) @ rotate(k).transpose(2, 3))[0, 0]
+    assert torch.allclose(s.diagonal(3), s[0, 3].expand(37)) and torch.allclose(s.diagonal(), (q[0, 0, 0] @ k[0, 0, 0]).expand(40))
+
+
+def test_transformer_block_equals_torch_attention():
+    torch.manual_seed(0)
+    block, x = TransformerBlock(32, causal=False, dropout=0., heads=4), torch.randn(2, 9, 32)
+    trusted = nn.MultiheadAttention(32, 4, batch_first=True)
+    trusted.in_proj_weight.data = torch.cat([block.q.weight, block.k.weight, block.v.weight])
+    trusted.in_proj_bias.data = torch.cat([block.q.bias, block.k.bias, block.v.bias])
+    trusted.out_proj.load_state_dict(block.out.state_dict())
+    models.rotate, kept = lambda x: x, models.rotate             # torch's has no rotary positions
+    try:
+        assert torch.allclose(block.attention(x), trusted(x, x, x)[0], atol=1e-5)
+    finally:
+        models.rotate = kept
 
 
 def test_post_norm_and_branches():

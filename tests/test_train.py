@@ -45,6 +45,31 @@ def test_killed_and_resumed_is_bitwise_the_same(here):
     assert (here / 'out/killed/loss.png').exists()
 
 
+@pytest.mark.parametrize('objective, backbone', [('cpc', 'net1d'), ('jepa', 's4'), ('data2vec', 'transformer'), ('dinosr', 's4'), ('hubert', 's4')])
+def test_every_objective_resumes_exactly(here, monkeypatch, objective, backbone):
+    """Teachers, codebooks, prototypes and temperatures come back with the weights."""
+    flags = f'--objective {objective} --backbone {backbone} --layers 2 --steps 4 --batch 4 --save-every 2 --log-every 1 --probe-every 0 --out out/{objective}'
+    train.main((flags + '-whole').split())
+    kind = train.OBJECTIVES[objective]
+    after, seen = kind.after_step, []
+
+    def interrupted(self, step):
+        seen.append(step)
+        if step == 2:
+            raise KeyboardInterrupt
+        after(self, step)
+
+    monkeypatch.setattr(kind, 'after_step', interrupted)
+    with pytest.raises(SystemExit, match='stopped; go on with'):
+        train.main((flags + '-cut').split())
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    train.main(['--resume', '--out', f'out/{objective}-cut'])
+    a, b = (load(here / f'out/{objective}-{end}/ckpt.pt') for end in ('whole', 'cut'))
+    assert all(torch.equal(a['state'][k], b['state'][k]) for k in a['state']) and seen == [0, 1, 2]
+    assert rows(here / f'out/{objective}-whole/log.csv') == rows(here / f'out/{objective}-cut/log.csv')
+
+
 def test_loss_falls(here):
     train.main('--steps 60 --batch 16 --layers 1 --probe-every 0 --out out/falls'.split())
     losses = [float(r['loss']) for r in rows(here / 'out/falls/log.csv')]
