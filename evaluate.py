@@ -148,7 +148,10 @@ def logistic(X, Y, l2):
         v.grad = (Z.T @ ((z.sigmoid() - T) * share) + penalty * w) * scale
         return (share * (F.softplus(z) - T * z)).sum() + (penalty * w ** 2).sum() / 2
 
+    threads = torch.get_num_threads()                            # small products wait for each other's threads longer than they run
+    torch.set_num_threads(threads if Z.numel() * scale.shape[1] > 2e7 else 1)
     torch.optim.LBFGS([v], max_iter=1000, tolerance_grad=1e-6, tolerance_change=0, history_size=10, line_search_fn='strong_wolfe').step(loss)
+    torch.set_num_threads(threads)
     if v.grad.abs().max() > 1e-4:
         print(f'  the probe at l2 {l2} has not converged: gradient {v.grad.abs().max():.1e}', file=sys.stderr)
     return torch.cat([axes @ (v * scale)[:-1], (v * scale)[-1:]]).numpy()
