@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')              # before torch: threads that spin stall a busy machine
+
 import numpy as np
 import scipy.ndimage
 import scipy.signal
@@ -265,6 +267,8 @@ def array(path, fs, leads, unit, labels=None):
     axis = [a for a in (2, 1) if file.ndim == 3 and file.shape[a] == len(leads)]
     if not axis or file.dtype.kind not in 'iuf':
         raise Stop(f'{path} is {file.dtype} {file.shape}: numbers of shape (N, {len(leads)}, T) or (N, T, {len(leads)}) are needed')
+    if labels and not Path(labels).is_file():
+        raise Stop(f'no file {labels}: --labels must name a csv file')
     rows = list(rows_of(labels)) if labels else [{}] * len(file)
     if len(rows) != len(file):
         raise Stop(f'{labels} has {len(rows)} rows for {len(file)} records')
@@ -275,6 +279,9 @@ def array(path, fs, leads, unit, labels=None):
         fold = int(row['fold']) if re.fullmatch(r'\d{1,4}', row.get('fold') or '') else -1
         if fold < 0 and row.get('fold'):
             raise Stop(f'{labels}, row {i + 1}: fold {row["fold"]!r} is no whole number')
+        for name, cell in row.items():
+            if name not in known and cell and not math.isfinite(number(cell)):
+                raise Stop(f'{labels}, row {i + 1}, column {name}: {str(cell)[:40]!r} is no number; use 1, 0, or blank for unknown')
         yield Record(row.get('id') or f'{Path(path).stem}/{i}', row.get('patient') or '', np.array(x, float), fs, tuple(leads), unit,
                      number(row.get('age')), sex, {f'label/{k}': number(v) for k, v in row.items() if k not in known} if labels else None,
                      fold)
@@ -549,7 +556,9 @@ class Dataset:
                 signals = np.memmap(folder / 'signals.i16', np.int16, 'r').reshape(-1, 12)
                 labels = np.load(folder / 'labels.npy', mmap_mode='r')
                 whole = len(signals) == index['offset'][-1] + index['length'][-1] and len(labels) == len(index['id']) == meta['records']
-            except FileNotFoundError:
+            except FileNotFoundError as e:
+                if folder.exists():
+                    raise Stop(f'datasets/{name} is damaged (no {Path(e.filename).name}): prepare it again')
                 there = ', '.join(sorted(p.parent.name for p in Path('datasets').glob('[!.]*/meta.json'))) or 'none'
                 raise Stop(f'no dataset {name!r} in datasets/ (there: {there}): prepare it with python data.py, see its --help')
             except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
@@ -1141,7 +1150,7 @@ def main(argv=None):
     g = p.add_argument_group('array')
     g.add_argument('--fs-in', type=float, help='Hz of the array')
     g.add_argument('--leads', default=','.join(LEADS), help='lead names in the order of the array, joined by commas')
-    g.add_argument('--unit', default='mV', help='mV, uV or V')
+    g.add_argument('--unit', choices=['mV', 'uV', 'V'], default='mV')
     g.add_argument('--labels', help='csv of labels, one row per record')
     g = p.add_argument_group('synthetic')
     g.add_argument('--records', type=int, default=4000)
@@ -1167,6 +1176,8 @@ def main(argv=None):
     steps = re.findall(r'(?:hp|lp|notch)(\d+(?:\.\d+)?)', contract.filter)
     if contract.filter != 'none' and (not re.fullmatch(r'((hp|lp|notch)\d+(\.\d+)?(\+|$))+', contract.filter) or min(map(float, steps)) <= 0):
         raise Stop(f'--filter {contract.filter}: none, or steps like hp0.5+lp40+notch60')
+    if a.seed < 0 or a.seed >= 2 ** 31 or (a.workers is not None and a.workers < 1):
+        raise Stop('--seed must lie between 0 and 2^31, --workers be 1 or more')
     if a.records < 1 or not .5 <= a.seconds <= MAX_SECONDS or not 0 < a.prevalence_scale <= 5:
         raise Stop('--records must be 1 or more, --seconds 0.5 to 3600, --prevalence-scale above 0 and up to 5')
     if a.source not in ('synthetic', 'sample') and not a.root:
@@ -1195,4 +1206,7 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise Stop('stopped; nothing was changed')

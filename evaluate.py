@@ -280,7 +280,8 @@ class Task:
         self.unscored = [self.ds.label_names[c] for c, s in zip(self.columns, scored) if not s]
         self.columns = [c for c, s in zip(self.columns, scored) if s]
         if not self.columns:
-            raise Stop(f'{data}, task {self.name}: no class has both labels among the {len(self.test)} test records')
+            raise Stop(f'{data}, task {self.name}: no class has both labels among the {len(self.test)} test records; take more, or an '
+                       f'encoder pretrained on other data, so that every fold can be tested on')
         self.y, self.patient = y[:, scored], self.ds.patient[self.test]
         same = np.array_equal(self.patient, self.ds.id[self.test])
         self.patients = None if same else len(set(self.patient))                             # None: the source names no patients
@@ -438,6 +439,8 @@ def open_run(path):
         encoder = load_encoder(c)
     except (RuntimeError, KeyError, TypeError) as e:
         raise Stop(f'{file} is no checkpoint of train.py, or of another version of it: {" ".join(str(e).split())[:200]}')
+    if c['step'] < c['args']['steps']:
+        print(f'{file} is of an unfinished run, {c["step"]} of {c["args"]["steps"]} steps: go on with python train.py --resume --out {path}')
     print(f'{file}: the {c["objective"]} student after {c["step"]:,} steps on {c["data"]}, seed {c["seed"]}, '
           f'{sum(p.numel() for p in encoder.parameters()):,} parameters in {len(c["encoder"])} tensors, all matched')
     return c
@@ -448,8 +451,8 @@ def labels(text):
     if text == 'all':
         return text
     value = float(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError('must be positive')
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError('must be all, a fraction up to 1 or a number of records')
     return int(value) if value > 1 else value
 
 
@@ -473,7 +476,7 @@ def main(argv=None):
             m = json.loads(meta.read_text())
             print(f'{meta.parent.name}: {m["records"]:,} records; ' + ', '.join(f'{t} ({len(c)})' for t, c in m['tasks'].items()))
         return
-    found = sorted(Path('out').glob('*/ckpt.pt'), key=lambda f: f.stat().st_mtime)
+    found = [f for f in sorted(Path('out').glob('*/ckpt.pt'), key=lambda f: f.stat().st_mtime) if a.runs or load(f).get('step')]
     if not a.runs and not found:
         raise Stop('no run in out/: pretrain one with python train.py')
     if a.draws < 1 or a.epochs < 1:
@@ -498,4 +501,7 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise Stop('stopped')

@@ -64,8 +64,12 @@ def run_folder(a):
             number += 1
         return out
     out = Path(a.out)
+    if '..' in out.parts:
+        raise Stop(f'--out {out}: name the folder without ..')
     if out.exists() and not (a.resume or a.force):
         raise Stop(f'{out} exists: add --resume to go on with it, --force to overwrite it, or take another --out')
+    if a.force and out.exists() and not (out / 'ckpt.pt').is_file():
+        raise Stop(f'{out} is no run folder (no ckpt.pt in it), so --force leaves it alone: take another --out')
     if a.resume and not (out / 'ckpt.pt').is_file():
         raise Stop(f'nothing to resume in {out}: it has no ckpt.pt')
     return out
@@ -164,6 +168,8 @@ def train(a, out, checkpoint=None):
           f'at {ds.contract.fs} Hz, {-(-samples // 2)} tokens, {ds.contract.unit}, filter {ds.contract.filter}')
     print(f'{a.steps:,} steps of {a.batch} crops = {a.steps * a.batch / len(rows):.1f} epochs on {device}, '
           f'{"bf16 products, fp32 convolution" if device.type == "cuda" else "fp32"}; writing to {out}/')
+    if checkpoint:
+        print(f'resuming at step {first:,}' if first < a.steps else f'already finished: all {first:,} steps were done')
     print(f'{"step":>7s} {"seconds":>8s} {"lr":>8s} {"loss":>8s}  health and online probe')
 
     def keep(step):
@@ -177,7 +183,7 @@ def train(a, out, checkpoint=None):
     began = time.time()
     if not checkpoint:
         out.mkdir(parents=True, exist_ok=True)
-        for old in (f for pattern in ('log.csv', 'results_*', '*.png') for f in out.glob(pattern)):
+        for old in (f for pattern in ('log.csv', 'results_*', 'loss.png', 'labels.png', 'pca_*.png') for f in out.glob(pattern)):
             old.unlink()                                         # of the run that --force overwrites
         keep(0)
     for step in range(first, a.steps):
@@ -215,7 +221,7 @@ def train(a, out, checkpoint=None):
             keep(step + 1)
             write_log(out / 'log.csv', log)
     draw_loss(log, out / 'loss.png')
-    print(f'{out}: ckpt.pt, log.csv, loss.png; evaluate it with python evaluate.py {out}')
+    print(f'{out}: ckpt.pt, log.csv, loss.png; evaluate it with python evaluate.py {out}' + ('' if a.data == 'synthetic' else f' --data {a.data}'))
 
 
 def benchmark(a, repeats=7):
@@ -268,8 +274,10 @@ def main(argv=None):
     for name in ('steps', 'batch', 'layers', 'log_every', 'save_every'):
         if getattr(a, name) is not None and getattr(a, name) < 1:
             raise Stop(f'--{name.replace("_", "-")} must be 1 or more')
-    if not (a.seed >= 0 and 0 < a.lr < math.inf and 0 < a.clip and a.weight_decay >= 0 and (a.window is None or .5 <= a.window)):
+    if not (a.seed >= 0 and 0 < a.lr < math.inf and 0 < a.clip and a.weight_decay >= 0 and (a.window is None or .5 <= a.window < math.inf) and a.seed < 2 ** 31):
         raise Stop('--seed must not be negative, --lr and --clip must be positive, --weight-decay not negative, --window 0.5 s or more')
+    if a.layers == 1 and a.objective in ('data2vec', 'dinosr'):
+        raise Stop(f'{a.objective} takes its targets from the last two layers: --layers must be 2 or more')
     if a.benchmark:
         return benchmark(a)
     out = run_folder(a)
@@ -277,7 +285,7 @@ def main(argv=None):
     try:
         train(a, out, checkpoint)
     except KeyboardInterrupt:
-        raise Stop(f'\nstopped; go on with python train.py --resume --out {out}')
+        raise Stop(f'\nstopped; go on from the last save (every {a.save_every} steps) with python train.py --resume --out {out}')
 
 
 if __name__ == '__main__':

@@ -295,6 +295,11 @@ def test_folds_of_an_array_are_kept_as_they_are(tmp_path, monkeypatch):
     data.main('array --root a.npy --fs-in 250 --labels l.csv --out a --workers 1'.split())
     assert Dataset('a').fold.tolist() == [0, 1, 2] and [r.tolist() for r in Dataset('a').split()] == [[0], [1], [2]]
     Path('l.csv').write_text('fold,sick\ntrain,1\ntrain,0\ntest,0\n')
+    with pytest.raises(SystemExit, match='--labels must name a csv'):
+        data.main('array --root a.npy --fs-in 250 --labels gone.csv --workers 1'.split())
+    Path('l2.csv').write_text('fold,sick\n0,yes\n1,0\n2,0\n')
+    with pytest.raises(SystemExit, match="row 1, column sick: 'yes' is no number"):
+        data.main('array --root a.npy --fs-in 250 --labels l2.csv --workers 1'.split())
     with pytest.raises(SystemExit, match="fold 'train' is no whole number"):
         data.main('array --root a.npy --fs-in 250 --labels l.csv --out a --workers 1'.split())
 

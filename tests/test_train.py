@@ -60,7 +60,7 @@ def test_every_objective_resumes_exactly(here, monkeypatch, objective, backbone)
         after(self, step)
 
     monkeypatch.setattr(kind, 'after_step', interrupted)
-    with pytest.raises(SystemExit, match='stopped; go on with'):
+    with pytest.raises(SystemExit, match='stopped; go on from'):
         train.main((flags + '-cut').split())
     monkeypatch.undo()
     monkeypatch.chdir(here)
@@ -120,11 +120,16 @@ def test_existing_folder_is_not_overwritten(here):
     assert (here / 'out/mine/ckpt.pt').read_bytes() == before
     train.main('--steps 2 --batch 4 --layers 1 --probe-every 0 --out out/mine --force'.split())
     assert load(here / 'out/mine/ckpt.pt')['step'] == 2
+    (here / 'out/thesis').mkdir()
+    (here / 'out/thesis/figure.png').write_bytes(b'mine')
+    with pytest.raises(SystemExit, match='is no run folder'):
+        train.main('--steps 1 --out out/thesis --force'.split())
+    assert (here / 'out/thesis/figure.png').exists()
 
 
 @pytest.mark.parametrize('flags, why', [
     ('--data nowhere', "no dataset 'nowhere'"), ('--steps 0', 'must be 1 or more'), ('--window .1', '0.5 s or more'), ('--seed -1', '--seed'),
-    ('--lr nan', '--lr'), ('--device tpu', 'cannot be used here'), ('--window 11', 'lasts 11.0 s'),
+    ('--lr nan', '--lr'), ('--window inf', '--window'), ('--objective dinosr --layers 1', 'last two layers'), ('--out a/../b', 'without ..'), ('--device tpu', 'cannot be used here'), ('--window 11', 'lasts 11.0 s'),
     ('--resume --out out/nothing', 'nothing to resume')])
 def test_bad_requests_stop_before_anything_is_written(here, flags, why):
     before = sorted((here / 'out').glob('*')) if (here / 'out').exists() else []
