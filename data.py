@@ -20,8 +20,6 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')              # before torch: threads that spin stall a busy machine
-
 import numpy as np
 import scipy.ndimage
 import scipy.signal

@@ -8,8 +8,6 @@ import argparse, math, os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')              # before torch: threads that spin stall a busy machine
-
 import torch
 import torch.nn.functional as F
 from torch import nn
