@@ -3,6 +3,7 @@
     python data.py                                       # the 500 real ECGs in the box and 4,000 synthetic ones, ready to train
     python data.py show sample --record 0                # a 12-lead picture in out/
     python data.py calibrate                             # synthetic against real, measure by measure, with a figure
+    python data.py peaks --root DIR --annotation ii      # R-peaks found against annotated ones, such as those of LUDB
     python data.py ptbxl --root DIR [--rate 500]         # PTB-XL in its official layout; --download fetches it first
     python data.py challenge --root DIR --cohort georgia # PhysioNet/CinC Challenge 2020/2021 cohorts
     python data.py wfdb --root DIR                       # any folder of WFDB records, without labels
@@ -1049,6 +1050,42 @@ def show(name, row, path=None):
     return path
 
 
+def check_peaks(root, extension='ii', path='out/peaks.png'):
+    """R-peaks found against annotated ones (symbol N in WFDB annotation files, as LUDB has): prints counts, draws errors in time and the
+    worst record. Between a record's first and last annotation only; a match is within .1 s. Returns (annotated, matched, extra)."""
+    import wfdb
+    rows = []
+    files = sorted(Path(root).rglob(f'*.{extension}'))
+    if not files:
+        raise Stop(f'no annotation files *.{extension} under {root}: name their extension with --annotation')
+    for file in tqdm(files, desc='R-peaks', disable=None):
+        record, mark = Record(file.stem), wfdb.rdann(str(file.with_suffix('')), extension)
+        load_wfdb(record, file.with_suffix(''))
+        _, _, x = conform(record.x, record.fs, record.leads, record.unit, Contract())
+        truth = mark.sample[np.array(mark.symbol) == 'N'] / record.fs
+        found = find_peaks(x, record.fs)
+        found = found[(found > truth[0] - .15) & (found < truth[-1] + .15)]
+        error = found[np.abs(found[:, None] - truth).argmin(0)] - truth if len(found) else np.full(len(truth), np.inf)
+        matched = np.abs(error) <= .1
+        rows.append((len(truth), matched.sum(), len(found) - matched.sum(), error[matched], file.stem, x[:, LEADS.index('II')], record.fs, truth, found))
+    annotated, matched, extra = (int(sum(r[i] for r in rows)) for i in range(3))
+    error = 1e3 * np.concatenate([r[3] for r in rows])
+    _, missed, more, _, name, x, fs, truth, found = max(rows, key=lambda r: (r[0] - r[1] + r[2], np.abs(r[3]).max(initial=0)))
+    fig, axes = figure(1, 2, figsize=(12, 3.2), layout='constrained', width_ratios=(1, 2.4))
+    axes[0].hist(error, 40, color='C0')
+    axes[0].set(xlabel='found - annotated, ms', ylabel='beats', title=f'{matched:,} of {annotated:,} beats, {extra} extra')
+    axes[1].plot(np.arange(len(x)) / fs, x, 'k', lw=.7)
+    for times, color, height, label in ((truth, 'C2', x.max() * 1.15, 'annotated'), (found, 'C3', x.max() * 1.3, 'found')):
+        axes[1].plot(times, np.full(len(times), height), '|', color=color, ms=10, mew=2, label=label)
+    axes[1].set(xlabel='s', ylabel='lead II, mV', title=f'the worst record, {name}')
+    axes[1].legend(loc='upper right', ncols=2)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=110)
+    print(f'{path}: {len(rows)} records, {annotated:,} annotated beats, {matched:,} found within 100 ms (median error {np.median(error):+.1f} ms, 95 % within '
+          f'{np.percentile(np.abs(error), 95):.0f} ms), {extra} extra')
+    return annotated, matched, extra
+
+
 def measure(x, peaks, fs=240):
     """What calibration compares, of one record x (T, 12) in mV with R-peaks in samples: dict of numbers."""
     m, eight = {}, x[:, [0, 1, 6, 7, 8, 9, 10, 11]]
@@ -1127,14 +1164,15 @@ DEFAULTS = {                                                     # these prepare
 def main(argv=None):
     """The command line: see the top of the file."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('source', nargs='?', choices=['synthetic', 'sample', 'ptbxl', 'challenge', 'wfdb', 'array', 'show', 'calibrate'],
-                   help='what to prepare, or show / calibrate; nothing: the sample and the synthetic set')
+    p.add_argument('source', nargs='?', choices=['synthetic', 'sample', 'ptbxl', 'challenge', 'wfdb', 'array', 'show', 'calibrate', 'peaks'],
+                   help='what to prepare, or show / calibrate / peaks; nothing: the sample and the synthetic set')
     p.add_argument('name', nargs='?', help='show: the prepared dataset')
     p.add_argument('--root', help='folder (or file, for array) that holds the source')
     p.add_argument('--out', help='name of the prepared dataset (default: the source)')
     p.add_argument('--download', action='store_true', help='fetch an open PhysioNet set into --root first')
     p.add_argument('--strict', action='store_true', help='stop at the first record with a defect')
     p.add_argument('--workers', type=int, help='processes (default: one per core)')
+    p.add_argument('--annotation', default='ii', help='peaks: extension of the annotation files')
     p.add_argument('--no-peaks', action='store_true', help='do not look for R-peaks')
     g = p.add_argument_group('the signal contract')
     g.add_argument('--contract', choices=list(CONTRACTS), default='ps', help='ps: mV, 240 Hz, 2.5 s; sc: 100 Hz, 10 s, high-pass, notch')
@@ -1163,6 +1201,8 @@ def main(argv=None):
         return show(a.name or 'sample', a.record)
     if a.source == 'calibrate':
         return calibrate()
+    if a.source == 'peaks':
+        return check_peaks(a.root or '.', a.annotation)
     if a.source is None:
         for make in DEFAULTS.values():
             make()

@@ -3,6 +3,7 @@
     python evaluate.py                                   # the newest run: synthetic held-out records, then the 500 real ones
     python evaluate.py out/a out/b out/c                 # several pretraining seeds: intervals include their variance
     python evaluate.py out/a --data ptbxl --task super --mode frozen
+    python evaluate.py out/a --against out/b             # paired differences to another pretraining instead of to a random encoder
     python evaluate.py --list                            # prepared datasets and their tasks
 
 Modes, as in arXiv 2605.12241: linear (mean pooling, frozen encoder), frozen (attention pooling, frozen encoder), finetune
@@ -19,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import Contract, Dataset, Stop, figure
-from models import (AttentionPool, Config, Encoder, MeanPool, learning_rate, load, load_encoder, pick_device, precision,
+from models import (AttentionPool, Config, Encoder, MeanPool, groups, learning_rate, load, load_encoder, pick_device, pool, precision,
                     see_data, to_device)
 
 
@@ -108,9 +109,10 @@ def per_record(encode, ds, rows, samples, device, name='predicting', first=False
     assert len(set(rows)) == len(rows), 'a record is asked for twice'
     owner, start = (rows, np.zeros(len(rows), int)) if first else ds.crops(rows, samples)
     out = []
-    for i in tqdm(range(0, len(owner), 128), desc=name, leave=False, disable=None):
+    size = max(1, 128 * 600 // samples)                          # crops at once: what a processor's cache likes
+    for i in tqdm(range(0, len(owner), size), desc=name, leave=False, disable=None):
         with precision(device):
-            out.append(encode({'x': ds.crop(owner[i:i + 128], start[i:i + 128], samples).to(device)}).double().cpu())
+            out.append(encode(to_device(ds.collate(owner[i:i + size], start[i:i + size], samples), device)).double().cpu())
     place = {row: i for i, row in enumerate(rows)}
     place, out = torch.tensor([place[r] for r in owner]), torch.cat(out)
     total = torch.zeros(len(rows), out.shape[1], dtype=torch.float64).index_add_(0, place, out)
@@ -120,7 +122,7 @@ def per_record(encode, ds, rows, samples, device, name='predicting', first=False
 def embed(encoder, ds, rows, samples, device, name='embedding', first=False):
     """Mean over tokens and crops of the encoder's output: (len(rows), D)."""
     encoder = encoder.to(device).eval()
-    return per_record(lambda batch: encoder(batch).mean(1), ds, rows, samples, device, name, first)
+    return per_record(lambda batch: pool(*encoder(batch)), ds, rows, samples, device, name, first)
 
 
 L2 = (.3, .1, .03, .01, 3e-3, 1e-3, 3e-4)
@@ -180,7 +182,7 @@ def linear_probe(X, Y, train, val, test):
 def predict(encoder, head, ds, rows, samples, device):
     """Mean over crops of the predicted probabilities: (len(rows), K)."""
     encoder.eval(), head.eval()
-    return per_record(lambda batch: head(encoder(batch)).float().sigmoid(), ds, rows, samples, device)
+    return per_record(lambda batch: head(*encoder(batch)).float().sigmoid(), ds, rows, samples, device)
 
 
 def fit(encoder, ds, columns, train, val, test, samples, mode, device, epochs, seed=0, lr=1e-3):
@@ -192,9 +194,8 @@ def fit(encoder, ds, columns, train, val, test, samples, mode, device, epochs, s
     head = (AttentionPool if mode == 'frozen' else MeanPool)(dim, len(columns)).to(device)
     encoder.requires_grad_(mode != 'frozen')
     rates = {'frozen': (lr, 0, 0), 'finetune': (lr, lr / 10, lr / 100), 'scratch': (5 * lr,) * 3}[mode]
-    groups = [dict(params=[p for p in part.parameters() if p.requires_grad], peak=rate)
-              for part, rate in zip((head, nn.ModuleList([encoder.blocks, encoder.norm]), encoder.stem), rates)]
-    optimiser = torch.optim.AdamW([g for g in groups if g['params']], lr=lr, weight_decay=1e-3)
+    parts = head, nn.ModuleList([encoder.blocks, encoder.norm]), encoder.stem
+    optimiser = torch.optim.AdamW([g for part, rate in zip(parts, rates) for g in groups(part, rate)], lr=lr)
     batch_size = min(32, len(train))
     per_epoch, y = len(train) // batch_size, np.array(ds.labels[:, columns])
     best = (-1., None)
@@ -206,7 +207,7 @@ def fit(encoder, ds, columns, train, val, test, samples, mode, device, epochs, s
             batch = to_device(ds.batch(train, samples, batch_size, seed, step), device)
             target = batch['y'][:, columns]
             with precision(device):
-                logits = head(encoder(batch)).float()
+                logits = head(*encoder(batch)).float()
             known = target.isfinite()
             loss = F.binary_cross_entropy_with_logits(logits[known], target[known])
             if not loss.isfinite():
@@ -254,14 +255,20 @@ def draw_labels(train, val, count, draw):
     return rows[count // 5:], rows[:count // 5]
 
 
+def first_task(ds):
+    """The task taken where none is named."""
+    for name in ('findings', 'super', 'snomed', 'dx2020', 'label'):
+        if name in ds.tasks:
+            return name
+    raise Stop(f'{ds.name} has no labels to predict: prepare it with labels, or name another set with --data')
+
+
 class Task:
     """One dataset and task under one contract: its rows, labels and plans, and how to score an encoder on them."""
 
     def __init__(self, data, name, runs, device):
         self.ds, self.device = Dataset(data), device
-        self.name = name or next((t for t in ('findings', 'super', 'snomed', 'dx2020', 'label') if t in self.ds.tasks), None)
-        if self.name is None:
-            raise Stop(f'{data} has no labels to predict: prepare it with labels, or name another set with --data')
+        self.name = name or first_task(self.ds)
         self.columns = self.ds.columns(self.name)
         contract = Contract.read(runs[0]['contract'])
         for r in runs:
@@ -332,16 +339,17 @@ def random_encoders(runs, count, ds, samples):
     return out
 
 
-def evaluate_task(runs, data, task, mode, counts, draws, epochs, scratch, out, device):
-    """All arms on one dataset and task: prints the table, writes JSON files and figures, returns the rows of the CSV file. With one
-    run the random encoder is still averaged over three seeds where that is cheap, since its variance is large."""
-    began, t = time.time(), Task(data, task, runs, device)
-    pretrained = [load_encoder(r) for r in runs]
-    random = random_encoders(runs, 3 if len(runs) == 1 and mode == 'linear' else len(runs), t.ds, t.samples)
+def evaluate_task(runs, against, data, task, mode, counts, draws, epochs, scratch, out, device):
+    """All arms on one dataset and task: prints the table, writes JSON files and figures, returns the rows of the CSV file. Differences
+    are to the random encoder, or to the runs in `against`. With one run the random encoder is still averaged over three seeds where
+    that is cheap, since its variance is large."""
+    began, t = time.time(), Task(data, task, runs + against, device)
+    pretrained, other = [load_encoder(r) for r in runs], str(Path(against[0]['path']).name) if against else 'random encoder'
+    reference = [load_encoder(r) for r in against] or random_encoders(runs, 3 if len(runs) == 1 and mode == 'linear' else len(runs), t.ds, t.samples)
     print(f'\n{data}, task {t.name}: {len(t.test):,} test records of {t.patients or "unknown"} patients, {len(t.columns)} classes'
           + (f' ({len(t.unscored)} without both labels: {", ".join(t.unscored[:6])}{" ..." if len(t.unscored) > 6 else ""})' if t.unscored else '')
           + (f'; {len(t.plans)} folds, each record predicted by a probe that never saw its patient, pairs counted within folds' if t.folded else ''))
-    print(f'{"labels":>8s}  {"arm":22s} macro AUROC  95 % interval    minus random')
+    print(f'{"labels":>8s}  {"arm":22s} macro AUROC  95 % interval    minus {other}')
     counts = [int(c * t.available) if isinstance(c, float) and c < 1 else 'all' if c == 1 else c for c in counts]
     rows, extra = [], dict(epochs='' if mode == 'linear' else epochs, draws=draws)
     for count in counts:
@@ -353,13 +361,13 @@ def evaluate_task(runs, data, task, mode, counts, draws, epochs, scratch, out, d
             torch.manual_seed(0)
             arms['from scratch'] = t.score([Encoder(Config(**r['config'])) for r in runs], 'scratch', count, draws, 2 * epochs, 'scratch')
         if mode != 'scratch':
-            arms['random encoder'] = t.score(random, mode, count, draws, epochs, 'random encoder')
+            arms[other] = t.score(reference, mode, count, draws, epochs, other)
             arms['pretrained'] = t.score(pretrained, mode, count, draws, epochs, 'pretrained')
         for arm, score in arms.items():
             how = dict(mode='scratch', epochs=2 * epochs) if arm == 'from scratch' else dict(mode=mode)
-            rows += report(runs, t, arm, {**extra, **how, 'labels': count}, score, arms.get('random encoder'))
+            rows += report(runs, t, arm, {**extra, **how, 'labels': count}, score, arms.get(other))
     if mode == 'linear' and rows:
-        draw_pca([('random encoder', t.embedding(random[0], '')), ('pretrained', t.embedding(pretrained[0], ''))], t,
+        draw_pca([(other, t.embedding(reference[0], '')), ('pretrained', t.embedding(pretrained[0], ''))], t,
                  out / f'pca_{t.ds.name.replace(",", "+")}.png')
     print('  * the interval of the paired difference excludes 0' if len(runs) > 1 else
           '  one pretraining seed: its variance is not in these intervals; give several runs to have it in them')
@@ -367,10 +375,10 @@ def evaluate_task(runs, data, task, mode, counts, draws, epochs, scratch, out, d
     return rows
 
 
-def report(runs, t, arm, how, score, random):
-    """Print one line of the table and write one JSON file per run (none for the random encoder); returns rows for the CSV file."""
+def report(runs, t, arm, how, score, reference):
+    """Print one line of the table and write one JSON file per run (none for the reference); returns rows for the CSV file."""
     mean, low, high = score.interval()
-    difference = score.minus(random) if random and score is not random else None
+    difference = score.minus(reference) if reference and score is not reference else None
     text = ''
     if difference:
         text = '{:+.3f} [{:+.3f}, {:+.3f}]'.format(*difference) + (' *' if len(runs) > 1 and difference[1] * difference[2] > 0 else '')
@@ -378,11 +386,11 @@ def report(runs, t, arm, how, score, random):
     print(f'{str(how["labels"]):>8s}  {arm + note:22s} {mean:.3f}        [{low:.3f}, {high:.3f}]   {text}')
     names, rows = [t.ds.label_names[c] for c in t.columns], []
     common = dict(data=t.ds.name, task=t.name, arm=arm, **how, n=len(t.test), patients=t.patients, metric='macro AUROC', mean=mean, low=low,
-                  high=high, minus_random=difference, runs=len(runs))
+                  high=high, minus_reference=difference, runs=len(runs))
     for i, points in enumerate(score.point):
-        seed = i if score is random else runs[i]['seed']
-        rows.append({**common, 'minus_random': ' '.join(f'{v:.4f}' for v in difference or ()), 'classes': len(names), 'seed': seed, 'point': points.mean()})
-        if score is not random:
+        seed = i if score is reference else runs[i]['seed']
+        rows.append({**common, 'minus_reference': ' '.join(f'{v:.4f}' for v in difference or ()), 'classes': len(names), 'seed': seed, 'point': points.mean()})
+        if score is not reference:
             result = dict(command=' '.join(sys.argv), checkpoint=runs[i]['hash'], contract=runs[i]['contract'], seed=seed, point=float(points.mean()),
                           **common, classes=names, left_out=t.unscored, per_class=dict(zip(names, score.per_class)))
             file = f'results_{t.ds.name.replace(",", "+")}_{t.name}_{how["mode"]}_{how["labels"]}_{seed}.json'
@@ -414,7 +422,7 @@ def draw_curve(rows, path):
         return
     fig, axes = figure(1, len(sets), figsize=(5.5 * len(sets), 4), layout='constrained', squeeze=False)
     for ax, data in zip(axes[0], sets):
-        for arm, color in (('from scratch', 'C7'), ('random encoder', 'C1'), ('pretrained', 'C0')):
+        for arm, color in zip(dict.fromkeys(r['arm'] for r in rows if r['data'] == data), ('C7', 'C1', 'C0') if rows[0]['arm'] == 'from scratch' else ('C1', 'C0', 'C7')):
             mine = list({r['labels']: r for r in rows if r['data'] == data and r['arm'] == arm}.values())
             x = [list(dict.fromkeys(r['labels'] for r in rows if r['data'] == data)).index(r['labels']) for r in mine]
             y = np.array([[r['mean'], r['low'], r['high']] for r in mine])
@@ -446,6 +454,15 @@ def open_run(path):
     return c
 
 
+def alike(runs):
+    """Stops unless the runs differ in nothing but their seeds, since they are averaged."""
+    free = ('seed', 'log_every', 'save_every', 'probe_every', 'probe_records', 'tokenizer')
+    unlike = [k for k in (runs[0]['args'] if runs else ()) if k not in free and len({str(r['args'].get(k)) for r in runs}) > 1]
+    if unlike or len({r['step'] for r in runs}) > 1 or len({r['seed'] for r in runs}) < len(runs):
+        raise Stop('several runs are averaged, so they must be alike but for their seeds; these '
+                   + (f'differ in {", ".join(unlike)}' if unlike else 'share a seed, or are not equally far') + ': evaluate them one by one')
+
+
 def labels(text):
     """--labels: all, a fraction up to 1, or a number of records."""
     if text == 'all':
@@ -460,6 +477,7 @@ def main(argv=None):
     """The command line: see the top of the file."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('runs', nargs='*', help='run folders (default: the newest in out/)')
+    p.add_argument('--against', nargs='+', default=[], metavar='RUN', help='as many run folders to compare with, seed by seed, in place of random encoders')
     p.add_argument('--data', nargs='+', default=['synthetic', 'sample'], help='prepared datasets')
     p.add_argument('--task', help='label set to predict (default: the first of findings, super, snomed, dx2020, label)')
     p.add_argument('--mode', choices=['linear', 'frozen', 'finetune', 'scratch'], default='linear')
@@ -482,22 +500,25 @@ def main(argv=None):
     if a.draws < 1 or a.epochs < 1:
         raise Stop('--draws and --epochs must be 1 or more')
     runs = [open_run(r) for r in a.runs or [found[-1].parent]]
-    kinds = {(r['objective'], r['data'], r['step'], r['contract']['window'], str(r['config'])) for r in runs}
-    if len(kinds) > 1 or len({r['seed'] for r in runs}) < len(runs):
-        raise Stop('several runs are averaged, so they must be alike but for their seeds: evaluate unlike ones one by one')
+    against = [open_run(r) for r in a.against]
+    alike(runs), alike(against)
+    if against and (len(against) != len(runs) or against[0]['contract'] != runs[0]['contract']):
+        raise Stop('--against needs as many runs as are evaluated, with the same contract and window')
     out, rows, device = Path(runs[0]['path']), [], pick_device(a.device)
     for data in a.data:
         made = data.startswith('synthetic')
         counts = a.labels or ([100, 300, 1000, 'all'] if made and a.mode == 'linear' else ['all'])
-        rows += evaluate_task(runs, data, a.task, a.mode, counts, a.draws, a.epochs, a.scratch or made, out, device)
+        rows += evaluate_task(runs, against, data, a.task, a.mode, counts, a.draws, a.epochs, a.scratch or (made and not against), out, device)
     if not rows:
         raise Stop('nothing was scored')
-    with open(out / f'results_{a.mode}.csv', 'w', newline='') as f:
+    name = [d.replace(',', '+') for d in a.data] if a.data != ['synthetic', 'sample'] else []
+    name = '_'.join([*name, *([a.task] if a.task else []), a.mode, *(f'against_{Path(r["path"]).name}' for r in against[:1])])
+    with open(out / f'results_{name}.csv', 'w', newline='') as f:
         writer = csv.DictWriter(f, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    draw_curve(rows, out / 'labels.png')
-    print(f'\ntables and figures are in {out}/: {", ".join(sorted(f.name for f in out.glob("*.png")))}, results_{a.mode}.csv, results_*.json')
+    draw_curve(rows, out / ('labels.png' if name == 'linear' else f'labels_{name}.png'))
+    print(f'\ntables and figures are in {out}/: {", ".join(sorted(f.name for f in out.glob("*.png")))}, results_{name}.csv, results_*.json')
 
 
 if __name__ == '__main__':

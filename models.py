@@ -1,10 +1,12 @@
-"""Encoders: CNN stem and S4 backbone, as in arXiv 2605.12241, with the heads and helpers that both training loops share.
+"""Encoders: a CNN stem with an S4, S4D, Transformer or Net1D backbone; Ribeiro's ResNet; beat tokens; patch tokens. One shape for all.
 
-    python models.py                                     # parameters of every size, and the S4 kernels of a fresh layer in out/s4.png
+    python models.py                                     # every encoder: parameters, MACs, tokens, receptive field, time; S4 kernels in out/s4.png
+    python models.py --size base
 
-x (B, 12, T) -> stem -> tokens (B, L, D) at half the sampling rate -> backbone -> (B, L, D).
+x (B, 12, T) -> stem -> tokens (B, L, D) -> backbone (B, L, D). arXiv 2605.12241 (stem, S4, Transformer, Net1D), 2605.17276 (ResNet, beats),
+2309.07136 (patches).
 """
-import argparse, math, os
+import argparse, math, os, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,20 +14,38 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-SIZES = {'tiny': 64, 'small': 256, 'base': 512}                  # width D; the paper's models are base
+# (width D, layers, FFN width, heads) by backbone and size. tiny, small and base match in parameters; released is what the papers' code has
+SIZES = {
+    's4': {'tiny': (64, 4, 0, 0), 'small': (256, 4, 0, 0), 'base': (512, 4, 0, 0), 'released': (512, 4, 0, 0)},
+    's4d': {'tiny': (64, 4, 0, 0), 'small': (256, 4, 0, 0), 'base': (512, 4, 0, 0)},
+    'transformer': {'tiny': (32, 4, 120, 2), 'small': (128, 4, 420, 4), 'base': (256, 4, 824, 4), 'released': (512, 6, 2048, 8)},
+    'net1d': {'tiny': (32, 8, 0, 0), 'small': (128, 14, 0, 0), 'base': (256, 20, 0, 0), 'released': (512, 20, 0, 0)},
+    'resnet': {'tiny': (34, 3, 0, 0), 'small': (116, 4, 0, 0), 'base': (210, 5, 0, 0), 'released': (320, 5, 0, 0)},
+    'beat': {'tiny': (32, 1, 160, 1), 'small': (128, 2, 704, 4), 'base': (256, 3, 1240, 4), 'released': (768, 12, 1024, 8)},
+    'vit': {'tiny': (32, 4, 96, 2), 'small': (128, 4, 428, 4), 'base': (256, 4, 880, 4), 'released': (192, 12, 768, 3)}}
+# the ladders of 2605.17276, Table S.4, named layers x width
+SIZES['resnet'] |= {f'{l}x{d}': (d, l, 0, 0) for l, d in ((3, 24), (3, 48), (4, 64), (4, 90), (4, 128), (5, 226), (5, 320), (6, 452), (6, 640), (7, 1024))}
+SIZES['beat'] |= {f'{l}x{d}': (d, l, 4 * d, h) for l, d, h in ((1, 24, 1), (1, 48, 2), (1, 96, 2), (2, 128, 4), (3, 192, 4), (3, 256, 4), (4, 348, 4),
+                                                               (5, 420, 8), (6, 512, 8), (8, 768, 8))}
+DROPOUT = {'s4': .2, 's4d': .2, 'transformer': .1, 'net1d': 0., 'resnet': .2, 'beat': .1, 'vit': 0.}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # stem
 
-def stem(leads, dim):
-    """Four convolutions with BatchNorm and ReLU, kernels 3 1 1 1, the first with stride 2: (B, leads, T) -> (B, dim, ceil(T / 2)).
+class Stem(nn.Sequential):
+    """Four convolutions with BatchNorm and ReLU, kernels 3 1 1 1, the first with stride 2: (B, leads, T) -> (B, ceil(T / 2), dim).
     A token sees 3 samples; all mixing over time is the backbone's. 808,960 parameters for 12 leads and dim 512."""
-    layers = []
-    for i in range(4):
-        conv = nn.Conv1d(dim, dim, 1, bias=False) if i else nn.Conv1d(leads, dim, 3, stride=2, padding=1, bias=False)
-        layers += [conv, nn.BatchNorm1d(dim), nn.ReLU()]
-    return nn.Sequential(*layers)
+
+    def __init__(self, leads, dim):
+        layers = []
+        for i in range(4):
+            conv = nn.Conv1d(dim, dim, 1, bias=False) if i else nn.Conv1d(leads, dim, 3, stride=2, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm1d(dim), nn.ReLU()]
+        super().__init__(*layers)
+
+    def forward(self, batch, keep=None):
+        return super().forward(batch['x']).transpose(1, 2).contiguous(), None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,19 +114,17 @@ def tied_dropout(x, p, training, dim):
 
 
 class S4(nn.Module):
-    """The S4 of arXiv 2605.12241's code: LegS dynamics A, B, dt stay as drawn, only C, D and the output map learn.
+    """The S4 of arXiv 2605.12241's code: LegS dynamics A, B, dt stay as drawn, only C learns. u -> k * u, both (H, B, L).
 
     With A, B, dt frozen the kernel is linear in C over a fixed basis: k_l = sum_n C_n (Abar^l Bbar)_n, so each channel mixes
-    `state` decaying filters at a time scale of its own. (B, L, H) -> (B, L, H): GLU(W drop(gelu(k * u + D u)) + b).
+    `state` decaying filters at a time scale of its own.
     """
 
-    def __init__(self, dim, state=8, causal=True, dropout=.2):
+    def __init__(self, dim, state=8, causal=True):
         super().__init__()
-        self.p, self.ready = dropout, None
+        self.ready = None
         self.register_buffer('log_dt', torch.empty(dim).uniform_(math.log(1e-3), math.log(1e-1)))
         self.C = nn.Parameter(torch.randn(1 if causal else 2, dim, state))
-        self.D = nn.Parameter(torch.randn(dim))
-        self.out = nn.Linear(dim, 2 * dim)
 
     def dynamics(self, what, *args):
         """What follows from log_dt alone (`what` is basis or chunk_parts), made once for each precision and device."""
@@ -138,8 +156,8 @@ class S4(nn.Module):
         """Kernels (1 or 2, H, L), lags 0 ... L - 1."""
         return torch.einsum('chn,hnl->chl', self.C, *self.dynamics(self.basis, L))
 
-    def mix(self, u):
-        """k * u, by the faster way for the device and at the precision of C, whatever autocast says; u and result (H, B, L)."""
+    def forward(self, u):
+        """By the faster way for the device and at the precision of C, whatever autocast says."""
         with torch.autocast(u.device.type, enabled=False):
             u = u.to(self.C)
             if u.device.type != 'cpu' or self.C.shape[2] > 16:   # a wide state makes chunks slow
@@ -150,27 +168,50 @@ class S4(nn.Module):
                 y = y + F.pad(convolve_chunks(u.flip(2), self.C[1], parts).flip(2)[..., 1:], (0, 1))
             return y
 
+
+class S4D(nn.Module):
+    """Diagonal state space whose dynamics learn too (Gu et al. 2022, 2206.11893), S4D-Lin: `state` / 2 complex modes per channel,
+    A = -exp(a) + i w, B = 1, zero-order hold: k_l = 2 Re sum_n C_n (exp(dt A_n) - 1) / A_n exp(dt A_n l). u -> k * u, both (H, B, L).
+    log_step, a and w want a small rate and no weight decay: see `groups`."""
+
+    def __init__(self, dim, state=8, causal=True):
+        super().__init__()
+        self.log_step = nn.Parameter(torch.empty(dim).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.a = nn.Parameter(torch.full((dim, state // 2), math.log(.5)))
+        self.w = nn.Parameter(math.pi * torch.arange(state // 2.).repeat(dim, 1))
+        self.C = nn.Parameter(torch.randn(1 if causal else 2, dim, state // 2, 2) / 2 ** .5)                  # E|C|^2 = 1
+
+    def kernel(self, L):
+        """Kernels (1 or 2, H, L), lags 0 ... L - 1."""
+        A = torch.complex(-self.a.exp(), self.w)                 # (H, N / 2)
+        step = A * self.log_step.exp()[:, None]
+        C = torch.view_as_complex(self.C) * torch.expm1(step) / A
+        powers = (step[..., None] * torch.arange(L, device=step.device)).exp()               # (H, N / 2, L)
+        return 2 * torch.einsum('chn,hnl->chl', C, powers).real
+
     def forward(self, u):
-        u = u.permute(2, 0, 1).contiguous()                      # (H, B, L)
-        y = F.gelu(self.mix(u) + self.D[:, None, None] * u)
-        y = tied_dropout(y, self.p, self.training, 2).permute(1, 2, 0)                       # (B, L, H)
-        return F.glu(self.out(y), -1)
+        with torch.autocast(u.device.type, enabled=False):
+            return convolve(u.to(self.a), self.kernel(u.shape[2]))
 
 
 class S4Block(nn.Module):
-    """Post-norm residual block: LayerNorm(x + drop(S4(x)))."""
+    """Post-norm residual block: LayerNorm(x + drop(GLU(W drop(gelu(k * x + D x)) + b))), k * x by S4 or S4D."""
 
-    def __init__(self, dim, state, causal, dropout):
+    def __init__(self, dim, state, causal, dropout, kind=S4):
         super().__init__()
-        self.s4, self.norm, self.p = S4(dim, state, causal, dropout), nn.LayerNorm(dim), dropout
+        self.s4, self.D, self.out = kind(dim, state, causal), nn.Parameter(torch.randn(dim)), nn.Linear(dim, 2 * dim)
+        self.norm, self.p = nn.LayerNorm(dim), dropout
 
-    def forward(self, x):
-        branch = self.s4(x)
+    def forward(self, x, pad=None):
+        u = x.permute(2, 0, 1).contiguous()                      # (H, B, L)
+        y = F.gelu(self.s4(u) + self.D[:, None, None] * u)
+        y = tied_dropout(y, self.p, self.training, 2).permute(1, 2, 0)                       # (B, L, H)
+        branch = F.glu(self.out(y), -1)
         return self.norm(x + tied_dropout(branch, self.p, self.training, 1)), branch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Transformer with rotary positions
+# Transformer
 
 def rotate(x):
     """Rotary position embedding (Su et al. 2021, 2104.09864), base 10000, pairs (i, i + half): x (B, heads, L, size)."""
@@ -181,28 +222,30 @@ def rotate(x):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm block of arXiv 2605.12241: x + drop(attention(norm x)), then x + drop(ffn(norm x)); 8 heads, FFN 4 D, GELU.
-    Its branch is the second one, the last before a residual sum."""
+    """Pre-norm block: x + drop(attention(norm x)), then x + drop(ffn(norm x)), GELU. Its branch is the second one, the last before a
+    residual sum. 2605.12241: rotary positions. Beats and patches have learned ones; beats also heads of 64 and no bias in q, k, v. No dropout on the
+    attention weights (the papers' code has it): torch's fast kernel for the CPU has none, and the slow one takes four times as long."""
 
-    def __init__(self, dim, causal, dropout, heads=8):
+    def __init__(self, dim, ffn, heads, causal=False, dropout=.1, rotary=True, head=None, bias=True):
         super().__init__()
-        self.heads, self.causal, self.p = heads, causal, dropout
+        self.heads, self.causal, self.p, self.rotary, wide = heads, causal, dropout, rotary, heads * (head or dim // heads)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
-        self.wide, self.narrow = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.q, self.k, self.v = (nn.Linear(dim, wide, bias) for _ in range(3))
+        self.out, self.wide, self.narrow = nn.Linear(wide, dim), nn.Linear(dim, ffn), nn.Linear(ffn, dim)
         for linear in (self.q, self.k, self.v, self.out, self.wide, self.narrow):
             nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+            nn.init.zeros_(linear.bias) if linear.bias is not None else None
 
-    def attention(self, x):
+    def attention(self, x, pad=None):
         split = lambda y: y.unflatten(2, (self.heads, -1)).transpose(1, 2)                   # (B, heads, L, size)
-        q, k, v = rotate(split(self.q(x))), rotate(split(self.k(x))), split(self.v(x))
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.p * self.training, is_causal=self.causal)
+        turn = rotate if self.rotary else lambda y: y
+        q, k, v = turn(split(self.q(x))), turn(split(self.k(x))), split(self.v(x))
+        y = F.scaled_dot_product_attention(q, k, v, None if pad is None else ~pad[:, None, None], is_causal=self.causal)
         return self.out(y.transpose(1, 2).flatten(2))
 
-    def forward(self, x):
+    def forward(self, x, pad=None):
         drop = lambda y: F.dropout(y, self.p, self.training)
-        x = x + drop(self.attention(self.norm1(x)))
+        x = x + drop(self.attention(self.norm1(x), pad))
         branch = self.narrow(drop(F.gelu(self.wide(self.norm2(x)))))
         return x + drop(branch), branch
 
@@ -223,7 +266,7 @@ class Net1DBlock(nn.Module):
         self.conv2 = nn.Conv1d(outside, outside, 16, groups=max(1, outside // 16))
         self.squeeze, self.excite = nn.Linear(outside, outside // 2), nn.Linear(outside // 2, outside)
 
-    def forward(self, x):
+    def forward(self, x, pad=None):
         y = x.transpose(1, 2)                                    # (B, C, L)
         h = self.conv1(y if self.first else F.silu(y))
         h = self.conv2(F.pad(F.silu(h), (15, 0) if self.causal else (7, 8)))
@@ -241,24 +284,165 @@ class Net1DEntry(nn.Module):
         super().__init__()
         self.causal, self.conv = causal, nn.Conv1d(dim, dim // 8, 16)
 
-    def forward(self, x):
+    def forward(self, x, pad=None):
         y = F.silu(self.conv(F.pad(x.transpose(1, 2), (15, 0) if self.causal else (7, 8)))).transpose(1, 2)
         return y, y
 
 
-def net1d(dim, causal):
-    """The blocks of Net1D (Hong et al. 2020) with the widths of arXiv 2605.12241 at dim 512: seven stages, 20 blocks, stride 1."""
-    widths = [dim // 8, dim // 4, dim // 4, dim // 2, dim // 2, dim, dim]
-    widths = [w for w, blocks in zip(widths, (2, 2, 2, 3, 3, 4, 4)) for _ in range(blocks)]
+def net1d(dim, layers, causal):
+    """The blocks of Net1D (Hong et al. 2020) as in arXiv 2605.12241: seven stages, widths D / 8 to D, stride 1. Its 20 blocks are
+    2 2 2 3 3 4 4; another number is spread over the stages in the same proportion."""
+    ends = [round(layers * part / 20) for part in (0, 2, 4, 6, 9, 12, 16, 20)]
+    widths = [dim // share for share, a, b in zip((8, 4, 4, 2, 2, 1, 1), ends, ends[1:]) for _ in range(b - a)]
     return [Net1DEntry(dim, causal)] + [Net1DBlock(a, b, causal, i == 0) for i, (a, b) in enumerate(zip([dim // 8] + widths, widths))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Ribeiro's ResNet, on the raw signal
+
+def same(x, kernel, stride):
+    """Zero padding of x (B, C, T) so that a convolution gives ceil(T / stride)."""
+    T = x.shape[2]
+    total = max(0, (-(-T // stride) - 1) * stride + kernel - T)
+    left = min(total, (kernel - stride + 1) // 2)
+    return F.pad(x, (left, total - left))
+
+
+class ResNetStem(nn.Module):
+    """Convolution of 17 taps on the raw signal, BatchNorm, ReLU: (B, leads, T) -> (B, T, width of the first block)."""
+
+    def __init__(self, leads, width):
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(leads, width, 17, bias=False), nn.BatchNorm1d(width)
+
+    def forward(self, batch, keep=None):
+        return F.relu(self.norm(self.conv(same(batch['x'], 17, 1)))).transpose(1, 2), None
+
+
+class Activate(nn.Module):
+    """drop(relu(BatchNorm(x))) of x (B, L, C)."""
+
+    def __init__(self, width, dropout):
+        super().__init__()
+        self.norm, self.p = nn.BatchNorm1d(width), dropout
+
+    def forward(self, x):
+        return F.dropout(F.relu(self.norm(x.transpose(1, 2))), self.p, self.training).transpose(1, 2)
+
+
+class ResNetBlock(nn.Module):
+    """Pre-activation block of Ribeiro et al. 2020 (Nature Communications 11:1760), kernel 17: two convolutions, the second with the
+    stride; the skip takes maxima over the stride, then a 1x1 convolution where the width changes. x (B, L, C) -> (B, ceil(L / stride), F)."""
+
+    def __init__(self, inside, outside, stride, dropout, first):
+        super().__init__()
+        self.stride = stride
+        self.enter = nn.Identity() if first else Activate(inside, dropout)
+        self.conv1, self.conv2 = nn.Conv1d(inside, outside, 17, bias=False), nn.Conv1d(outside, outside, 17, stride, bias=False)
+        self.middle = Activate(outside, dropout)
+        self.skip = nn.Conv1d(inside, outside, 1, bias=False) if inside != outside else nn.Identity()
+
+    def forward(self, x, pad=None):
+        h = self.conv1(same(self.enter(x).transpose(1, 2), 17, 1)).transpose(1, 2)
+        branch = self.conv2(same(self.middle(h).transpose(1, 2), 17, self.stride))           # (B, F, L / stride)
+        skip = self.skip(F.max_pool1d(x.transpose(1, 2), self.stride, ceil_mode=True))
+        return (skip + branch).transpose(1, 2), branch.transpose(1, 2)
+
+
+def resnet(dim, layers, dropout):
+    """Blocks of widths D i / layers; the second to the fifth divide the length by 4."""
+    widths = [round(dim * i / layers) for i in range(1, layers + 1)]
+    strides = [4 if 0 < i < 5 else 1 for i in range(layers)]
+    return [ResNetBlock(a, b, s, dropout, i == 0) for i, (a, b, s) in enumerate(zip(widths[:1] + widths, widths, strides))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# beats as tokens (HeartLang, 2502.10707), patches as tokens (MTECG, 2309.07136)
+
+def cut_beats(x, peaks, length):
+    """Beats (B, C, P, length) around R-peaks (B, P), ascending, -1 where none. Each runs from midway to the peak before to midway to
+    the next, half a length at most to either side, with the peak at length // 2 and zeros where the beat does not reach."""
+    B, C, T = x.shape
+    half, there = length // 2, peaks >= 0
+    after = torch.cat([peaks[:, 1:], peaks.new_full((B, 1), -1)], 1)
+    right = torch.where(after >= 0, (peaks + after) // 2, T)     # midway, or the end
+    left = torch.cat([peaks.new_zeros(B, 1), right[:, :-1]], 1)
+    at = peaks[..., None] - half + torch.arange(length, device=x.device)                     # (B, P, length)
+    inside = there[..., None] & (at >= left[..., None].clamp(min=0)) & (at < right[..., None].clamp(max=T))
+    flat = at.clamp(0, T - 1).flatten(1)[:, None].expand(-1, C, -1)
+    return x.gather(2, flat).unflatten(2, at.shape[1:]) * inside[:, None]
+
+
+class BeatStem(nn.Module):
+    """One token per lead and heartbeat, lead by lead, after a CLS token: (B, leads, T) and R-peaks -> (B, 1 + leads P, dim).
+
+    A beat of .96 s is embedded by a convolution over three neighbouring beats, then where (lead), when (second) and which (position)
+    are added. Up to 21 beats a record, the rest are left out (HeartLang leaves out trailing leads instead). keep (B, leads P) False: the
+    beat is zeroed before the convolution mixes neighbours, and a learned vector stands for it. pad: where a record has fewer beats."""
+    most = 21
+
+    def __init__(self, leads, dim, fs, dropout):
+        super().__init__()
+        self.length, self.fs, self.p = round(.96 * fs), fs, dropout
+        self.embed = nn.Conv1d(self.length, dim, 3, padding=1, padding_mode='circular', bias=False)
+        nn.init.kaiming_normal_(self.embed.weight, nonlinearity='leaky_relu')
+        self.hidden, self.first = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.randn(dim))
+        self.lead, self.second, self.place = nn.Embedding(16, dim), nn.Embedding(16, dim), nn.Parameter(torch.randn(257, dim))
+
+    def beats(self, batch):
+        """Beats (B, leads P, length) and pad (B, leads P), lead by lead; the contents of a padded one are zero."""
+        if 'peaks' not in batch:
+            raise ValueError('beat tokens need R-peaks')
+        peaks = batch['peaks'][:, :self.most]
+        if not peaks.shape[1]:                                   # not one beat in the whole batch
+            peaks = peaks.new_full((len(peaks), 1), -1)
+        x = cut_beats(batch['x'], peaks, self.length)            # (B, leads, P, length)
+        return x.flatten(1, 2), (peaks < 0).repeat(1, x.shape[1])
+
+    def forward(self, batch, keep=None):
+        x, pad = self.beats(batch)
+        B, leads, peaks = len(x), batch['x'].shape[1], batch['peaks'][:, :self.most]
+        P = x.shape[1] // leads
+        if keep is not None:
+            x = x * keep[..., None]
+        z = self.embed(x.transpose(1, 2)).transpose(1, 2)        # (B, leads P, D)
+        if keep is not None:
+            z = torch.where(keep[..., None], z, self.hidden.to(z.dtype))
+        lead, beat = torch.arange(leads, device=z.device).repeat_interleave(P), torch.arange(P, device=z.device).repeat(leads)
+        when = (peaks.clamp(min=0) // round(self.fs) + 1).clamp(max=15).repeat(1, leads) if peaks.shape[1] else torch.zeros_like(pad, dtype=torch.long)
+        z = z + self.lead(lead + 1) + self.second(when) + self.place[1 + lead * self.most + beat]
+        z = torch.cat([(self.first + self.place[0]).to(z.dtype).expand(B, 1, -1), z], 1)
+        return F.dropout(z, self.p, self.training), F.pad(pad, (1, 0))
+
+
+class PatchStem(nn.Module):
+    """Patches of 50 ms over all leads, linearly embedded, with learned positions, after a CLS token: (B, leads, T) -> (B, 1 + T / patch,
+    dim). keep (B, L), the same count in every row: only these patches become tokens, (B, 1 + kept, dim). 10 s at most."""
+
+    def __init__(self, leads, dim, fs):
+        super().__init__()
+        self.length = round(.05 * fs)
+        self.embed, self.first = nn.Linear(leads * self.length, dim), nn.Parameter(torch.zeros(dim))
+        self.place = nn.Parameter(nn.init.trunc_normal_(torch.empty(201, dim), std=.02))
+
+    def patches(self, batch):
+        """Patches (B, L, leads length), the last incomplete one left out."""
+        x = batch['x']
+        L = x.shape[2] // self.length
+        if not 0 < L < len(self.place):
+            raise ValueError(f'{x.shape[2]} samples make {L} patches; there is room for 1 to {len(self.place) - 1}')
+        return x[..., :L * self.length].unflatten(2, (L, -1)).transpose(1, 2).flatten(2)
+
+    def forward(self, batch, keep=None):
+        p = self.patches(batch)
+        z = self.embed(p) + self.place[1:p.shape[1] + 1]         # (B, L, D)
+        if keep is not None:
+            z = z[keep].view(len(z), -1, z.shape[2])
+        return torch.cat([(self.first + self.place[0]).to(z.dtype).expand(len(z), 1, -1), z], 1), None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the encoder
-
-LAYERS = {'s4': 4, 'transformer': 6, 'net1d': 20}                # the paper's; it also tries 6 for S4. Net1D's depth is fixed
-DROPOUT = {'s4': .2, 'transformer': .1, 'net1d': 0.}
-
 
 @dataclass
 class Config:
@@ -266,6 +450,8 @@ class Config:
     backbone: str = 's4'
     dim: int = 64                                                # D
     layers: int = 4
+    ffn: int = 120                                               # of attention backbones, as is the next
+    heads: int = 4
     state: int = 8                                               # N of S4
     causal: bool = True
     dropout: float = .2
@@ -273,37 +459,59 @@ class Config:
     fs: float = 240                                              # Hz of the input
 
 
-class Encoder(nn.Module):
-    """Stem and backbone: tokens(batch) -> z (B, L, D), pad; backbone(z, pad) -> h (B, L, D); encoder(batch) does both.
-    Attributes: dim, causal, tokens_per_second.
+def sized(backbone, size, causal=False, fs=240, layers=None):
+    """The Config of a backbone at a named size. Exits with one line where the backbone has no such size."""
+    if size not in SIZES[backbone]:
+        raise SystemExit(f'{backbone} has no size {size}: take one of {", ".join(SIZES[backbone])}')
+    dim, depth, ffn, heads = SIZES[backbone][size]
+    return Config(backbone, dim, layers or depth, ffn, heads, causal=causal, dropout=DROPOUT[backbone], fs=fs)
 
-    pad (B, L) is True where a token stands for nothing, None where every token counts. `layers`: a list to which the backbone
-    appends each block's (branch before the residual sum, output).
+
+class Encoder(nn.Module):
+    """Stem and backbone: tokens(batch, keep=None) -> z (B, L, D), pad; backbone(z, pad) -> h (B, L, D); encoder(batch) -> h, pad.
+    Attributes: dim, causal, tokens_per_second (None for beats).
+
+    batch: a dict with x (B, leads, T) in mV and, for beats, peaks (B, P). pad (B, L) is True where a token stands for nothing, None where
+    every token counts. keep (B, L): what beat and patch stems may see. `layers`: a list to which the backbone appends each block's
+    (branch before the residual sum, output).
     """
 
     def __init__(self, config):
         super().__init__()
         self.config, c = config, config
-        self.stem = stem(c.leads, c.dim)
-        self.dim, self.causal, self.tokens_per_second = c.dim, c.causal, c.fs / 2
-        make = {'s4': lambda: [S4Block(c.dim, c.state, c.causal, c.dropout) for _ in range(c.layers)],
-                'transformer': lambda: [TransformerBlock(c.dim, c.causal, c.dropout) for _ in range(c.layers)],
-                'net1d': lambda: net1d(c.dim, c.causal)}
-        self.blocks = nn.ModuleList(make[c.backbone]())
-        self.norm = nn.LayerNorm(c.dim) if c.backbone == 'transformer' else nn.Identity()
+        self.dim, self.causal = c.dim, c.causal
+        attention = lambda **how: [TransformerBlock(c.dim, c.ffn, c.heads, c.causal, c.dropout, **how) for _ in range(c.layers)]
+        if c.backbone == 'resnet':
+            blocks = resnet(c.dim, c.layers, c.dropout)
+            self.stem, self.tokens_per_second = ResNetStem(c.leads, blocks[0].conv1.in_channels), c.fs / 4 ** (min(c.layers, 5) - 1)
+        elif c.backbone == 'beat':
+            blocks = attention(rotary=False, head=64, bias=False)
+            self.stem, self.tokens_per_second = BeatStem(c.leads, c.dim, c.fs, c.dropout), None
+        elif c.backbone == 'vit':
+            blocks = attention(rotary=False)
+            self.stem, self.tokens_per_second = PatchStem(c.leads, c.dim, c.fs), c.fs / round(.05 * c.fs)
+        else:
+            blocks = {'s4': lambda: [S4Block(c.dim, c.state, c.causal, c.dropout) for _ in range(c.layers)],
+                      's4d': lambda: [S4Block(c.dim, c.state, c.causal, c.dropout, S4D) for _ in range(c.layers)],
+                      'transformer': attention, 'net1d': lambda: net1d(c.dim, c.layers, c.causal)}[c.backbone]()
+            self.stem, self.tokens_per_second = Stem(c.leads, c.dim), c.fs / 2
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = {'resnet': lambda: Activate(c.dim, c.dropout), 's4': nn.Identity, 's4d': nn.Identity,
+                     'net1d': nn.Identity}.get(c.backbone, lambda: nn.LayerNorm(c.dim))()
 
-    def tokens(self, batch):
-        return self.stem(batch['x']).transpose(1, 2).contiguous(), None
+    def tokens(self, batch, keep=None):
+        return self.stem(batch, keep)
 
     def backbone(self, z, pad=None, layers=None):
         for block in self.blocks:
-            z, branch = block(z)
+            z, branch = block(z, pad)
             if layers is not None:
                 layers.append((branch, z))
         return self.norm(z)
 
     def forward(self, batch):
-        return self.backbone(*self.tokens(batch))
+        z, pad = self.tokens(batch)
+        return self.backbone(z, pad), pad
 
 
 @torch.no_grad()
@@ -315,7 +523,7 @@ def see_data(encoder, batches):
         m.momentum = None                                        # average over all batches seen
     encoder.train()
     for batch in batches:
-        encoder.tokens(batch)
+        encoder(batch)
     for m in norms:
         m.momentum = .1
     return encoder.eval()
@@ -324,6 +532,14 @@ def see_data(encoder, batches):
 # ---------------------------------------------------------------------------------------------------------------------
 # heads: (B, L, D) -> (B, K)
 
+def pool(h, pad=None):
+    """Mean over the tokens that count: (B, L, D) -> (B, D)."""
+    if pad is None:
+        return h.mean(1)
+    count = (~pad)[..., None].to(h)
+    return (h * count).sum(1) / count.sum(1).clamp(min=1)
+
+
 class MeanPool(nn.Module):
     """Mean over tokens, then a linear map: the head of linear probing, fine-tuning and training from scratch."""
 
@@ -331,26 +547,29 @@ class MeanPool(nn.Module):
         super().__init__()
         self.out = nn.Linear(dim, classes)
 
-    def forward(self, h):
-        return self.out(h.mean(1))
+    def forward(self, h, pad=None):
+        return self.out(pool(h, pad))
 
 
 class AttentionPool(nn.Module):
-    """A learned query attends over the tokens, 16 heads, no biases: the head of frozen evaluation.
+    """A learned query attends over the tokens, 16 heads (or the most that divide D), no biases: the head of frozen evaluation.
 
     The query is the same for all records, so it is folded into the key map, and tokens are pooled before the value map: the
     same result without a (B, L, D) key or value."""
 
     def __init__(self, dim, classes, heads=16):
         super().__init__()
-        self.heads, self.query = heads, nn.Parameter(torch.randn(dim) / dim ** .5)
+        self.heads, self.query = math.gcd(heads, dim), nn.Parameter(torch.randn(dim) / dim ** .5)
         self.q, self.k, self.v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.out = nn.Linear(dim, classes, bias=False)
 
-    def forward(self, h):
+    def forward(self, h, pad=None):
         D, size = h.shape[2], h.shape[2] // self.heads
         query = torch.einsum('hs,hsd->hd', self.q(self.query).view(-1, size), self.k.weight.view(-1, size, D)) / size ** .5
-        pooled = (h @ query.T).softmax(1).transpose(1, 2) @ h    # (B, heads, D)
+        score = h @ query.T                                      # (B, L, heads)
+        if pad is not None:
+            score = score.masked_fill(pad[..., None], -math.inf)
+        pooled = score.softmax(1).transpose(1, 2) @ h            # (B, heads, D)
         return self.out(torch.einsum('bhd,hsd->bhs', pooled, self.v.weight.view(-1, size, D)).flatten(1))
 
 
@@ -380,6 +599,15 @@ def learning_rate(step, steps, peak, schedule='cosine', warmup=.05):
         return peak * rise
     through = max(0., (step - warmup * steps) / max(1, steps - warmup * steps))
     return peak * rise * .5 * (1 + math.cos(math.pi * min(1., through)))
+
+
+def groups(module, peak, weight_decay=1e-3):
+    """Optimiser groups of what learns in a module, each with its peak rate. Dynamics of S4D take 1e-3 at most and no weight decay."""
+    learned = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    dynamics = [p for n, p in learned if n.endswith(('.log_step', '.a', '.w'))]
+    rest = [p for n, p in learned if not n.endswith(('.log_step', '.a', '.w'))]
+    both = (dict(params=rest, peak=peak, weight_decay=weight_decay), dict(params=dynamics, peak=min(peak, 1e-3), weight_decay=0.))
+    return [g for g in both if g['params']]
 
 
 def parameters(module):
@@ -420,16 +648,54 @@ def load_encoder(checkpoint):
     return encoder.eval()
 
 
+def measure(encoder, seconds=10., batch=4):
+    """What an encoder costs and sees: forward MACs per record, tokens, milliseconds of a training step per record, receptive field as
+    text. MACs are matrix products and convolutions as torch counts them; FFTs and what is done element by element are left out."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    fs = encoder.config.fs
+    T = round(seconds * fs)
+    x = torch.randn(batch, encoder.config.leads, T)
+    peaks = torch.arange(round(fs), T - round(fs), round(.8 * fs)).repeat(batch, 1)          # 75 beats a minute
+    encoder.eval()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        encoder(dict(x=x[:1], peaks=peaks[:1]))
+    one = x[:1].clone().requires_grad_()
+    h, _ = encoder(dict(x=one, peaks=peaks[:1]))
+    h[0, h.shape[1] // 2].square().sum().backward()
+    seen = torch.nonzero(one.grad[0].abs().amax(0) > 0)[:, 0] - T * (h.shape[1] // 2) / h.shape[1]
+    past, future = max(0, -seen[0].item()) / fs, max(0, seen[-1].item()) / fs
+    wide = lambda s: 'all' if s > .45 * seconds else f'{1e3 * s:.0f} ms'
+    field = 'by attention, all' if encoder.config.backbone == 'beat' else f'{wide(past)} back, {wide(future)} ahead'
+    encoder.train()
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        pool(*encoder(dict(x=x, peaks=peaks))).square().sum().backward()
+        times.append(time.perf_counter() - began)
+    return counter.get_total_flops() / 2, h.shape[1], 1e3 * min(times[1:]) / batch, field
+
+
 def main():
     """The command line: see the top of the file."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--size', default='tiny', help='tiny, small, base or released; or a rung of a ladder, such as 5x320 (resnet) or 6x512 (beat)')
     p.add_argument('--out', default='out/s4.png', help='where the figure goes')
     a = p.parse_args()
-    for size, dim in SIZES.items():
-        for causal in (True, False):
-            encoder = Encoder(Config(dim=dim, causal=causal))
-            print(f'{size:6s} D {dim:4d} {"causal" if causal else "bidirectional":14s} stem {parameters(encoder.stem):9,d}  '
-                  f's4 {parameters(encoder.blocks):9,d}  together {parameters(encoder):9,d}')
+    if not any(a.size in sizes for sizes in SIZES.values()):
+        raise SystemExit(f'no backbone has size {a.size}: take ' + ', '.join(dict.fromkeys(s for sizes in SIZES.values() for s in sizes)))
+    print(f'{"backbone":12s} {"D x layers":>10s} {"stem":>8s} {"backbone":>11s} {"together":>11s} {"MMAC":>8s} {"tokens":>7s} {"step":>8s}  receptive field of a token'
+          '\nMACs, tokens and time of one training step (forward, backward) are per record of 10 s')
+    for backbone in SIZES:
+        for causal in (True, False) if backbone in ('s4', 's4d', 'transformer', 'net1d') else (False,):
+            if a.size not in SIZES[backbone]:
+                continue
+            torch.manual_seed(0)
+            e = Encoder(sized(backbone, a.size, causal))
+            macs, tokens, ms, field = measure(e)
+            stem, both = parameters(e.stem), parameters(e)
+            print(f'{backbone:12s} {e.dim:5d} x {e.config.layers:2d} {stem:8,d} {both - stem:11,d} {both:11,d} {macs / 1e6:8.1f} {tokens:7,d} '
+                  f'{ms:5.1f} ms  {field}{", causal" if causal else ""}', flush=True)
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt

@@ -1,6 +1,8 @@
 """Pretrain an encoder.
 
     python train.py                                      # CPC with a tiny S4 on synthetic ECGs, some two minutes on two CPU cores
+    python train.py --objective jepa --backbone transformer         # what goes with what: python objectives.py --pairs
+    python train.py --objective jepa --as_released ema   # with one of the released code's deviations
     python train.py --data ptbxl --size base --steps 20000 --batch 64
     python train.py --resume --out out/cpc_s4_tiny_0     # go on after an interruption, exactly
     python train.py --benchmark --size base              # a training step against its matrix products
@@ -14,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from data import Dataset, Stop, figure
-from evaluate import auroc, embed, linear_probe, macro
-from models import DROPOUT, LAYERS, SIZES, Config, Encoder, learning_rate, load, parameters, pick_device, precision, save, to_device
-from objectives import OBJECTIVES
+from evaluate import auroc, embed, first_task, linear_probe, macro
+from models import SIZES, Config, Encoder, groups, learning_rate, load, parameters, pick_device, precision, save, sized, to_device
+from objectives import OBJECTIVES, VQBeat, health, released_input
 
 
 def knobs():
@@ -26,15 +29,31 @@ def knobs():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group('what')
     g.add_argument('--objective', choices=list(OBJECTIVES), default='cpc')
-    g.add_argument('--backbone', choices=list(LAYERS), default='s4')
-    g.add_argument('--size', choices=list(SIZES), default='tiny', help='width: ' + ', '.join(f'{k} {v}' for k, v in SIZES.items()))
-    g.add_argument('--layers', type=int, help='of the backbone (default: ' + ', '.join(f'{k} {v}' for k, v in LAYERS.items()) + '; net1d is fixed)')
+    g.add_argument('--backbone', choices=list(SIZES), help='default: the first that the objective runs on, s4 for most')
+    g.add_argument('--size', choices=list(dict.fromkeys(s for sizes in SIZES.values() for s in sizes)), default='tiny', metavar='SIZE',
+                   help='tiny, small, base, released, or a rung of a ladder such as 5x320 (resnet) or 6x512 (beat); python models.py shows them')
+    g.add_argument('--layers', type=int, help="of the backbone (default: the size's)")
     g.add_argument('--data', default='synthetic', help='prepared dataset, or several joined by commas; their training folds are used')
     g.add_argument('--window', type=float, help="crop in s (default: the objective's)")
+    g = p.add_argument_group("the objective's own", 'each for the objectives that have it, see python objectives.py --pairs; its default otherwise')
+    g.add_argument('--span-ms', type=float, help='length of masked spans in ms (83)')
+    g.add_argument('--hide', type=float, help='share of tokens hidden (0.49 in spans; 0.5 of beats and patches)')
+    g.add_argument('--target-norm', choices=['instance', 'layer'], help="how the teacher's features are standardised (instance); layer is the released code's")
+    g.add_argument('--half-life', type=float, help="of the teacher's distance to the student, as a share of the run (0.05)")
+    g.add_argument('--momentum', type=float, help="the teacher's, in place of --half-life; 0.9996 is the released code's")
+    g.add_argument('--teacher-mode', choices=['eval', 'train'], help='whether the teacher has dropout and batch statistics (eval)')
+    g.add_argument('--horizon', type=int, help='tokens that CPC looks ahead (14)')
+    g.add_argument('--negatives', type=int, help='of CPC, per prediction (128)')
+    g.add_argument('--codes', type=int, help='of the vocabulary that vqbeat learns (8192)')
+    g.add_argument('--tokenizer', help='run folder of a vqbeat, whose codes beats predicts')
+    g.add_argument('--task', help='labels that supervised learns (default: the first of findings, super, snomed, dx2020, label)')
+    g.add_argument('--focal', type=float, help='exponent of the focal loss (0: plain cross-entropy)')
+    g.add_argument('--as_released', type=lambda text: tuple(text.split(',')), default=(), metavar='WHAT',
+                   help="the released code's deviations, any of ema,mask,lr,codebook,norm")
     g = p.add_argument_group('how')
     g.add_argument('--steps', type=int, default=800)
     g.add_argument('--batch', type=int, default=32)
-    g.add_argument('--lr', type=float, default=3e-3, help='peak')
+    g.add_argument('--lr', type=float, help='peak (default: chosen for objective and backbone, see python objectives.py --pairs)')
     g.add_argument('--schedule', choices=['cosine', 'constant'], default='cosine', help='after a warm-up over 5 %% of the run')
     g.add_argument('--weight-decay', type=float, default=1e-3)
     g.add_argument('--clip', type=float, default=1., help='largest norm of the gradient')
@@ -47,6 +66,7 @@ def knobs():
     g.add_argument('--log-every', type=int, default=20, help='steps')
     g.add_argument('--save-every', type=int, default=200, help='steps')
     g.add_argument('--probe-every', type=int, default=200, help='steps; 0: no online probe')
+    g.add_argument('--probe-records', type=int, default=600, help='training records of the online probe')
     g.add_argument('--benchmark', action='store_true', help='time training steps, train nothing')
     return p
 
@@ -75,8 +95,29 @@ def run_folder(a):
     return out
 
 
-def resume(out, a, parser):
-    """The checkpoint in `out`, and the arguments it was started with; other flags given now are refused."""
+OPTIONS = ('span_ms', 'hide', 'target_norm', 'half_life', 'momentum', 'teacher_mode', 'horizon', 'negatives', 'codes', 'tokenizer', 'task', 'focal')
+
+
+def settle(a):
+    """Fill in what the objective decides, and refuse what it does not have."""
+    kind = OBJECTIVES[a.objective]
+    a.backbone = a.backbone or next(iter(kind.backbones))
+    if a.backbone not in kind.backbones:
+        raise Stop(f'{a.objective} does not run on {a.backbone}: take {", ".join(kind.backbones)}')
+    for name in OPTIONS:
+        if getattr(a, name) is not None and name not in kind.options:
+            raise Stop(f'{a.objective} has no --{name.replace("_", "-")}: it takes ' + (', '.join('--' + o.replace('_', '-') for o in kind.options) or 'no flag of its own'))
+    if unknown := set(a.as_released) - set(kind.released):
+        raise Stop(f'--as_released {",".join(sorted(unknown))}: of {a.objective} there is {",".join(kind.released) or "nothing"} to switch')
+    if a.objective == 'beats' and not (a.tokenizer or a.benchmark):
+        raise Stop('beats predicts the codes of a vqbeat: train one with python train.py --objective vqbeat --out out/vq, then add --tokenizer out/vq')
+    a.lr = a.lr or (3e-3 if 'lr' in a.as_released else kind.backbones[a.backbone])
+    a.window = a.window or max(kind.window, 10 if a.backbone in ('resnet', 'beat', 'vit') else 0)             # these are made for whole records
+    sized(a.backbone, a.size)                                    # stops at a size that the backbone lacks
+
+
+def resume(out, a, given):
+    """The checkpoint in `out`; the arguments it was started with are put into `a`. Other flags than it was started with are refused."""
     try:
         checkpoint = load(out / 'ckpt.pt')
     except ValueError as e:
@@ -84,20 +125,20 @@ def resume(out, a, parser):
     if 'args' not in checkpoint:
         raise Stop(f'{out}/ckpt.pt is no checkpoint of train.py: nothing to resume')
     for k, v in checkpoint['args'].items():
-        if getattr(a, k) not in (v, parser.get_default(k)):
+        if given.get(k, v) != v:
             raise Stop(f'{out} was started with --{k.replace("_", "-")} {v}: --resume goes on as begun, leave the flag out')
         setattr(a, k, v)
     return checkpoint
 
 
-def online_probe(encoder, ds, samples, device):
-    """Macro AUROC of a linear probe fitted on up to 600 training records and scored on up to 300 validation records, first crops.
+def online_probe(encoder, ds, samples, device, most):
+    """Macro AUROC of a linear probe fitted on up to `most` training records and scored on half as many validation records, first crops.
     A rough gauge of progress; NaN where there are no labels."""
     y = np.array(ds.labels[:, next((c for t, c in ds.tasks.items() if t != 'tail'), [])])
     y = y[:, np.isin(y, (0, 1)).any(0) & (np.isin(y, (0, 1)) | np.isnan(y)).all(0)]          # yes/no labels only
     usable = np.flatnonzero((ds.length >= samples) & np.isfinite(y).any(1))
     train, val, _ = (r[np.isin(r, usable)] for r in ds.split())
-    train, val = train[:600], val[:300]
+    train, val = train[:most], val[:most // 2]
     if len(train) < 20 or len(val) < 20:
         return math.nan
     rows, X = np.concatenate([train, val]), np.zeros((len(ds), encoder.dim))
@@ -120,41 +161,76 @@ def write_log(path, rows):
 
 def draw_loss(rows, path):
     """Loss, accuracy or other health, and online probe over the steps."""
-    health = [k for k in list(rows[0])[4:-4] if k != 'chance']
-    panels = ['loss', *health, 'probe']
-    fig, axes = figure(1, len(panels), figsize=(4 * len(panels), 3.2), layout='constrained')
-    for ax, name in zip(axes, panels):
-        xy = [(int(r['step']), float(r[name])) for r in rows if r[name] not in ('', None) and math.isfinite(float(r[name]))]
-        ax.plot(*zip(*xy), marker='o' if name == 'probe' else '') if xy else None
+    panels = ['loss', *list(rows[0])[4:-5], 'probe']
+    panels = [p for p in panels if p != 'chance']
+    fig, axes = figure(2, -(-len(panels) // 2), figsize=(2.1 * len(panels), 6), layout='constrained')
+    series = lambda name: [(int(r['step']), float(r[name])) for r in rows if r[name] not in ('', None) and math.isfinite(float(r[name]))]
+    for ax, name in zip(axes.flat, panels):
+        ax.plot(*zip(*series(name)), marker='o' if name == 'probe' else '') if series(name) else None
         if name == 'accuracy':
-            ax.axhline(float(rows[0]['chance']), ls=':', color='C7', label='chance')
+            ax.plot(*zip(*series('chance')), ls=':', color='C7', label='chance')
             ax.legend()
         ax.set(xlabel='step', title=name)
+    for ax in axes.flat[len(panels):]:
+        ax.axis('off')
     fig.savefig(path, dpi=120)
 
 
-def build(a, fs):
+def load_tokenizer(path, fs):
+    """The vqbeat of a run folder, and its checkpoint."""
+    try:
+        c = load(Path(path) / 'ckpt.pt')
+    except ValueError as e:
+        raise Stop(str(e))
+    if c.get('objective') != 'vqbeat' or c['contract']['fs'] != fs:
+        raise Stop(f'--tokenizer {path}: a run of --objective vqbeat at {fs} Hz is needed')
+    kind = VQBeat(Encoder(Config(**c['config'])), codes=len(c['state']['codebook']))
+    kind.load_state_dict(c['state'], strict=True)
+    return kind, c
+
+
+def build(a, fs, columns=(), tokenizer=None):
     """The objective around a fresh encoder, as the arguments say."""
     kind = OBJECTIVES[a.objective]
-    config = Config(a.backbone, SIZES[a.size], a.layers or LAYERS[a.backbone], causal=kind.causal, dropout=DROPOUT[a.backbone], fs=fs)
-    return kind(Encoder(config), steps=a.steps)
+    options = {k: getattr(a, k) for k in kind.options if getattr(a, k) is not None and k not in ('task', 'tokenizer')}
+    options |= {'supervised': dict(columns=columns), 'beats': dict(tokenizer=tokenizer)}.get(a.objective, {})
+    encoder = Encoder(sized(a.backbone, a.size, kind.causal, fs, a.layers))
+    return kind(encoder, steps=a.steps, released=a.as_released, **options)
+
+
+def optimiser_groups(objective, a):
+    """One rate for all parts; as released ('lr'), a tenth for the backbone and the mask token, a hundredth for the stem."""
+    if 'lr' not in a.as_released:
+        return groups(objective, a.lr, a.weight_decay)
+    e = objective.encoder
+    middle = nn.ParameterList([*e.blocks.parameters(), *e.norm.parameters(), *[p for n, p in objective.named_parameters() if n == 'hidden']])
+    return [g for part, rate in ((objective.head, a.lr), (middle, a.lr / 10), (e.stem, a.lr / 100)) for g in groups(part, rate, a.weight_decay)]
 
 
 def train(a, out, checkpoint=None):
     """Pretrain as the arguments say; writes the run folder. checkpoint: where to go on from."""
     ds, device = Dataset(a.data), pick_device(a.device)
-    kind = OBJECTIVES[a.objective]
-    window = a.window or kind.window
-    samples = round(window * ds.contract.fs)
+    samples = round(a.window * ds.contract.fs)
     rows = ds.split()[0]
     short = int((ds.length[rows] < samples).sum())
     rows = rows[ds.length[rows] >= samples]
     if not len(rows):
-        raise Stop(f'no training record of {a.data} lasts {window} s: prepare longer ones or lower --window')
+        raise Stop(f'no training record of {a.data} lasts {a.window} s: prepare longer ones or lower --window')
+    if a.backbone == 'beat' and not ds.peak_count[rows].any():
+        raise Stop(f'{a.data} has no R-peaks: prepare it without --no-peaks')
+    columns, tokenizer, patients = [], None, {str(p) for p in ds.patient[rows]}
+    if a.objective == 'supervised':
+        a.task = a.task or first_task(ds)
+        columns = ds.columns(a.task)
+        if not np.isin(y := np.array(ds.labels[:, columns])[rows], (0, 1)).any(0).all() or (np.isfinite(y) & ~np.isin(y, (0, 1))).any():
+            raise Stop(f'task {a.task} of {a.data}: supervised training needs yes/no labels, some for every class')
+    if a.objective == 'beats':
+        tokenizer, source = load_tokenizer(a.tokenizer, ds.contract.fs)
+        patients |= set(source['patients'])
     torch.manual_seed(a.seed)
-    objective = build(a, ds.contract.fs).to(device)
+    objective = build(a, ds.contract.fs, columns, tokenizer).to(device)
     encoder, config, learned = objective.encoder, objective.encoder.config, [p for p in objective.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(learned, lr=a.lr, weight_decay=a.weight_decay)
+    optimiser = torch.optim.AdamW(optimiser_groups(objective, a), lr=a.lr)
     first, log, seconds = 0, [], 0.
     if checkpoint:
         objective.load_state_dict(checkpoint['state'], strict=True)
@@ -164,41 +240,45 @@ def train(a, out, checkpoint=None):
             raise Stop(f'{a.data} has been prepared anew since this run began: prepare it as it was, or start again')
     print(f'{a.objective} on {a.backbone} {a.size}: stem {parameters(encoder.stem):,} + backbone {parameters(encoder) - parameters(encoder.stem):,} '
           f'+ head {parameters(objective) - parameters(encoder):,} parameters, {"causal" if config.causal else "bidirectional"}')
-    print(f'{a.data}: {len(rows):,} training records' + (f' ({short:,} too short)' if short else '') + f', {window} s crops of {samples} samples '
-          f'at {ds.contract.fs} Hz, {-(-samples // 2)} tokens, {ds.contract.unit}, filter {ds.contract.filter}')
+    if hasattr(objective, 'teacher'):
+        print(f'teacher: momentum {(m := objective.teacher.momentum):.6f}' + (f', half-life {math.log(.5) / math.log(m):.0f} steps' if m < 1 else ', it never moves')
+              + f', {objective.teacher.mode} mode' + (f'; spans of {objective.span} tokens' if hasattr(objective, 'span') else ''))
+    print(f'{a.data}: {len(rows):,} training records' + (f' ({short:,} too short)' if short else '') + f', {a.window} s crops of {samples} samples '
+          f'at {ds.contract.fs} Hz, {ds.contract.unit}, filter {ds.contract.filter}' + (f'; as released: {", ".join(a.as_released)}' if a.as_released else ''))
     print(f'{a.steps:,} steps of {a.batch} crops = {a.steps * a.batch / len(rows):.1f} epochs on {device}, '
-          f'{"bf16 products, fp32 convolution" if device.type == "cuda" else "fp32"}; writing to {out}/')
+          f'{"bf16 products, fp32 convolution" if device.type == "cuda" else "fp32"}, lr {a.lr:g}; writing to {out}/')
     if checkpoint:
         print(f'resuming at step {first:,}' if first < a.steps else f'already finished: all {first:,} steps were done')
-    print(f'{"step":>7s} {"seconds":>8s} {"lr":>8s} {"loss":>8s}  health and online probe')
+    print(f'{"step":>7s} {"seconds":>8s} {"loss":>8s} {"gradient":>8s}  health and online probe; ! is an alarm')
 
     def keep(step):
         save(out / 'ckpt.pt', dict(
             objective=a.objective, config=asdict(config), encoder=encoder.state_dict(), state=objective.state_dict(),
-            optimiser=optimiser.state_dict(), step=step, seed=a.seed, contract=asdict(replace(ds.contract, window=window)), data=a.data,
-            dataset=ds.hash, patients=sorted({str(p) for p in ds.patient[rows]}), command=' '.join(sys.argv), log=log,
+            optimiser=optimiser.state_dict(), step=step, seed=a.seed, contract=asdict(replace(ds.contract, window=a.window)), data=a.data,
+            dataset=ds.hash, patients=sorted(patients), command=' '.join(sys.argv), log=log,
             args={k: v for k, v in vars(a).items() if k not in ('out', 'resume', 'force', 'benchmark', 'device')},
             seconds=seconds + time.time() - began))
 
     began = time.time()
     if not checkpoint:
         out.mkdir(parents=True, exist_ok=True)
-        for old in (f for pattern in ('log.csv', 'results_*', 'loss.png', 'labels.png', 'pca_*.png') for f in out.glob(pattern)):
+        for old in (f for pattern in ('log.csv', 'results_*', 'loss.png', 'labels*.png', 'pca_*.png') for f in out.glob(pattern)):
             old.unlink()                                         # of the run that --force overwrites
         keep(0)
     for step in range(first, a.steps):
         objective.train()
         torch.manual_seed((a.seed * 1_000_003 + step) % 2 ** 63)                             # dropout and negatives of this step
         batch = to_device(ds.batch(rows, samples, a.batch, a.seed, step), device)
-        lr = learning_rate(step, a.steps, a.lr, a.schedule)
+        if 'norm' in a.as_released:
+            batch['x'] = released_input(batch['x'])
         for group in optimiser.param_groups:
-            group['lr'] = lr
+            group['lr'] = learning_rate(step, a.steps, group['peak'], *(('constant', 0.) if 'lr' in a.as_released else (a.schedule,)))
 
         # one step
         with precision(device):
             loss, logs = objective(batch)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(learned, a.clip)
+        norm = torch.nn.utils.clip_grad_norm_(learned, math.inf if 'lr' in a.as_released else a.clip)
         if not (loss.isfinite() and norm.isfinite()):
             torch.save(batch, out / 'bad_batch.pt')
             raise Stop(f'the loss is {loss.item()} and its gradient {norm.item()} at step {step}: the batch is in {out}/bad_batch.pt, '
@@ -211,26 +291,31 @@ def train(a, out, checkpoint=None):
         last = step + 1 == a.steps
         probing = a.probe_every and (last or step == 0 or (step + 1) % a.probe_every == 0)
         if last or step % a.log_every == 0 or probing:
-            probe = online_probe(encoder, ds, samples, device) if probing else ''
-            spent = seconds + time.time() - began
-            log.append(dict(step=step, lr=lr, loss=loss.item(), gradient=norm.item(), **{k: float(v) for k, v in logs.items()}, probe=probe,
+            probe = online_probe(encoder, ds, samples, device, a.probe_records) if probing else ''
+            spent, (state, alarm) = seconds + time.time() - began, health(logs)
+            log.append(dict(step=step, lr=optimiser.param_groups[0]['lr'], loss=loss.item(), gradient=norm.item(), **state, alarm=alarm, probe=probe,
                             seconds=round(spent, 2), crops_per_second=round((step + 1 - first) * a.batch / (time.time() - began), 1), device=str(device)))
-            print(f'{step:7,d} {spent:8.1f} {lr:8.1e} {loss.item():8.4f}  ' + ' '.join(f'{k} {float(v):.4f}' for k, v in logs.items())
-                  + (f'  probe AUROC {probe:.3f}' if probing else ''), flush=True)
+            print(f'{step:7,d} {spent:8.1f} {loss.item():8.4f} {norm.item():8.3f}  ' + ' '.join(f'{k} {v:.3g}' for k, v in state.items())
+                  + (f'  probe AUROC {probe:.3f}' if probing else '') + (f'  ! {alarm}' if alarm else ''), flush=True)
         if last or (step + 1) % a.save_every == 0:
             keep(step + 1)
             write_log(out / 'log.csv', log)
     draw_loss(log, out / 'loss.png')
+    if late := [r for r in log[len(log) // 4:] if r['alarm']]:
+        print(f'! {len(late)} of the last {len(log) - len(log) // 4} logged steps raised an alarm ({late[-1]["alarm"]}): the features have likely collapsed')
     print(f'{out}: ckpt.pt, log.csv, loss.png; evaluate it with python evaluate.py {out}' + ('' if a.data == 'synthetic' else f' --data {a.data}'))
 
 
 def benchmark(a, repeats=7):
     """Median time of a training step against its matrix products at the rate of a large product measured in turn with it."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    device, kind = pick_device(a.device), OBJECTIVES[a.objective]
+    device, T = pick_device(a.device), round(a.window * 240)
     torch.manual_seed(0)
-    objective = build(a, 240).to(device)
-    optimiser, batch = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad]), {'x': torch.randn(a.batch, 12, round(kind.window * 240), device=device)}
+    objective = build(a, 240, range(24), VQBeat(Encoder(sized('beat', a.size))) if a.objective == 'beats' else None).to(device)
+    optimiser = torch.optim.AdamW(optimiser_groups(objective, a))
+    batch = to_device(dict(x=torch.randn(a.batch, 12, T), y=torch.randint(2, (a.batch, 24)).float(), patient=torch.arange(a.batch),
+                           peaks=torch.arange(100, T - 100, 200).repeat(a.batch, 1)), device)                 # 72 beats a minute
     left, right = torch.randn(9600, 512, device=device), torch.randn(512, 1024, device=device)
 
     def step():
@@ -253,7 +338,7 @@ def benchmark(a, repeats=7):
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):            # the kernel whose products are counted
         step()
     flops = counter.get_total_flops()
     product()
@@ -274,14 +359,26 @@ def main(argv=None):
     for name in ('steps', 'batch', 'layers', 'log_every', 'save_every'):
         if getattr(a, name) is not None and getattr(a, name) < 1:
             raise Stop(f'--{name.replace("_", "-")} must be 1 or more')
-    if not (a.seed >= 0 and 0 < a.lr < math.inf and 0 < a.clip and a.weight_decay >= 0 and (a.window is None or .5 <= a.window < math.inf) and a.seed < 2 ** 31):
-        raise Stop('--seed must not be negative, --lr and --clip must be positive, --weight-decay not negative, --window 0.5 s or more')
+    for name in ('lr', 'clip', 'window', 'span_ms', 'half_life', 'codes', 'horizon', 'negatives', 'probe_records', 'hide', 'momentum'):
+        value, most = getattr(a, name), 1 if name in ('hide', 'momentum') else math.inf
+        if value is not None and not 0 < value < most:
+            raise Stop(f'--{name.replace("_", "-")} {value:g} must lie between 0 and {most}')
+    for name in ('seed', 'weight_decay', 'probe_every', 'focal'):
+        if not 0 <= (getattr(a, name) or 0) < 2 ** 31:
+            raise Stop(f'--{name.replace("_", "-")} {getattr(a, name)} must not be negative, nor absurdly large')
+    if a.window is not None and a.window < .5:
+        raise Stop(f'--window {a.window} must be 0.5 s or more')
     if a.layers == 1 and a.objective in ('data2vec', 'dinosr'):
         raise Stop(f'{a.objective} takes its targets from the last two layers: --layers must be 2 or more')
+    checkpoint = None
+    if a.resume:
+        typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(a))))        # what stands there already gets no default
+        out = run_folder(a)
+        checkpoint = resume(out, a, {k: v for k, v in vars(typed).items() if v is not None})
+    settle(a)
     if a.benchmark:
         return benchmark(a)
-    out = run_folder(a)
-    checkpoint = resume(out, a, parser) if a.resume else None
+    out = out if a.resume else run_folder(a)
     try:
         train(a, out, checkpoint)
     except KeyboardInterrupt:

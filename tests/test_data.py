@@ -555,3 +555,23 @@ def test_show_draws(here):
     assert data.show('sample', 3).stat().st_size > 10_000
     with pytest.raises(Stop, match='records 0 to 499'):
         data.show('sample', 500)
+
+
+def test_peaks_against_annotations(tmp_path, monkeypatch, capsys):
+    """Planted beats of synthetic records, written as WFDB with annotations of their own, one of them wrong by 300 ms."""
+    import wfdb
+    monkeypatch.chdir(tmp_path)
+    planted = 0
+    for i, record in enumerate(data.synthetic(4)):
+        record.load(record) if record.load else None
+        at = np.rint(np.asarray(record.peaks) * record.fs).astype(int)
+        at = at[(at > 0) & (at < len(record.x))]
+        wfdb.wrsamp(f'r{i}', record.fs, ['mV'] * 12, list(data.LEADS), np.asarray(record.x, float) / 1000, fmt=['16'] * 12, adc_gain=[1000] * 12, baseline=[0] * 12)
+        if i == 3:
+            at[3] += round(.3 * record.fs)
+        wfdb.wrann(f'r{i}', 'ii', at, ['N'] * len(at))
+        planted += len(at)
+    annotated, matched, extra = data.check_peaks('.')
+    assert annotated == planted and matched == planted - 1 and extra == 1 and (tmp_path / 'out/peaks.png').exists()
+    with pytest.raises(data.Stop, match='no annotation files'):
+        data.check_peaks('.', 'xyz')

@@ -202,7 +202,7 @@ def test_evaluate_writes_its_results(here, run, capsys):
     result = json.loads((here / run / 'results_sample_super_linear_all_0.json').read_text())
     assert result['n'] == 500 and result['patients'] == 466 and result['low'] < result['point'] < result['high']
     assert len(result['classes']) == 5 and result['contract']['fs'] == 240
-    assert result['minus_random'][1] < result['minus_random'][0] < result['minus_random'][2] and result['labels'] == 'all'
+    assert result['minus_reference'][1] < result['minus_reference'][0] < result['minus_reference'][2] and result['labels'] == 'all'
     for name in ('results_linear.csv', 'labels.png', 'pca_sample.png', 'pca_synthetic.png'):
         assert (here / run / name).stat().st_size > 100
 
@@ -210,18 +210,42 @@ def test_evaluate_writes_its_results(here, run, capsys):
 def test_two_runs_share_one_table(here, run, capsys):
     train.main('--steps 2 --batch 4 --layers 1 --probe-every 0 --seed 1 --out out/second'.split())
     evaluate.main([run, 'out/second', '--data', 'sample', '--task', 'rhythm'])
-    table = list(csv.DictReader(open(here / run / 'results_linear.csv')))
+    table = list(csv.DictReader(open(here / run / 'results_sample_rhythm_linear.csv')))
     mine = [r for r in table if r['arm'] == 'pretrained']
     assert len(table) == 4 and {r['seed'] for r in mine} == {'0', '1'} and mine[0]['mean'] == mine[1]['mean']
     assert float(mine[0]['mean']) == pytest.approx(np.mean([float(r['point']) for r in mine]))
-    with pytest.raises(Stop, match='alike but for their seeds'):
+    with pytest.raises(Stop, match='alike but for their seeds; these share a seed'):
         evaluate.main([run, run])
+    train.main('--steps 2 --batch 4 --layers 2 --probe-every 0 --seed 2 --out out/deeper'.split())
+    with pytest.raises(Stop, match='these differ in layers'):
+        evaluate.main([run, 'out/deeper'])
+
+
+def test_against_another_run(here, run, capsys):
+    """A run against itself differs by nothing; the table names what it is compared with."""
+    flags = ['--data', 'sample', '--task', 'super']
+    evaluate.main([run, '--against', run, *flags])
+    table = list(csv.DictReader(open(here / run / 'results_sample_super_linear_against_short.csv')))
+    assert [r['arm'] for r in table] == ['short', 'pretrained'] and table[0]['mean'] == table[1]['mean']
+    assert table[1]['minus_reference'] == '0.0000 0.0000 0.0000' and 'minus short' in capsys.readouterr().out
+    with pytest.raises(Stop, match='as many runs'):
+        evaluate.main([run, '--against', run, 'out/second', *flags])
+
+
+@pytest.mark.parametrize('objective, backbone', [('mae', 'vit'), ('cmsc', 'resnet'), ('vqbeat', 'beat')])
+def test_other_tokens_are_evaluated(here, objective, backbone):
+    """Encoders with padding, a CLS token or a coarse rate go through every mode."""
+    run = f'out/{backbone}'
+    train.main(f'--objective {objective} --steps 1 --batch 4 --probe-every 0 --out {run}'.split())
+    for mode in ('linear', 'frozen', 'finetune'):
+        evaluate.main([run, '--data', 'synthetic', '--task', 'code', '--mode', mode, '--labels', '60', '--draws', '1', '--epochs', '1'])
+        assert list(csv.DictReader(open(here / run / f'results_synthetic_code_{mode}.csv')))[-1]['arm'] == 'pretrained'
 
 
 @pytest.mark.parametrize('mode, arms', [('scratch', {'from scratch'}), ('finetune', {'from scratch', 'random encoder', 'pretrained'})])
 def test_trained_modes(here, run, mode, arms):
     evaluate.main([run, '--data', 'synthetic', '--task', 'code', '--mode', mode, '--labels', '1', '--epochs', '1'])
-    table = list(csv.DictReader(open(here / run / f'results_{mode}.csv')))
+    table = list(csv.DictReader(open(here / run / f'results_synthetic_code_{mode}.csv')))
     assert {r['arm'] for r in table} == arms and all(0 < float(r['low']) < float(r['high']) < 1 for r in table)
 
 

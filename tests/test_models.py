@@ -6,14 +6,30 @@ import pytest
 import torch
 from torch import nn
 
+import torch.nn.functional as F
+
 import models
-from models import (CHUNK, LAYERS, AttentionPool, Config, Encoder, S4, S4Block, TransformerBlock, convolve, convolve_chunks, discretise, learning_rate, legs,
-                    load, load_encoder, parameters, rotate, save, see_data, stem, tied_dropout)
+from models import (CHUNK, SIZES, AttentionPool, Config, Encoder, MeanPool, ResNetBlock, S4, S4Block, S4D, Stem, TransformerBlock, convolve, convolve_chunks,
+                    cut_beats, discretise, groups, learning_rate, legs, load, load_encoder, parameters, pool, rotate, save, see_data, sized, tied_dropout)
 
 
 def make_s4(causal, seed=0, dim=6):
     torch.manual_seed(seed)
     return S4(dim, causal=causal).double()
+
+
+def test_s4d_convolution_equals_recurrence():
+    torch.manual_seed(0)
+    s4d, u = S4D(6).double(), torch.randn(6, 3, 50, dtype=torch.float64)
+    A, C = torch.complex(-s4d.a.exp(), s4d.w), torch.view_as_complex(s4d.C.detach())[0]
+    Abar = (A * s4d.log_step.exp()[:, None]).exp()
+    Bbar = (Abar - 1) / A
+    x, y = torch.zeros(6, 3, 4, dtype=torch.complex128), []
+    for t in range(50):
+        x = Abar[:, None] * x + Bbar[:, None] * u[:, :, t, None]
+        y.append(2 * (C[:, None] * x).sum(2).real)
+    assert (s4d(u) - torch.stack(y, 2)).abs().max() < 1e-10
+    assert torch.allclose(A.imag[0], math.pi * torch.arange(4.).double()) and torch.allclose(A.real, torch.tensor(-.5).double())
 
 
 def test_legs_eigenvalues():
@@ -49,7 +65,7 @@ def test_bidirectional_equals_double_sum():
             if t + 1 + j < L:
                 y[:, :, t] += k[1, :, j, None] * u[:, :, t + 1 + j]
     assert (convolve(u, k) - y).abs().max() < 1e-10
-    assert (s4.mix(u) - y).abs().max() < 1e-10
+    assert (s4(u) - y).abs().max() < 1e-10
 
 
 def test_fp32_convolution_stays_close():
@@ -58,14 +74,14 @@ def test_fp32_convolution_stays_close():
     exact = convolve(u.double(), s4.double().kernel(300))
     s4.float()
     assert (convolve(u, s4.kernel(300)) - exact).abs().max() < 1e-4
-    assert (s4.mix(u) - exact).abs().max() < 1e-4
+    assert (s4(u) - exact).abs().max() < 1e-4
 
 
 def test_autocast_leaves_the_convolution_alone():
     s4, u = S4(16), torch.randn(16, 4, 60)
     with torch.autocast('cpu', torch.bfloat16):
-        low = s4.mix(u)
-    assert low.dtype == torch.float32 and torch.equal(low, s4.mix(u))
+        low = s4(u)
+    assert low.dtype == torch.float32 and torch.equal(low, s4(u))
 
 
 def test_half_the_rate_is_half_the_lag():
@@ -82,15 +98,15 @@ def test_causal_encoder_is_blind_to_the_future():
     x = torch.randn(2, 12, 200)
     y = x.clone()
     y[:, :, 120:] += 1                                           # token 60 sees samples 119 to 121
-    a, b = encoder({'x': x}), encoder({'x': y})
+    a, b = encoder({'x': x})[0], encoder({'x': y})[0]
     assert (a[:, :60] - b[:, :60]).abs().max() < 1e-5
     assert (a[:, 60:] - b[:, 60:]).abs().max() > 1e-2
     two_way = Encoder(Config(dim=16, causal=False)).eval()
-    assert (two_way({'x': x})[:, :60] - two_way({'x': y})[:, :60]).abs().max() > 1e-2
+    assert (two_way({'x': x})[0][:, :60] - two_way({'x': y})[0][:, :60]).abs().max() > 1e-2
 
 
 def test_published_parameter_counts():
-    assert parameters(stem(12, 512)) == 808_960
+    assert parameters(Stem(12, 512)) == 808_960
     assert parameters(S4Block(512, 8, True, .2)) == 530_944
     assert parameters(S4Block(512, 8, False, .2)) == 535_040
     assert parameters(Encoder(Config(dim=512, causal=True))) == 2_932_736
@@ -104,18 +120,116 @@ def test_token_counts(samples, tokens):
     assert z.shape == (1, tokens, 8) and pad is None and z.min() >= 0
 
 
-@pytest.mark.parametrize('backbone, count', [('transformer', 19_724_288), ('net1d', 10_487_424)])
-def test_other_backbones(backbone, count):
-    assert parameters(Encoder(Config(backbone, 512, LAYERS[backbone]))) == count
+@pytest.mark.parametrize('backbone', ['s4', 's4d', 'transformer', 'net1d'])
+def test_causal_backbones_are_blind_to_the_future(backbone):
     x = torch.randn(2, 12, 200)
     y = x.clone()
     y[:, :, 120:] += 1
     for causal in (True, False):
         torch.manual_seed(0)
-        encoder = Encoder(Config(backbone, 64, 2, causal=causal)).eval()
-        a, b = encoder({'x': x}), encoder({'x': y})
+        encoder = Encoder(sized(backbone, 'tiny', causal)).eval()
+        a, b = encoder({'x': x})[0], encoder({'x': y})[0]
         early = (a[:, :60] - b[:, :60]).abs().max()
-        assert (early < 1e-6 if causal else early > 1e-4) and (a[:, 60:] - b[:, 60:]).abs().max() > 1e-3 and a.shape == (2, 100, 64)
+        assert (early < 1e-5 if causal else early > 1e-4) and (a[:, 60:] - b[:, 60:]).abs().max() > 1e-3 and a.shape == (2, 100, encoder.dim)
+
+
+def test_published_counts_of_other_backbones():
+    """2605.12241's code, HeartLang's trunk, and the ladders of 2605.17276's Table S.4 (beats of 96 samples at 100 Hz)."""
+    assert parameters(Encoder(sized('transformer', 'released'))) == 19_724_288
+    assert parameters(Encoder(sized('net1d', 'released'))) == 10_487_424
+    assert parameters(S4Block(512, 8, True, .2, S4D)) == 535_552 and parameters(S4Block(512, 64, True, .2, S4D)) == 592_896
+    assert parameters(Encoder(sized('beat', 'released', fs=100))) == 38_262_528
+    for rung, count in {'3x24': 27_376, '3x48': 105_824, '4x64': 231_008, '4x90': 455_681, '4x128': 916_160, '5x226': 3_430_809, '5x320': 6_865_536}.items():
+        assert parameters(Encoder(sized('resnet', rung, fs=100))) == count
+    for rung, count in {'1x24': 24_936, '1x48': 71_376, '1x96': 179_616, '2x128': 601_216, '3x192': 1_591_872, '3x256': 2_515_712, '4x348': 5_516_844,
+                        '5x420': 11_621_820}.items():
+        assert parameters(Encoder(sized('beat', rung, fs=100))) == count
+
+
+@pytest.mark.parametrize('size', ['tiny', 'small', 'base'])
+def test_sizes_match_in_parameters(size):
+    s4 = parameters(Encoder(sized('s4', size)))
+    for backbone in SIZES:
+        assert parameters(Encoder(sized(backbone, size))) == pytest.approx(s4, rel=.1), backbone
+
+
+def test_unknown_size_is_one_line():
+    with pytest.raises(SystemExit, match='s4 has no size 5x320: take one of tiny'):
+        sized('s4', '5x320')
+
+
+def test_resnet_block_equals_its_parts():
+    """Against plain torch layers with Ribeiro's padding, floor((17 - stride + 1) / 2), where the stride divides the length."""
+    torch.manual_seed(0)
+    block, x = ResNetBlock(6, 8, 4, .2, first=False).eval(), torch.randn(3, 64, 6)
+    block.enter.norm.running_mean.normal_()
+    y = x.transpose(1, 2)
+    h = F.relu(block.enter.norm(y))
+    h = F.relu(block.middle.norm(F.conv1d(h, block.conv1.weight, padding=8)))
+    s = F.conv1d(h, block.conv2.weight, stride=4, padding=7) + F.conv1d(F.max_pool1d(y, 4), block.skip.weight)
+    assert torch.allclose(block(x)[0], s.transpose(1, 2), atol=1e-5)
+    assert Encoder(sized('resnet', '5x226'))({'x': torch.randn(1, 12, 601)})[0].shape == (1, 3, 226)          # 601, 151, 38, 10, 3
+
+
+def test_beats_reassemble_the_signal():
+    """Laid back where they came from, beats cover the signal once from half a beat before the first peak to half a beat after the last."""
+    torch.manual_seed(0)
+    x, peaks = torch.randn(2, 3, 700), torch.tensor([[90, 250, 400, 610], [130, 330, -1, -1]])
+    beats = cut_beats(x, peaks, 230)
+    assert beats.shape == (2, 3, 4, 230) and not beats[1, :, 2:].any()
+    for b in range(2):
+        y, count = torch.zeros(3, 1000), torch.zeros(1000)
+        for p, beat in zip(peaks[b].tolist(), beats[b].transpose(0, 1)):
+            if p >= 0:
+                assert torch.equal(beat[:, 115], x[b, :, p])     # the peak sits in the middle
+                y[:, 150 + p - 115:150 + p + 115] += beat
+                count[150 + p - 115:150 + p + 115] += beat.ne(0).any(0)
+        y, count = y[:, 150:850], count[150:850]
+        assert count.max() == 1 and torch.equal(y, x[b] * count)
+        assert (count[max(0, peaks[b, 0] - 115):peaks[b, 0] + 80] == 1).all()
+    long = cut_beats(x, torch.tensor([[350], [350]]), 230)[0, :, 0]
+    assert torch.equal(long, x[0, :, 235:465])
+
+
+def test_padded_beats_change_nothing():
+    torch.manual_seed(0)
+    encoder, x = Encoder(sized('beat', 'small')).eval(), torch.randn(2, 12, 2400)
+    peaks = torch.tensor([[300, 600, -1, -1], [200, 400, 700, 900]])
+    _, pad = encoder(dict(x=x, peaks=peaks))
+    assert pad.sum(1).tolist() == [24, 0] and not pad[:, 0].any()
+    z, zpad = encoder.tokens(dict(x=x, peaks=peaks))
+    noisy = z.clone()
+    noisy[zpad] = 100.
+    assert torch.allclose(pool(encoder.backbone(z, zpad), zpad), pool(encoder.backbone(noisy, zpad), zpad), atol=1e-5)
+    assert torch.isfinite(encoder(dict(x=x, peaks=torch.full((2, 0), -1)))[0]).all()                          # no beat at all
+
+
+def test_visible_patches_are_the_rows_of_all():
+    torch.manual_seed(0)
+    encoder, batch = Encoder(sized('vit', 'tiny')), {'x': torch.randn(3, 12, 600)}
+    keep = torch.rand(3, 50).argsort(1) < 20
+    every, some = encoder.tokens(batch)[0], encoder.tokens(batch, keep)[0]
+    assert every.shape == (3, 51, 32) and some.shape == (3, 21, 32)
+    for b in range(3):
+        assert torch.equal(some[b, 1:], every[b, 1:][keep[b]])
+    p = encoder.stem.patches(batch)
+    assert torch.equal(p[1, 7].view(12, 12), batch['x'][1, :, 84:96])                                        # 50 ms are 12 samples
+
+
+def test_pools_leave_padding_out():
+    torch.manual_seed(0)
+    h, pad = torch.randn(2, 9, 32), torch.zeros(2, 9, dtype=torch.bool)
+    pad[0, 5:] = True
+    for head in (MeanPool(32, 4), AttentionPool(32, 4)):
+        assert torch.allclose(head(h, pad)[0], head(h[:1, :5])[0], atol=1e-6) and torch.allclose(head(h, pad)[1], head(h)[1], atol=1e-6)
+
+
+def test_dynamics_have_their_own_rate_and_no_decay():
+    encoder = Encoder(sized('s4d', 'tiny'))
+    rest, dynamics = groups(encoder, .01, .1)
+    assert (rest['peak'], rest['weight_decay'], dynamics['peak'], dynamics['weight_decay']) == (.01, .1, .001, 0)
+    assert len(dynamics['params']) == 3 * 4 and sum(p.numel() for g in (rest, dynamics) for p in g['params']) == parameters(encoder)
+    assert len(groups(Encoder(sized('s4', 'tiny')), .01)) == 1
 
 
 def test_rotary_products_depend_on_the_distance_alone():
@@ -127,14 +241,16 @@ def test_rotary_products_depend_on_the_distance_alone():
 
 def test_transformer_block_equals_torch_attention():
     torch.manual_seed(0)
-    block, x = TransformerBlock(32, causal=False, dropout=0., heads=4), torch.randn(2, 9, 32)
+    block, x = TransformerBlock(32, 64, 4, dropout=0.), torch.randn(2, 9, 32)
     trusted = nn.MultiheadAttention(32, 4, batch_first=True)
     trusted.in_proj_weight.data = torch.cat([block.q.weight, block.k.weight, block.v.weight])
     trusted.in_proj_bias.data = torch.cat([block.q.bias, block.k.bias, block.v.bias])
     trusted.out_proj.load_state_dict(block.out.state_dict())
     models.rotate, kept = lambda x: x, models.rotate             # torch's has no rotary positions
     try:
+        pad = torch.arange(9) > torch.tensor([[8], [5]])
         assert torch.allclose(block.attention(x), trusted(x, x, x)[0], atol=1e-5)
+        assert torch.allclose(block.attention(x, pad), trusted(x, x, x, key_padding_mask=pad)[0], atol=1e-5)
     finally:
         models.rotate = kept
 

@@ -7,10 +7,11 @@ import pytest
 import data
 import evaluate
 import models
+import objectives
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {'data.py': data, 'train.py': train, 'evaluate.py': evaluate, 'models.py': models}
+SCRIPTS = {'data.py': data, 'train.py': train, 'evaluate.py': evaluate, 'models.py': models, 'objectives.py': objectives}
 TEXT = (ROOT / 'README.md').read_text() + ''.join(m.__doc__ for m in SCRIPTS.values())
 
 
@@ -19,9 +20,9 @@ def test_every_flag_named_is_a_flag(script, capsys, monkeypatch):
     monkeypatch.setattr('sys.argv', [script, '--help'])
     with pytest.raises(SystemExit) as stop:
         SCRIPTS[script].main()
-    known = set(re.findall(r'--[a-z][a-z-]*', capsys.readouterr().out.split('options:')[1]))
+    known = set(re.findall(r'--[a-z][a-z_-]*', capsys.readouterr().out.split('options:')[1]))
     commands = re.findall(rf'python {script}([^`\n#|&)]*)', TEXT)
-    named = {flag for command in commands for flag in re.findall(r'--[a-z][a-z-]*', command)}
+    named = {flag for command in commands for flag in re.findall(r'--[a-z][a-z_-]*', command)}
     assert stop.value.code == 0 and commands and named <= known
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import data
+import objectives
 import train
 from models import load
 
@@ -45,10 +46,14 @@ def test_killed_and_resumed_is_bitwise_the_same(here):
     assert (here / 'out/killed/loss.png').exists()
 
 
-@pytest.mark.parametrize('objective, backbone', [('cpc', 'net1d'), ('jepa', 's4'), ('data2vec', 'transformer'), ('dinosr', 's4'), ('hubert', 's4')])
+@pytest.mark.parametrize('objective, backbone', [('cpc', 'net1d'), ('jepa', 's4d'), ('data2vec', 'transformer'), ('dinosr', 's4'), ('hubert', 's4'),
+                                                 ('cmsc', 'resnet'), ('vqbeat', 'beat'), ('beats', 'beat'), ('mae', 'vit'), ('supervised', 's4')])
 def test_every_objective_resumes_exactly(here, monkeypatch, objective, backbone):
     """Teachers, codebooks, prototypes and temperatures come back with the weights."""
     flags = f'--objective {objective} --backbone {backbone} --layers 2 --steps 4 --batch 4 --save-every 2 --log-every 1 --probe-every 0 --out out/{objective}'
+    if objective == 'beats':
+        train.main('--objective vqbeat --steps 1 --batch 4 --codes 32 --probe-every 0 --out out/vq'.split())
+        flags = '--tokenizer out/vq ' + flags
     train.main((flags + '-whole').split())
     kind = train.OBJECTIVES[objective]
     after, seen = kind.after_step, []
@@ -110,6 +115,54 @@ def test_numeric_labels_do_not_disturb_pretraining(here):
     assert load(here / 'out/num/ckpt.pt')['step'] == 2
 
 
+def test_choices_that_do_not_exist_are_one_line(here):
+    for flags, why in (('--objective cpc --backbone resnet', 'cpc does not run on resnet: take s4, s4d, transformer, net1d'),
+                       ('--objective cpc --hide .3', 'cpc has no --hide: it takes --horizon, --negatives'),
+                       ('--objective cpc --as_released ema', '--as_released ema: of cpc there is lr to switch'),
+                       ('--size 5x320', 's4 has no size 5x320'), ('--objective beats', 'train one with python train.py --objective vqbeat'),
+                       ('--objective beats --tokenizer out/none', 'no checkpoint at'), ('--objective supervised --task target', 'needs yes/no labels'),
+                       ('--objective mae --hide 1.5', '--hide 1.5 must lie between 0 and 1')):
+        with pytest.raises(SystemExit, match=why):
+            train.main([*flags.split(), '--out', 'out/refused'])
+    assert not (here / 'out/refused').exists()
+
+
+def test_released_rates_and_input(here):
+    """Head 3e-3, backbone and mask token a tenth, stem a hundredth, all constant; the student sees standardised input."""
+    a = train.knobs().parse_args('--objective jepa --as_released lr,norm'.split())
+    train.settle(a)
+    objective = train.build(a, 240)
+    groups = train.optimiser_groups(objective, a)
+    assert [g['peak'] for g in groups] == pytest.approx([3e-3, 3e-4, 3e-5])
+    assert sum(p.numel() for g in groups for p in g['params']) == sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    assert any(p is objective.hidden for p in groups[1]['params'])
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objectives.JEPA, 'forward', lambda self, batch: (seen.append(batch['x']), real(self, batch))[1])
+        train.main('--objective jepa --as_released lr,norm --steps 2 --batch 4 --log-every 1 --probe-every 0 --out out/released'.split())
+    x = data.Dataset('synthetic').batch(data.Dataset('synthetic').split()[0], 600, 4, 0, 0)['x']
+    assert torch.equal(seen[0], objectives.released_input(x))
+    assert [float(r['lr']) for r in rows(here / 'out/released/log.csv')] == [3e-3, 3e-3]
+
+
+real = objectives.JEPA.forward
+
+
+def test_alarm_reaches_the_log(here, monkeypatch, capsys):
+    monkeypatch.setattr(train, 'health', lambda logs: ({'rank': 1.}, 'features lie in one direction'))
+    train.main('--steps 3 --batch 4 --layers 1 --log-every 1 --probe-every 0 --out out/alarm'.split())
+    out = capsys.readouterr().out
+    assert '! features lie in one direction' in out and 'logged steps raised an alarm' in out
+    assert {r['alarm'] for r in rows(here / 'out/alarm/log.csv')} == {'features lie in one direction'}
+
+
+def test_patients_of_the_tokenizer_count_as_seen(here):
+    train.main('--objective vqbeat --steps 1 --batch 4 --codes 32 --probe-every 0 --data sample --out out/vqs'.split())
+    train.main('--objective beats --tokenizer out/vqs --steps 1 --batch 4 --probe-every 0 --out out/bs'.split())
+    patients = load(here / 'out/bs/ckpt.pt')['patients']
+    assert any(p.startswith('ptbxl/') for p in patients) and any(p.startswith('synthetic0/') for p in patients)
+
+
 def test_existing_folder_is_not_overwritten(here):
     train.main('--steps 1 --batch 4 --layers 1 --probe-every 0 --out out/mine'.split())
     before = (here / 'out/mine/ckpt.pt').read_bytes()
@@ -117,6 +170,8 @@ def test_existing_folder_is_not_overwritten(here):
         train.main('--steps 1 --out out/mine'.split())
     with pytest.raises(SystemExit, match='was started with --size tiny'):
         train.main('--size base --resume --out out/mine'.split())
+    with pytest.raises(SystemExit, match='was started with --steps 1'):
+        train.main('--steps 800 --resume --out out/mine'.split())                            # 800 is the default, but it was typed
     assert (here / 'out/mine/ckpt.pt').read_bytes() == before
     train.main('--steps 2 --batch 4 --layers 1 --probe-every 0 --out out/mine --force'.split())
     assert load(here / 'out/mine/ckpt.pt')['step'] == 2
@@ -145,6 +200,7 @@ def test_checkpoint_says_what_it_is(here):
     assert any(p.startswith('ptbxl/') for p in c['patients']) and any(p.startswith('synthetic0/') for p in c['patients'])
 
 
-def test_benchmark_prints_the_ratio(here, capsys):
-    train.main('--benchmark --batch 2 --layers 1'.split())
+@pytest.mark.parametrize('objective', list(train.OBJECTIVES))
+def test_benchmark_prints_the_ratio(here, capsys, objective):
+    train.main(f'--benchmark --objective {objective} --batch 2 --layers 2'.split())
     assert 'times that' in capsys.readouterr().out
