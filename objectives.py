@@ -302,7 +302,8 @@ class DinoSR(nn.Module):
         self.seen = (x, code, hits) if self.training else None
         # loss and health
         target = code.view(self.books, *mask.shape).permute(1, 2, 0)                         # (B, L, books)
-        loss = masked_mean(F.cross_entropy(logits.permute(0, 3, 1, 2), target, reduction='none').mean(2), mask)
+        error = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction='none').view(target.shape)
+        loss = masked_mean(error.mean(2), mask)
         accuracy = masked_mean((logits.argmax(3) == target).float().mean(2), mask)
         return loss, {'features': f, 'hits': hits, 'accuracy': accuracy, 'hidden': mask.float().mean()}
 

@@ -51,7 +51,7 @@ def test_convolution_equals_recurrence(L):
         ys.append((s4.C[0][:, None] * x).sum(2))
     y = torch.stack(ys, 2)
     assert (convolve(u, s4.kernel(L)) - y).abs().max() < 1e-10
-    assert (convolve_chunks(u, s4.C[0], s4.dynamics(s4.chunk_parts)) - y).abs().max() < 1e-10
+    assert (convolve_chunks(u, s4.C, s4.dynamics(s4.chunk_parts)) - y).abs().max() < 1e-10
 
 
 def test_bidirectional_equals_double_sum():
