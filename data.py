@@ -179,11 +179,16 @@ def rows_of(path, *needed):
     if not path.is_file():
         raise Stop(f'no {path.name} in {path.parent}: --root must name the folder that holds it (or add --download)')
     with open(path, newline='', encoding='utf-8-sig') as f:
-        reader = csv.DictReader(f)
-        missing = [c for c in needed if c not in (reader.fieldnames or [])]
-        if missing:
-            raise Stop(f'{path} has no column {", ".join(missing)}')
-        yield from reader
+        try:
+            reader = csv.DictReader(f)
+            names = reader.fieldnames or []
+            if missing := [c for c in needed if c not in names]:
+                raise Stop(f'{path} has no column {", ".join(missing)}')
+            if len(set(names)) < len(names) or (len(names) == 1 and ';' in names[0]):
+                raise Stop(f'{path}: its first line must name each column once, separated by commas')
+            yield from reader
+        except UnicodeDecodeError:
+            raise Stop(f'{path} is not in UTF-8: save it so')
 
 
 def number(text, otherwise=math.nan):

@@ -377,7 +377,7 @@ def evaluate_task(runs, against, data, task, mode, counts, draws, epochs, scratc
 
 def report(runs, t, arm, how, score, reference):
     """Print one line of the table and write one JSON file per run (none for the reference); returns rows for the CSV file."""
-    mean, low, high = score.interval()
+    mean, low, high = np.clip(score.interval(), 0, 1)            # Student's t may reach beyond
     difference = score.minus(reference) if reference and score is not reference else None
     text = ''
     if difference:
@@ -437,7 +437,8 @@ def draw_curve(rows, path):
 
 def open_run(path):
     """The checkpoint of a run folder, with its path and hash. Prints what was loaded."""
-    file = Path(path) / 'ckpt.pt'
+    path = Path(path).parent if Path(path).name == 'ckpt.pt' else Path(path)
+    file = path / 'ckpt.pt'
     try:
         c = load(file)
     except ValueError as e:
@@ -485,14 +486,17 @@ def main(argv=None):
                    '(default: 100 300 1000 all on synthetic data, else all)')
     p.add_argument('--draws', type=int, default=3, help='draws of few labels')
     p.add_argument('--epochs', type=int, default=3, help='of frozen and finetune; scratch takes twice as many')
-    p.add_argument('--scratch', action='store_true', help='train from scratch on every dataset, not on synthetic data alone')
+    p.add_argument('--scratch', action=argparse.BooleanOptionalAction, help='train from scratch too (default: on synthetic data, unless --against)')
     p.add_argument('--device')
     p.add_argument('--list', action='store_true', help='show prepared datasets and their tasks')
     a = p.parse_args(argv)
     if a.list:
         for meta in sorted(Path('datasets').glob('[!.]*/meta.json')):
-            m = json.loads(meta.read_text())
-            print(f'{meta.parent.name}: {m["records"]:,} records; ' + ', '.join(f'{t} ({len(c)})' for t, c in m['tasks'].items()))
+            try:
+                m = json.loads(meta.read_text())
+                print(f'{meta.parent.name}: {m["records"]:,} records; ' + ', '.join(f'{t} ({len(c)})' for t, c in m['tasks'].items()))
+            except (ValueError, KeyError, TypeError):
+                print(f'{meta.parent.name}: damaged, prepare it again')
         return
     found = [f for f in sorted(Path('out').glob('*/ckpt.pt'), key=lambda f: f.stat().st_mtime) if a.runs or load(f).get('step')]
     if not a.runs and not found:
@@ -508,7 +512,7 @@ def main(argv=None):
     for data in a.data:
         made = data.startswith('synthetic')
         counts = a.labels or ([100, 300, 1000, 'all'] if made and a.mode == 'linear' else ['all'])
-        rows += evaluate_task(runs, against, data, a.task, a.mode, counts, a.draws, a.epochs, a.scratch or (made and not against), out, device)
+        rows += evaluate_task(runs, against, data, a.task, a.mode, counts, a.draws, a.epochs, made and not against if a.scratch is None else a.scratch, out, device)
     if not rows:
         raise Stop('nothing was scored')
     name = [d.replace(',', '+') for d in a.data] if a.data != ['synthetic', 'sample'] else []

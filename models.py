@@ -587,8 +587,8 @@ def pick_device(name=None):
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         device = torch.device(name) if name else device
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise SystemExit(f'device {name} cannot be used here ({str(e).splitlines()[0]}): leave --device out, or take cpu')
     return device
 

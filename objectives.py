@@ -166,7 +166,7 @@ class CPC(nn.Module):
     the targets are not detached: the stem learns through them too. Loss: cross-entropy, mean over positions and crops;
     ln 129 = 4.86 with a zeroed head. (The released code sums over the 286 positions instead.)
     """
-    window, causal, backbones = 2.5, True, {'s4': 3e-3, 's4d': 3e-3, 'transformer': 3e-3, 'net1d': 3e-3}
+    window, causal, backbones = 2.5, True, {'s4': 1e-2, 's4d': 1e-2, 'transformer': 3e-3, 'net1d': 3e-3}
     options, released = ('horizon', 'negatives'), ('lr',)
 
     def __init__(self, encoder, steps=800, horizon=14, negatives=128, released=()):
@@ -234,7 +234,7 @@ class Data2Vec(nn.Module):
 
     Target: each of the last two blocks' branches before the residual sum, standardised, averaged. Loss: smooth L1 (beta 1), summed over
     the features / sqrt(D), mean over hidden tokens; 5.3 to 9.6 at D 512 with a zeroed head, by how alike the two layers are."""
-    window, causal, backbones = 2.5, False, {'s4': 3e-3, 's4d': 3e-3, 'transformer': 3e-3, 'net1d': 3e-3}
+    window, causal, backbones = 2.5, False, {'s4': 1e-3, 's4d': 1e-3, 'transformer': 1e-3, 'net1d': 1e-3}
     options, released = ('span_ms', 'hide', 'target_norm', 'half_life', 'momentum', 'teacher_mode'), ('ema', 'mask', 'lr', 'norm')
 
     def __init__(self, encoder, steps=800, span_ms=83, hide=.49, target_norm='instance', released=(), **teacher):
@@ -408,7 +408,7 @@ class CMSC(nn.Module):
     10 s crop, and other records of the same patient, attract; all else in the batch repels. Mean-pooled features, a 2-layer map to
     128, unit length, temperature .1 (CLOCS's; the paper's is not known). Loss: -log softmax over the other 2 B - 1 views, mean over
     positives, then over views; ln(2 B - 1) with a zeroed head."""
-    window, causal, backbones = 10, False, {'resnet': 3e-3, 'beat': 3e-3, 's4': 3e-3, 's4d': 3e-3, 'transformer': 3e-3, 'net1d': 3e-3}
+    window, causal, backbones = 10, False, {'resnet': 1e-3, 'beat': 1e-3, 's4': 1e-3, 's4d': 1e-3, 'transformer': 1e-3, 'net1d': 1e-3}
     options, released = (), ()
 
     def __init__(self, encoder, steps=800, temperature=.1, released=()):
@@ -443,7 +443,7 @@ class VQBeat(nn.Module):
     k-means of the first batch (10 rounds), then EMA (.99) of what is assigned to them, unit length; unused ones stay. Loss over real
     beats only, never padding: mean square error in mV^2 + commitment (mean square to the code). With a zeroed decoder map it is
     the beats' mean square + commitment."""
-    window, causal, backbones = 10, False, {'beat': 1e-3}
+    window, causal, backbones = 10, False, {'beat': 3e-3}
     options, released = ('codes',), ()
 
     def __init__(self, encoder, steps=800, codes=8192, decay=.99, released=()):
@@ -516,7 +516,7 @@ class Beats(nn.Module):
     before the embedding mixes neighbours, and padding is never hidden nor predicted. (The released code hides after mixing, so
     neighbours still carry the beat, counts padding, and computes codes without lead and time.) Loss: cross-entropy, mean over hidden
     beats; ln(codes) = 9.01 with a zeroed head."""
-    window, causal, backbones = 10, False, {'beat': 1e-3}
+    window, causal, backbones = 10, False, {'beat': 3e-3}
     options, released = ('tokenizer', 'hide'), ()
 
     def __init__(self, encoder, steps=800, tokenizer=None, hide=.5, released=()):
@@ -597,7 +597,7 @@ class Supervised(nn.Module):
     known labels; ln 2 with a zeroed head. focal > 0 (Lin et al. 2017, 1708.02002) weights each by (1 - p of the truth)^focal, for
     long tails; ln 2 / 2^focal with a zeroed head. columns: the labels of batch['y'] that are learned."""
     window, causal = 2.5, False
-    backbones = {'s4': 3e-3, 's4d': 3e-3, 'transformer': 3e-3, 'net1d': 3e-3, 'resnet': 3e-3, 'beat': 1e-3, 'vit': 1e-3}
+    backbones = {'s4': 1e-2, 's4d': 1e-2, 'transformer': 3e-3, 'net1d': 3e-3, 'resnet': 3e-3, 'beat': 1e-3, 'vit': 1e-3}
     options, released = ('task', 'focal'), ('lr',)
 
     def __init__(self, encoder, steps=800, columns=(), focal=0., released=()):

@@ -20,7 +20,7 @@ from torch import nn
 
 from data import Dataset, Stop, figure
 from evaluate import auroc, embed, first_task, linear_probe, macro
-from models import SIZES, Config, Encoder, groups, learning_rate, load, parameters, pick_device, precision, save, sized, to_device
+from models import SIZES, Config, Encoder, groups, learning_rate, load, parameters, pick_device, precision, save, see_data, sized, to_device
 from objectives import OBJECTIVES, VQBeat, health, released_input
 
 
@@ -189,12 +189,16 @@ def load_tokenizer(path, fs):
     return kind, c
 
 
-def build(a, fs, columns=(), tokenizer=None):
-    """The objective around a fresh encoder, as the arguments say."""
+def build(a, fs, columns=(), tokenizer=None, batches=()):
+    """The objective around a fresh encoder, as the arguments say. The encoder's BatchNorm sees `batches` first: a teacher in eval mode is
+    a copy of it, and with the statistics of a layer that has seen nothing its features would hardly depend on the signal."""
     kind = OBJECTIVES[a.objective]
     options = {k: getattr(a, k) for k in kind.options if getattr(a, k) is not None and k not in ('task', 'tokenizer')}
     options |= {'supervised': dict(columns=columns), 'beats': dict(tokenizer=tokenizer)}.get(a.objective, {})
     encoder = Encoder(sized(a.backbone, a.size, kind.causal, fs, a.layers))
+    if batches:
+        with torch.random.fork_rng():
+            see_data(encoder, batches)
     return kind(encoder, steps=a.steps, released=a.as_released, **options)
 
 
@@ -228,7 +232,10 @@ def train(a, out, checkpoint=None):
         tokenizer, source = load_tokenizer(a.tokenizer, ds.contract.fs)
         patients |= set(source['patients'])
     torch.manual_seed(a.seed)
-    objective = build(a, ds.contract.fs, columns, tokenizer).to(device)
+    batches = [ds.batch(rows, samples, min(32, len(rows)), a.seed, step) for step in range(8)]
+    objective = build(a, ds.contract.fs, columns, tokenizer, batches).to(device)
+    if a.objective == 'cpc' and objective.horizon >= samples / ds.contract.fs * objective.encoder.tokens_per_second:
+        raise Stop(f'{a.window} s at {ds.contract.fs} Hz are no more tokens than the horizon, {objective.horizon}: lower --horizon or raise --window')
     encoder, config, learned = objective.encoder, objective.encoder.config, [p for p in objective.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(optimiser_groups(objective, a), lr=a.lr)
     first, log, seconds = 0, [], 0.
@@ -261,7 +268,10 @@ def train(a, out, checkpoint=None):
 
     began = time.time()
     if not checkpoint:
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise Stop(f'{out} cannot be made ({e.strerror}): take another --out')
         for old in (f for pattern in ('log.csv', 'results_*', 'loss.png', 'labels*.png', 'pca_*.png') for f in out.glob(pattern)):
             old.unlink()                                         # of the run that --force overwrites
         keep(0)

@@ -575,3 +575,11 @@ def test_peaks_against_annotations(tmp_path, monkeypatch, capsys):
     assert annotated == planted and matched == planted - 1 and extra == 1 and (tmp_path / 'out/peaks.png').exists()
     with pytest.raises(data.Stop, match='no annotation files'):
         data.check_peaks('.', 'xyz')
+
+
+@pytest.mark.parametrize('text, why', [('sick;fold\n1;2\n', 'separated by commas'), ('sick,sick\n1,0\n', 'each column once'), ('sick,\xe9t\xe9\n1,0\n', 'not in UTF-8')])
+def test_odd_label_files_are_one_line(tmp_path, text, why):
+    np.save(tmp_path / 'x.npy', np.zeros((1, 12, 800)))
+    (tmp_path / 'l.csv').write_bytes(text.encode('latin-1'))
+    with pytest.raises(Stop, match=why):
+        list(data.array(tmp_path / 'x.npy', 250, LEADS, 'mV', tmp_path / 'l.csv'))

@@ -209,7 +209,7 @@ def test_evaluate_writes_its_results(here, run, capsys):
 
 def test_two_runs_share_one_table(here, run, capsys):
     train.main('--steps 2 --batch 4 --layers 1 --probe-every 0 --seed 1 --out out/second'.split())
-    evaluate.main([run, 'out/second', '--data', 'sample', '--task', 'rhythm'])
+    evaluate.main([run + '/ckpt.pt', 'out/second', '--data', 'sample', '--task', 'rhythm'])
     table = list(csv.DictReader(open(here / run / 'results_sample_rhythm_linear.csv')))
     mine = [r for r in table if r['arm'] == 'pretrained']
     assert len(table) == 4 and {r['seed'] for r in mine} == {'0', '1'} and mine[0]['mean'] == mine[1]['mean']

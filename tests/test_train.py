@@ -184,7 +184,8 @@ def test_existing_folder_is_not_overwritten(here):
 
 @pytest.mark.parametrize('flags, why', [
     ('--data nowhere', "no dataset 'nowhere'"), ('--steps 0', 'must be 1 or more'), ('--window .1', '0.5 s or more'), ('--seed -1', '--seed'),
-    ('--lr nan', '--lr'), ('--window inf', '--window'), ('--objective dinosr --layers 1', 'last two layers'), ('--out a/../b', 'without ..'), ('--device tpu', 'cannot be used here'), ('--window 11', 'lasts 11.0 s'),
+    ('--lr nan', '--lr'), ('--window inf', '--window'), ('--objective dinosr --layers 1', 'last two layers'), ('--out a/../b', 'without ..'), ('--device tpu', 'cannot be used here'), ('--device meta', 'cannot be used here'), ('--horizon 300', 'no more tokens than the horizon'),
+    ('--out /proc/nothing', 'cannot be made'), ('--window 11', 'lasts 11.0 s'),
     ('--resume --out out/nothing', 'nothing to resume')])
 def test_bad_requests_stop_before_anything_is_written(here, flags, why):
     before = sorted((here / 'out').glob('*')) if (here / 'out').exists() else []
