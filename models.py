@@ -382,7 +382,8 @@ def cut_beats(x, peaks, length):
 class BeatStem(nn.Module):
     """One token per lead and heartbeat, lead by lead, after a CLS token: (B, leads, T) and R-peaks -> (B, 1 + leads P, dim).
 
-    A beat of .96 s is embedded by a convolution over three neighbouring beats, then where (lead), when (second) and which (position)
+    A beat of .96 s is embedded by a convolution over three neighbouring beats of its lead (HeartLang's runs on into the next lead, so there a
+    record's tokens depend on the batch it comes in), then where (lead), when (second) and which (position)
     are added. Up to 21 beats a record, the rest are left out (HeartLang leaves out trailing leads instead). keep (B, leads P) False: the
     beat is zeroed before the convolution mixes neighbours, and a learned vector stands for it. pad: where a record has fewer beats."""
     most = 21
@@ -390,7 +391,7 @@ class BeatStem(nn.Module):
     def __init__(self, leads, dim, fs, dropout):
         super().__init__()
         self.length, self.fs, self.p = round(.96 * fs), fs, dropout
-        self.embed = nn.Conv1d(self.length, dim, 3, padding=1, padding_mode='circular', bias=False)
+        self.embed = nn.Conv1d(self.length, dim, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(self.embed.weight, nonlinearity='leaky_relu')
         self.hidden, self.first = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.randn(dim))
         self.lead, self.second, self.place = nn.Embedding(16, dim), nn.Embedding(16, dim), nn.Parameter(torch.randn(257, dim))
@@ -411,7 +412,8 @@ class BeatStem(nn.Module):
         P = x.shape[1] // leads
         if keep is not None:
             x = x * keep[..., None]
-        z = self.embed(x.transpose(1, 2)).transpose(1, 2)        # (B, leads P, D)
+        z = self.embed(x.unflatten(1, (leads, P)).flatten(0, 1).transpose(1, 2))             # (B leads, D, P)
+        z = z.transpose(1, 2).reshape(B, leads * P, -1)
         if keep is not None:
             z = torch.where(keep[..., None], z, self.hidden.to(z.dtype))
         lead, beat = torch.arange(leads, device=z.device).repeat_interleave(P), torch.arange(P, device=z.device).repeat(leads)
@@ -540,6 +542,7 @@ def see_data(encoder, batches):
 
 def pool(h, pad=None):
     """Mean over the tokens that count: (B, L, D) -> (B, D)."""
+    h = h.float()                                                # a mean in bf16 would lose what sets records apart
     if pad is None:
         return h.mean(1)
     count = (~pad)[..., None].to(h)
@@ -622,7 +625,7 @@ def parameters(module):
 
 
 def to_device(batch, device):
-    """A batch on the device; copies do not wait on CUDA."""
+    """A batch on the device."""
     return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 
 

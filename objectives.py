@@ -99,13 +99,20 @@ def standardise(x, how='instance'):
     return F.layer_norm(x, x.shape[-1:]) if how == 'layer' else F.instance_norm(x.transpose(1, 2), eps=1e-8).transpose(1, 2)
 
 
+def products(a, b):
+    """Inner products of the rows of a and b in fp32, whatever autocast says: bf16 cannot tell close candidates apart."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float().transpose(-1, -2)
+
+
 def masked_mean(x, mask):
     """Mean of x where mask, weighted where it counts; 0 where it is empty."""
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
 class Head(nn.Module):
-    """SSL head of data2vec, DinoSR and JEPA: one layer of the backbone's kind, bidirectional (S4: state 64), then a linear map."""
+    """SSL head of data2vec, DinoSR and JEPA: one layer of the backbone's kind, bidirectional (S4: state 64; its dropout is
+    tied over time, the released one's is not), then a linear map."""
 
     def __init__(self, c, out):
         super().__init__()
@@ -125,33 +132,39 @@ class Head(nn.Module):
 def effective_rank(x):
     """exp of the entropy of the covariance's normalised spectrum, of x (..., D): 1 is collapse, D is full."""
     x = x.detach().float().flatten(0, -2)
-    share = torch.linalg.eigvalsh(torch.cov(x.T)).clamp(min=1e-12)
-    share = share / share.sum()
-    return torch.exp(-(share * share.log()).sum())
+    share = torch.linalg.eigvalsh(torch.cov(x.T)).clamp(min=0)
+    return torch.special.entr(share / share.sum().clamp(min=1e-20)).sum().exp()
+
+
+def variety(x):
+    """How unlike the rows of x (N, D) are: root of the total variance of their directions, near 1 where they vary like noise, 0 where all
+    are the same."""
+    return F.normalize(x, dim=1).std(0).square().sum().sqrt()
 
 
 @torch.no_grad()
 def health(logs):
-    """What an objective's logs say of its health: a dict of floats, and an alarm, '' where there is none.
+    """What an objective's logs say of its health, in this batch: a dict of floats, and an alarm, '' where there is none.
 
-    features (..., D): rank (effective), and std: of unit-length features over tokens, 1 where they vary like noise, 0 where they are
-    all the same; target (..., D): target_std; hits (books, K): codes used and perplexity, means over codebooks, and chance, the share of
-    the commonest; single numbers (accuracy, chance, hidden) as they are."""
+    features (..., D), the student's: rank (effective) and std (`variety`); target (..., D), the teacher's features before they are
+    standardised: target_std (`variety`); hits (books, K), how often each code was the target: codes used and perplexity, means over
+    codebooks, and chance, the share of the commonest; single numbers (accuracy, chance, hidden) as they are."""
     few = lambda x: x.float().flatten(0, -2)[:: max(1, x[..., 0].numel() // 2048)]
     out = {k: float(v) for k, v in logs.items() if k not in ('features', 'target', 'hits')}
-    x = few(logs['features'])
-    out |= dict(rank=effective_rank(x).item(), std=F.normalize(x, dim=1).std(0).square().sum().sqrt().item())
+    x, least = few(logs['features']), dict(rank=1.5, std=.05, target_std=.05)
+    out |= dict(rank=effective_rank(x).item(), std=variety(x).item())
     if 'target' in logs:
-        out['target_std'] = few(logs['target']).std(0).mean().item()
+        out['target_std'] = variety(few(logs['target'])).item()
     if 'hits' in logs:
         share = logs['hits'] / logs['hits'].sum(1, keepdim=True).clamp(min=1)
         out |= dict(codes=(share > 0).sum(1).float().mean().item(), chance=share.amax(1).mean().item(),
                     perplexity=torch.special.entr(share).sum(1).exp().mean().item())
-    return out, '; '.join(text for key, low, text in ALARMS if out.get(key, math.inf) < low)
+        least['perplexity'] = .02 * min(share.shape[1], logs['hits'].sum(1).mean().item())   # of the codes that could be in use
+    return out, '; '.join(f'{k} {out[k]:.2g}: {ALARMS[k]}' for k, low in least.items() if out.get(k, math.inf) < low)
 
 
-ALARMS = (('rank', 1.5, 'features lie in one direction'), ('std', .05, 'features are all the same'),
-          ('target_std', .1, 'targets hardly vary'), ('perplexity', 4, 'hardly more than one code in use'))
+ALARMS = {'rank': 'features lie in one direction', 'std': 'features are all the same', 'target_std': 'targets hardly vary',
+          'perplexity': 'hardly any code in use'}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,8 +193,7 @@ class CPC(nn.Module):
         h = self.encoder.backbone(z, pad)
         # prediction of every position against every token of its crop
         c = self.head(h[:, :-self.horizon])                      # (B, P, D)
-        with torch.autocast(c.device.type, enabled=False):       # unnormalised logits are too large for bf16
-            s = c.float() @ z.float().transpose(1, 2)            # (B, P, L)
+        s = products(c, z)                                       # (B, P, L)
         # target and negatives: indices 0 ... L-1 but for the target's own
         B, P, L = s.shape
         target = torch.arange(self.horizon, L, device=s.device).expand(B, P)[..., None]
@@ -223,7 +235,7 @@ class JEPA(nn.Module):
         # loss and health
         error = F.smooth_l1_loss(p.float(), target, reduction='none').mean(2)                # (B, L)
         loss = masked_mean(error, cover)
-        return loss, {'features': f, 'target': target, 'hidden': 1 - visible.float().mean()}
+        return loss, {'features': h, 'target': f, 'hidden': 1 - visible.float().mean()}
 
     def after_step(self, step):
         self.teacher.follow(self.encoder)
@@ -257,7 +269,7 @@ class Data2Vec(nn.Module):
         # loss and health
         error = F.smooth_l1_loss(p.float(), target, reduction='none').sum(2) / target.shape[2] ** .5               # (B, L)
         loss = masked_mean(error, mask)
-        return loss, {'features': f, 'target': target, 'hidden': mask.float().mean()}
+        return loss, {'features': h, 'target': layers[-1][0], 'hidden': mask.float().mean()}
 
     def after_step(self, step):
         self.teacher.follow(self.encoder)
@@ -305,14 +317,15 @@ class DinoSR(nn.Module):
         error = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction='none').view(target.shape)
         loss = masked_mean(error.mean(2), mask)
         accuracy = masked_mean((logits.argmax(3) == target).float().mean(2), mask)
-        return loss, {'features': f, 'hits': hits, 'accuracy': accuracy, 'hidden': mask.float().mean()}
+        return loss, {'features': h, 'target': f, 'hits': hits, 'accuracy': accuracy, 'hidden': mask.float().mean()}
 
     @torch.no_grad()
     def after_step(self, step):
         x, code, hits = self.seen
         sums = torch.zeros_like(self.sums).scatter_add_(1, code[..., None].expand_as(x), x)
-        self.sums.lerp_(sums, 1 - self.decay)                    # both decay together, so an unassigned code stays where it is
-        self.counts.lerp_(hits, 1 - self.decay)
+        moved = (hits > 0) | (self.books == 1)                   # as released, unassigned codes fade too, after 175 steps to the origin
+        self.counts.copy_(torch.where(moved, self.counts.lerp(hits, 1 - self.decay), self.counts))
+        self.sums.copy_(torch.where(moved[..., None], self.sums.lerp(sums, 1 - self.decay), self.sums))
         self.teacher.follow(self.encoder)
 
 
@@ -328,13 +341,15 @@ def sinkhorn(scores, rounds=3):
 @torch.no_grad()
 def spread(x, count):
     """`count` well separated rows of x (N, D), unit length: k-means++ seeding in rounds that double the set, each new row drawn with
-    probability proportional to its squared distance to the nearest chosen one (log2 count rounds instead of one per code)."""
+    probability proportional to its squared distance to the nearest chosen one (log2 count rounds instead of one per code). Where more
+    are wanted than there are rows, some are taken again and shaken, since of equal ones only the first would ever be chosen."""
     chosen = x[torch.randint(len(x), (1,), device=x.device)]
     while len(chosen) < count:
         weight = torch.cdist(x, chosen).amin(1).square() + 1e-12
         more = torch.multinomial(weight, min(len(chosen), count - len(chosen)), replacement=len(x) < count)
         chosen = torch.cat([chosen, x[more]])
-    return F.normalize(chosen, dim=1)
+    again = .1 * torch.randn_like(chosen) * chosen.std(0) if len(x) < count else 0.
+    return F.normalize(chosen + again, dim=1)
 
 
 class HuBERT(nn.Module):
@@ -355,7 +370,7 @@ class HuBERT(nn.Module):
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, sum(self.sizes)))
         self.register_buffer('prototypes', torch.zeros(sum(self.sizes), dim))
         self.register_buffer('age', torch.zeros((), dtype=torch.long))
-        self.seen = None
+        self.seen, self.seeded = None, False
 
     def temperature(self, first, last):
         through = (self.age / 200).clamp(max=1)
@@ -371,9 +386,10 @@ class HuBERT(nn.Module):
         # teacher and target
         _, f = self.teacher(batch)
         x, hidden = F.normalize(standardise(f, self.how).flatten(0, 1), dim=1), mask.flatten()              # (B L, D)
-        if not self.prototypes.any():
+        self.seeded = self.seeded or bool(self.prototypes.any())                             # asked until it is, since asking waits
+        if not self.seeded:
             self.prototypes.copy_(torch.cat([spread(x, k) for k in self.sizes]))
-        targets = [sinkhorn(x @ p.T / self.temperature(.15, .07)) for p in self.prototypes.split(self.sizes)]
+        targets = [sinkhorn(products(x, p) / self.temperature(.15, .07)) for p in self.prototypes.split(self.sizes)]
         self.seen = (x, targets) if self.training else None
         # loss and health
         loss, right, hits = 0., 0., x.new_zeros(2, max(self.sizes))
@@ -384,7 +400,7 @@ class HuBERT(nn.Module):
             code = q.argmax(1)
             right = right + masked_mean((s.argmax(1) == code).float(), hidden) / 2
             hits[i].scatter_add_(0, code, torch.ones_like(code, dtype=hits.dtype))
-        return loss, {'features': f, 'hits': hits, 'accuracy': right, 'hidden': mask.float().mean()}
+        return loss, {'features': h, 'target': f, 'hits': hits, 'accuracy': right, 'hidden': mask.float().mean()}
 
     @torch.no_grad()
     def after_step(self, step):
@@ -407,8 +423,8 @@ class CMSC(nn.Module):
     """Contrastive learning of adjacent segments (CLOCS, Kiyasseh et al. 2021, 2005.13249) in the form of 2605.17276: the two halves of a
     10 s crop, and other records of the same patient, attract; all else in the batch repels. Mean-pooled features, a 2-layer map to
     128, unit length, temperature .1 (CLOCS's; the paper's is not known). Loss: -log softmax over the other 2 B - 1 views, mean over
-    positives, then over views; ln(2 B - 1) with a zeroed head."""
-    window, causal, backbones = 10, False, {'resnet': 1e-3, 'beat': 1e-3, 's4': 1e-3, 's4d': 1e-3, 'transformer': 1e-3, 'net1d': 1e-3}
+    positives, then over views; ln(2 B - 1) with a zeroed head. The encoder sees 5 s, so 5 s is what it is evaluated on."""
+    window, views, causal, backbones = 10, 2, False, {'resnet': 1e-3, 'beat': 1e-3, 's4': 1e-3, 's4d': 1e-3, 'transformer': 1e-3, 'net1d': 1e-3}
     options, released = (), ()
 
     def __init__(self, encoder, steps=800, temperature=.1, released=()):
@@ -426,7 +442,7 @@ class CMSC(nn.Module):
         self_ = torch.eye(len(z), dtype=torch.bool, device=z.device)
         positive = (who == who[:, None]) & ~self_
         # loss and health
-        s = (z @ z.T / self.temperature).masked_fill(self_, -1e9)
+        s = (products(z, z) / self.temperature).masked_fill(self_, -1e9)
         log_p = s.log_softmax(1)
         loss = -((log_p * positive).sum(1) / positive.sum(1)).mean()
         accuracy = positive[torch.arange(len(z), device=z.device), s.argmax(1)].float().mean()
@@ -454,7 +470,7 @@ class VQBeat(nn.Module):
         self.decoder = nn.ModuleList(TransformerBlock(c.dim, c.ffn, c.heads, dropout=0., rotary=False, head=64, bias=False) for _ in range(2))
         self.head = nn.Sequential(nn.Linear(c.dim, c.dim), nn.Tanh(), nn.Linear(c.dim, encoder.stem.length))
         self.register_buffer('codebook', torch.zeros(codes, 128))
-        self.seen = None
+        self.seen, self.seeded = None, False
 
     def encode(self, batch):
         """Unit-length features (B, 1 + leads P, 128) and pad, of the unmasked batch."""
@@ -465,16 +481,17 @@ class VQBeat(nn.Module):
     def codes(self, batch):
         """The code of every beat (B, leads P), and where there is none."""
         x, pad = self.encode(batch)
-        return (x[:, 1:] @ self.codebook.T).argmax(2), pad[:, 1:]
+        return products(x[:, 1:], self.codebook).argmax(2), pad[:, 1:]
 
     def forward(self, batch):
         # view and code
         x, pad = self.encode(batch)
         real = ~pad[:, 1:]                                       # (B, leads P)
         e = x[:, 1:][real]                                       # (n, 128)
-        if not self.codebook.any():
+        self.seeded = self.seeded or bool(self.codebook.any())
+        if not self.seeded:
             self.codebook.copy_(kmeans(e.detach(), len(self.codebook)))
-        code = (e.detach() @ self.codebook.T).argmax(1)
+        code = products(e.detach(), self.codebook).argmax(1)
         q = self.codebook[code]
         self.seen = (e.detach(), code) if self.training else None
         # reconstruction, the gradient passing the quantiser straight through
@@ -503,7 +520,7 @@ def kmeans(x, count, rounds=10):
     """Spherical k-means of unit rows x (N, D): `count` unit centres; one that attracts nothing stays where it was seeded."""
     centres = spread(x, count)
     for _ in range(rounds):
-        code = (x @ centres.T).argmax(1)
+        code = products(x, centres).argmax(1)
         sums = torch.zeros_like(centres).index_add_(0, code, x)
         centres = torch.where(sums.any(1, keepdim=True), F.normalize(sums, dim=1), centres)
     return centres
@@ -598,7 +615,7 @@ class Supervised(nn.Module):
     long tails; ln 2 / 2^focal with a zeroed head. columns: the labels of batch['y'] that are learned."""
     window, causal = 2.5, False
     backbones = {'s4': 1e-2, 's4d': 1e-2, 'transformer': 3e-3, 'net1d': 3e-3, 'resnet': 3e-3, 'beat': 1e-3, 'vit': 1e-3}
-    options, released = ('task', 'focal'), ('lr',)
+    options, released = ('task', 'focal'), ()
 
     def __init__(self, encoder, steps=800, columns=(), focal=0., released=()):
         super().__init__()
@@ -615,10 +632,11 @@ class Supervised(nn.Module):
         # loss and health
         error = F.binary_cross_entropy_with_logits(logits, y, reduction='none')
         if self.focal:
-            error = error * (-torch.expm1(-error)) ** self.focal                             # exp(-error): p of the truth
-        loss, rate = masked_mean(error, known), (y * known).sum(0) / known.sum(0).clamp(min=1)
+            error = error * (-torch.expm1(-error)).clamp(min=1e-6) ** self.focal             # exp(-error): p of the truth
+        loss, there = masked_mean(error, known), known.any(0)
+        rate = (y * known).sum(0) / known.sum(0).clamp(min=1)    # of each label, in this batch
         return loss, {'features': h if pad is None else h[~pad], 'accuracy': masked_mean(((logits > 0) == (y > .5)).float(), known),
-                      'chance': torch.maximum(rate, 1 - rate).mean()}
+                      'chance': masked_mean(torch.maximum(rate, 1 - rate), there)}
 
     def after_step(self, step):
         """Nothing to move: labels stand still."""

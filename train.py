@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data import Dataset, Stop, figure
+from data import Contract, Dataset, Stop, figure
 from evaluate import auroc, embed, first_task, linear_probe, macro
 from models import SIZES, Config, Encoder, groups, learning_rate, load, parameters, pick_device, precision, save, see_data, sized, to_device
 from objectives import OBJECTIVES, VQBeat, health, released_input
@@ -49,7 +49,8 @@ def knobs():
     g.add_argument('--task', help='labels that supervised learns (default: the first of findings, super, snomed, dx2020, label)')
     g.add_argument('--focal', type=float, help='exponent of the focal loss (0: plain cross-entropy)')
     g.add_argument('--as_released', type=lambda text: tuple(text.split(',')), default=(), metavar='WHAT',
-                   help="the released code's deviations, any of ema,mask,lr,codebook,norm")
+                   help="the released code's deviations, any of ema,mask,lr,codebook,norm (norm: standardised input in"
+                   ' pretraining only; evaluation stays in mV, as it was released)')
     g = p.add_argument_group('how')
     g.add_argument('--steps', type=int, default=800)
     g.add_argument('--batch', type=int, default=32)
@@ -134,18 +135,23 @@ def resume(out, a, given):
 def online_probe(encoder, ds, samples, device, most):
     """Macro AUROC of a linear probe fitted on up to `most` training records and scored on half as many validation records, first crops.
     A rough gauge of progress; NaN where there are no labels."""
-    y = np.array(ds.labels[:, next((c for t, c in ds.tasks.items() if t != 'tail'), [])])
-    y = y[:, np.isin(y, (0, 1)).any(0) & (np.isin(y, (0, 1)) | np.isnan(y)).all(0)]          # yes/no labels only
-    usable = np.flatnonzero((ds.length >= samples) & np.isfinite(y).any(1))
-    train, val, _ = (r[np.isin(r, usable)] for r in ds.split())
-    train, val = train[:most], val[:most // 2]
+    train, val, _ = ds.split()
+    columns = next((c for t, c in ds.tasks.items() if t != 'tail'), [])
+    rows = []
+    for part, count in ((train, most), (val, most // 2)):
+        part = part[ds.length[part] >= samples]
+        rows.append(part[np.isfinite(np.array(ds.labels[part][:, columns])).any(1)][:count])
+    train, val = rows
     if len(train) < 20 or len(val) < 20:
         return math.nan
-    rows, X = np.concatenate([train, val]), np.zeros((len(ds), encoder.dim))
-    X[rows] = embed(encoder, ds, rows, samples, device, 'probe', first=True)
-    cut = len(train) * 4 // 5
-    scores = linear_probe(X, y, train[:cut], train[cut:], val)
-    table = auroc(scores, y[val])
+    rows, n = np.concatenate(rows), len(train)
+    y = np.array(ds.labels[rows][:, columns])
+    y = y[:, np.isin(y, (0, 1)).any(0) & (np.isin(y, (0, 1)) | np.isnan(y)).all(0)]          # yes/no labels only
+    if not y.shape[1]:
+        return math.nan
+    X, at = embed(encoder, ds, rows, samples, device, 'probe', first=True), np.arange(len(rows))
+    scores = linear_probe(X, y, at[:n * 4 // 5], at[n * 4 // 5:n], at[n:])
+    table = auroc(scores, y[n:])
     return float(macro(table)[0]) if np.isfinite(table).any() else math.nan
 
 
@@ -176,14 +182,16 @@ def draw_loss(rows, path):
     fig.savefig(path, dpi=120)
 
 
-def load_tokenizer(path, fs):
+def load_tokenizer(path, contract):
     """The vqbeat of a run folder, and its checkpoint."""
     try:
         c = load(Path(path) / 'ckpt.pt')
     except ValueError as e:
         raise Stop(str(e))
-    if c.get('objective') != 'vqbeat' or c['contract']['fs'] != fs:
-        raise Stop(f'--tokenizer {path}: a run of --objective vqbeat at {fs} Hz is needed')
+    if c.get('objective') != 'vqbeat' or c['step'] < c['args']['steps']:
+        raise Stop(f'--tokenizer {path}: a finished run of --objective vqbeat is needed')
+    if differs := Contract.read(c['contract']).differs(contract):
+        raise Stop(f'--tokenizer {path} was trained under another contract ({differs}): train one on this data')
     kind = VQBeat(Encoder(Config(**c['config'])), codes=len(c['state']['codebook']))
     kind.load_state_dict(c['state'], strict=True)
     return kind, c
@@ -207,14 +215,16 @@ def optimiser_groups(objective, a):
     if 'lr' not in a.as_released:
         return groups(objective, a.lr, a.weight_decay)
     e = objective.encoder
-    middle = nn.ParameterList([*e.blocks.parameters(), *e.norm.parameters(), *[p for n, p in objective.named_parameters() if n == 'hidden']])
+    middle = nn.ModuleDict({'blocks': e.blocks, 'norm': e.norm})
+    if hasattr(objective, 'hidden'):
+        middle.register_parameter('hidden', objective.hidden)
     return [g for part, rate in ((objective.head, a.lr), (middle, a.lr / 10), (e.stem, a.lr / 100)) for g in groups(part, rate, a.weight_decay)]
 
 
 def train(a, out, checkpoint=None):
     """Pretrain as the arguments say; writes the run folder. checkpoint: where to go on from."""
     ds, device = Dataset(a.data), pick_device(a.device)
-    samples = round(a.window * ds.contract.fs)
+    samples, seen = round(a.window * ds.contract.fs), a.window / getattr(OBJECTIVES[a.objective], 'views', 1)
     rows = ds.split()[0]
     short = int((ds.length[rows] < samples).sum())
     rows = rows[ds.length[rows] >= samples]
@@ -229,7 +239,7 @@ def train(a, out, checkpoint=None):
         if not np.isin(y := np.array(ds.labels[:, columns])[rows], (0, 1)).any(0).all() or (np.isfinite(y) & ~np.isin(y, (0, 1))).any():
             raise Stop(f'task {a.task} of {a.data}: supervised training needs yes/no labels, some for every class')
     if a.objective == 'beats':
-        tokenizer, source = load_tokenizer(a.tokenizer, ds.contract.fs)
+        tokenizer, source = load_tokenizer(a.tokenizer, ds.contract)
         patients |= set(source['patients'])
     torch.manual_seed(a.seed)
     batches = [ds.batch(rows, samples, min(32, len(rows)), a.seed, step) for step in range(8)]
@@ -261,7 +271,7 @@ def train(a, out, checkpoint=None):
     def keep(step):
         save(out / 'ckpt.pt', dict(
             objective=a.objective, config=asdict(config), encoder=encoder.state_dict(), state=objective.state_dict(),
-            optimiser=optimiser.state_dict(), step=step, seed=a.seed, contract=asdict(replace(ds.contract, window=a.window)), data=a.data,
+            optimiser=optimiser.state_dict(), step=step, seed=a.seed, contract=asdict(replace(ds.contract, window=seen)), data=a.data,
             dataset=ds.hash, patients=sorted(patients), command=' '.join(sys.argv), log=log,
             args={k: v for k, v in vars(a).items() if k not in ('out', 'resume', 'force', 'benchmark', 'device')},
             seconds=seconds + time.time() - began))
@@ -301,7 +311,7 @@ def train(a, out, checkpoint=None):
         last = step + 1 == a.steps
         probing = a.probe_every and (last or step == 0 or (step + 1) % a.probe_every == 0)
         if last or step % a.log_every == 0 or probing:
-            probe = online_probe(encoder, ds, samples, device, a.probe_records) if probing else ''
+            probe = online_probe(encoder, ds, round(seen * ds.contract.fs), device, a.probe_records) if probing else ''
             spent, (state, alarm) = seconds + time.time() - began, health(logs)
             log.append(dict(step=step, lr=optimiser.param_groups[0]['lr'], loss=loss.item(), gradient=norm.item(), **state, alarm=alarm, probe=probe,
                             seconds=round(spent, 2), crops_per_second=round((step + 1 - first) * a.batch / (time.time() - began), 1), device=str(device)))
@@ -379,6 +389,8 @@ def main(argv=None):
             raise Stop(f'--{name.replace("_", "-")} {getattr(a, name)} must not be negative, nor absurdly large')
     if a.window is not None and a.window < .5:
         raise Stop(f'--window {a.window} must be 0.5 s or more')
+    if a.backbone == 'net1d' and a.layers and a.layers < 7:
+        raise Stop('net1d has seven stages: --layers must be 7 or more')
     if a.layers == 1 and a.objective in ('data2vec', 'dinosr'):
         raise Stop(f'{a.objective} takes its targets from the last two layers: --layers must be 2 or more')
     checkpoint = None

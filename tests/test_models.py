@@ -204,6 +204,14 @@ def test_padded_beats_change_nothing():
     assert torch.isfinite(encoder(dict(x=x, peaks=torch.full((2, 0), -1)))[0]).all()                          # no beat at all
 
 
+def test_beats_do_not_depend_on_their_batch():
+    torch.manual_seed(0)
+    encoder, x = Encoder(sized('beat', 'tiny')).eval(), torch.randn(2, 12, 2400)
+    peaks = torch.tensor([[300, 600, 1000, -1, -1, -1], [200, 400, 700, 900, 1200, 1500]])
+    alone, among = pool(*encoder(dict(x=x[:1], peaks=peaks[:1, :3]))), pool(*encoder(dict(x=x, peaks=peaks)))[:1]
+    assert torch.allclose(alone, among, atol=1e-5)
+
+
 def test_visible_patches_are_the_rows_of_all():
     torch.manual_seed(0)
     encoder, batch = Encoder(sized('vit', 'tiny')), {'x': torch.randn(3, 12, 600)}

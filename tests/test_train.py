@@ -46,7 +46,7 @@ def test_killed_and_resumed_is_bitwise_the_same(here):
     assert (here / 'out/killed/loss.png').exists()
 
 
-@pytest.mark.parametrize('objective, backbone', [('cpc', 'net1d'), ('jepa', 's4d'), ('data2vec', 'transformer'), ('dinosr', 's4'), ('hubert', 's4'),
+@pytest.mark.parametrize('objective, backbone', [('cpc', 's4'), ('jepa', 's4d'), ('data2vec', 'transformer'), ('dinosr', 's4'), ('hubert', 's4'),
                                                  ('cmsc', 'resnet'), ('vqbeat', 'beat'), ('beats', 'beat'), ('mae', 'vit'), ('supervised', 's4')])
 def test_every_objective_resumes_exactly(here, monkeypatch, objective, backbone):
     """Teachers, codebooks, prototypes and temperatures come back with the weights."""
@@ -148,12 +148,36 @@ def test_released_rates_and_input(here):
 real = objectives.JEPA.forward
 
 
+def test_teacher_copies_statistics_that_have_seen_data(here):
+    """BatchNorm is calibrated before the copy is made, and that leaves the weights alone."""
+    a = train.knobs().parse_args('--objective jepa'.split())
+    train.settle(a)
+    ds = data.Dataset('synthetic')
+    batches = [ds.batch(ds.split()[0], 600, 16, 0, step) for step in range(3)]
+    built = []
+    for given in ((), batches):
+        torch.manual_seed(0)
+        built.append(train.build(a, 240, batches=given))
+    old, new = (o.state_dict() for o in built)
+    changed = [k for k in old if not torch.equal(old[k], new[k])]
+    assert changed and all('running' in k or 'tracked' in k for k in changed)
+    assert torch.allclose(new['teacher.net.stem.1.running_mean'], torch.stack([built[1].encoder.stem[0](b['x']).mean((0, 2)) for b in batches]).mean(0), atol=1e-5)
+    stale, fresh = (objectives.health(o.eval()(batches[0])[1])[0]['target_std'] for o in built)
+    assert stale < .3 and fresh > .5                             # a teacher that has seen nothing hardly tells tokens apart
+
+
+@pytest.mark.parametrize('objective', ['cpc', 'jepa', 'data2vec', 'dinosr', 'hubert', 'mae', 'cmsc', 'supervised'])
+def test_healthy_runs_raise_no_alarm(here, objective):
+    train.main(f'--objective {objective} --steps 12 --batch 8 --log-every 3 --probe-every 0 --out out/healthy_{objective}'.split())
+    assert {r['alarm'] for r in rows(here / f'out/healthy_{objective}/log.csv')} == {''}
+
+
 def test_alarm_reaches_the_log(here, monkeypatch, capsys):
-    monkeypatch.setattr(train, 'health', lambda logs: ({'rank': 1.}, 'features lie in one direction'))
+    monkeypatch.setattr(train, 'health', lambda logs: ({'rank': 1.}, 'rank 1: features lie in one direction'))
     train.main('--steps 3 --batch 4 --layers 1 --log-every 1 --probe-every 0 --out out/alarm'.split())
     out = capsys.readouterr().out
-    assert '! features lie in one direction' in out and 'logged steps raised an alarm' in out
-    assert {r['alarm'] for r in rows(here / 'out/alarm/log.csv')} == {'features lie in one direction'}
+    assert '! rank 1: features lie in one direction' in out and 'logged steps raised an alarm' in out
+    assert {r['alarm'] for r in rows(here / 'out/alarm/log.csv')} == {'rank 1: features lie in one direction'}
 
 
 def test_patients_of_the_tokenizer_count_as_seen(here):
