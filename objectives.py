@@ -4,7 +4,7 @@
     python objectives.py --pairs                         # which objective runs on which backbone, at which rate, with which flags
     python train.py --objective jepa                     # each trains through the same loop
 
-An objective wraps an Encoder. Its class attributes say what it needs: window (s), causal, backbones (with the learning rate chosen for
+An objective wraps an Encoder. Its class attributes say what it needs: window (s), causal, backbones (with a learning rate for
 each), options (the flags of train.py that it takes), released (what --as_released can switch). forward(batch) returns (loss, logs): logs
 is the evidence of its health, which `health` turns into numbers and an alarm; after_step(step) moves teachers and codebooks.
 CPC, JEPA, data2vec, DinoSR and HuBERT++ follow arXiv 2605.12241 as its methods intend, CMSC, the beats and supervised training
@@ -179,7 +179,7 @@ class CPC(nn.Module):
     the targets are not detached: the stem learns through them too. Loss: cross-entropy, mean over positions and crops;
     ln 129 = 4.86 with a zeroed head. (The released code sums over the 286 positions instead.)
     """
-    window, causal, backbones = 2.5, True, {'s4': 1e-2, 's4d': 1e-2, 'transformer': 3e-3, 'net1d': 3e-3}
+    window, causal, backbones = 2.5, True, {'s4': 1e-2, 's4d': 1e-2, 'transformer': 1e-2, 'net1d': 1e-2}
     options, released = ('horizon', 'negatives'), ('lr',)
 
     def __init__(self, encoder, steps=800, horizon=14, negatives=128, released=()):
@@ -246,7 +246,7 @@ class Data2Vec(nn.Module):
 
     Target: each of the last two blocks' branches before the residual sum, standardised, averaged. Loss: smooth L1 (beta 1), summed over
     the features / sqrt(D), mean over hidden tokens; 5.3 to 9.6 at D 512 with a zeroed head, by how alike the two layers are."""
-    window, causal, backbones = 2.5, False, {'s4': 1e-3, 's4d': 1e-3, 'transformer': 1e-3, 'net1d': 1e-3}
+    window, causal, backbones = 2.5, False, {'s4': 1e-2, 's4d': 1e-2, 'transformer': 1e-2, 'net1d': 1e-2}
     options, released = ('span_ms', 'hide', 'target_norm', 'half_life', 'momentum', 'teacher_mode'), ('ema', 'mask', 'lr', 'norm')
 
     def __init__(self, encoder, steps=800, span_ms=83, hide=.49, target_norm='instance', released=(), **teacher):
@@ -282,7 +282,7 @@ class DinoSR(nn.Module):
     outputs idle). Codes are EMA means (decay .9) of the features assigned to them, all tokens counting; unassigned codes keep their
     place. Loss: cross-entropy, mean over hidden tokens and codebooks; ln 256 = 5.55 with a zeroed head. A loss near 0 with few codes
     used is collapse."""
-    window, causal, backbones = 2.5, False, {'s4': 3e-3, 's4d': 3e-3, 'transformer': 3e-3, 'net1d': 3e-3}
+    window, causal, backbones = 2.5, False, {'s4': 1e-3, 's4d': 1e-3, 'transformer': 1e-3, 'net1d': 1e-3}
     options, released = ('span_ms', 'hide', 'target_norm', 'half_life', 'momentum', 'teacher_mode'), ('ema', 'mask', 'lr', 'codebook', 'norm')
 
     def __init__(self, encoder, steps=800, span_ms=83, hide=.49, codes=256, decay=.9, target_norm='instance', released=(), **teacher):
@@ -358,7 +358,7 @@ class HuBERT(nn.Module):
     Prototypes: k-means++ on the first batch, then EMA (.99) of the features assigned to them, unit length. Teacher temperature .15 to
     .07, student's .5 to .1, cosine over 200 steps. Loss per codebook: .75 KL at hidden + .25 KL at visible tokens + .001 entropy of
     the prediction; summed over codebooks."""
-    window, causal, backbones = 2.5, False, {'s4': 3e-3, 's4d': 3e-3, 'transformer': 3e-3, 'net1d': 3e-3}
+    window, causal, backbones = 2.5, False, {'s4': 1e-2, 's4d': 1e-2, 'transformer': 1e-2, 'net1d': 1e-2}
     options, released = ('span_ms', 'hide', 'target_norm', 'half_life', 'momentum', 'teacher_mode'), ('ema', 'mask', 'lr', 'norm')
     sizes = (128, 256)
 
@@ -614,7 +614,7 @@ class Supervised(nn.Module):
     known labels; ln 2 with a zeroed head. focal > 0 (Lin et al. 2017, 1708.02002) weights each by (1 - p of the truth)^focal, for
     long tails; ln 2 / 2^focal with a zeroed head. columns: the labels of batch['y'] that are learned."""
     window, causal = 2.5, False
-    backbones = {'s4': 1e-2, 's4d': 1e-2, 'transformer': 3e-3, 'net1d': 3e-3, 'resnet': 3e-3, 'beat': 1e-3, 'vit': 1e-3}
+    backbones = {'s4': 1e-2, 's4d': 1e-2, 'transformer': 1e-2, 'net1d': 1e-2, 'resnet': 3e-3, 'beat': 3e-3, 'vit': 1e-3}
     options, released = ('task', 'focal'), ()
 
     def __init__(self, encoder, steps=800, columns=(), focal=0., released=()):
