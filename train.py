@@ -241,9 +241,12 @@ def train(a, out, checkpoint=None):
     if a.objective == 'beats':
         tokenizer, source = load_tokenizer(a.tokenizer, ds.contract)
         patients |= set(source['patients'])
+    def fetch(size, step):
+        batch = ds.batch(rows, samples, size, a.seed, step)
+        return {**batch, 'x': released_input(batch['x'])} if 'norm' in a.as_released else batch
+
     torch.manual_seed(a.seed)
-    batches = [ds.batch(rows, samples, min(32, len(rows)), a.seed, step) for step in range(8)]
-    objective = build(a, ds.contract.fs, columns, tokenizer, batches).to(device)
+    objective = build(a, ds.contract.fs, columns, tokenizer, [fetch(min(32, len(rows)), step) for step in range(8)]).to(device)
     if a.objective == 'cpc' and objective.horizon >= samples / ds.contract.fs * objective.encoder.tokens_per_second:
         raise Stop(f'{a.window} s at {ds.contract.fs} Hz are no more tokens than the horizon, {objective.horizon}: lower --horizon or raise --window')
     encoder, config, learned = objective.encoder, objective.encoder.config, [p for p in objective.parameters() if p.requires_grad]
@@ -288,9 +291,7 @@ def train(a, out, checkpoint=None):
     for step in range(first, a.steps):
         objective.train()
         torch.manual_seed((a.seed * 1_000_003 + step) % 2 ** 63)                             # dropout and negatives of this step
-        batch = to_device(ds.batch(rows, samples, a.batch, a.seed, step), device)
-        if 'norm' in a.as_released:
-            batch['x'] = released_input(batch['x'])
+        batch = to_device(fetch(a.batch, step), device)
         for group in optimiser.param_groups:
             group['lr'] = learning_rate(step, a.steps, group['peak'], *(('constant', 0.) if 'lr' in a.as_released else (a.schedule,)))
 

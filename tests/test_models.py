@@ -139,11 +139,15 @@ def test_published_counts_of_other_backbones():
     assert parameters(Encoder(sized('net1d', 'released'))) == 10_487_424
     assert parameters(S4Block(512, 8, True, .2, S4D)) == 535_552 and parameters(S4Block(512, 64, True, .2, S4D)) == 592_896
     assert parameters(Encoder(sized('beat', 'released', fs=100))) == 38_262_528
-    for rung, count in {'3x24': 27_376, '3x48': 105_824, '4x64': 231_008, '4x90': 455_681, '4x128': 916_160, '5x226': 3_430_809, '5x320': 6_865_536}.items():
-        assert parameters(Encoder(sized('resnet', rung, fs=100))) == count
-    for rung, count in {'1x24': 24_936, '1x48': 71_376, '1x96': 179_616, '2x128': 601_216, '3x192': 1_591_872, '3x256': 2_515_712, '4x348': 5_516_844,
-                        '5x420': 11_621_820}.items():
-        assert parameters(Encoder(sized('beat', rung, fs=100))) == count
+    ladders = {'resnet': {'3x24': 27_376, '3x48': 105_824, '4x64': 231_008, '4x90': 455_681, '4x128': 916_160, '5x226': 3_430_809, '5x320': 6_865_536,
+                          '6x452': 16_050_959, '6x640': 32_158_083, '7x1024': 94_481_086},
+               'beat': {'1x24': 24_936, '1x48': 71_376, '1x96': 179_616, '2x128': 601_216, '3x192': 1_591_872, '3x256': 2_515_712, '4x348': 5_516_844,
+                        '5x420': 11_621_820, '6x512': 19_202_560, '8x768': 50_839_296}}
+    with torch.device('meta'):                                   # shapes without memory
+        for backbone, ladder in ladders.items():
+            assert ladder.keys() == SIZES[backbone].keys() - {'tiny', 'small', 'base', 'released'}
+            for rung, count in ladder.items():
+                assert parameters(Encoder(sized(backbone, rung, fs=100))) == count
 
 
 @pytest.mark.parametrize('size', ['tiny', 'small', 'base'])
@@ -243,6 +247,9 @@ def test_dynamics_have_their_own_rate_and_no_decay():
 def test_rotary_products_depend_on_the_distance_alone():
     torch.manual_seed(0)
     q, k = (torch.randn(1, 1, 1, 16, dtype=torch.float64).expand(1, 1, 40, 16) for _ in range(2))
+    turned = torch.stack([torch.complex(q[0, 0, t, :8], q[0, 0, t, 8:]) * torch.polar(torch.ones(8).double(), t * 10000. ** (-torch.arange(8) / 8).double())
+                          for t in range(40)])
+    assert torch.allclose(rotate(q)[0, 0], torch.cat([turned.real, turned.imag], 1), atol=1e-6)
     s = (rotate(q) @ rotate(k).transpose(2, 3))[0, 0]
     assert torch.allclose(s.diagonal(3), s[0, 3].expand(37)) and torch.allclose(s.diagonal(), (q[0, 0, 0] @ k[0, 0, 0]).expand(40))
 
