@@ -1022,7 +1022,9 @@ def figure(*args, **kwargs):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    return plt.subplots(*args, **kwargs)
+    fig, axes = plt.subplots(*args, **kwargs)
+    plt.close(fig)                                               # it can still be drawn on and saved, and goes when the caller lets go
+    return fig, axes
 
 
 def show(name, row, path=None):
