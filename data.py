@@ -1067,17 +1067,25 @@ def check_peaks(root, extension='ii', path='out/peaks.png'):
         raise Stop(f'no annotation files *.{extension} under {root}: name their extension with --annotation')
     for file in tqdm(files, desc='R-peaks', disable=None):
         record, mark = Record(file.stem), wfdb.rdann(str(file.with_suffix('')), extension)
-        load_wfdb(record, file.with_suffix(''))
-        _, _, x = conform(record.x, record.fs, record.leads, record.unit, Contract())
+        try:
+            load_wfdb(record, file.with_suffix(''))
+            _, _, x = conform(record.x, record.fs, record.leads, record.unit, Contract())
+        except Defect as e:
+            print(f'{file.stem} is left out: {e}')
+            continue
         truth = mark.sample[np.array(mark.symbol) == 'N'] / record.fs
+        if not len(truth):
+            continue
         found = find_peaks(x, record.fs)
         found = found[(found > truth[0] - .15) & (found < truth[-1] + .15)]
         error = found[np.abs(found[:, None] - truth).argmin(0)] - truth if len(found) else np.full(len(truth), np.inf)
         matched = np.abs(error) <= .1
         rows.append((len(truth), matched.sum(), len(found) - matched.sum(), error[matched], file.stem, x[:, LEADS.index('II')], record.fs, truth, found))
+    if not rows:
+        raise Stop(f'no usable record under {root} has beats annotated as N in *.{extension}')
     annotated, matched, extra = (int(sum(r[i] for r in rows)) for i in range(3))
     error = 1e3 * np.concatenate([r[3] for r in rows])
-    _, missed, more, _, name, x, fs, truth, found = max(rows, key=lambda r: (r[0] - r[1] + r[2], np.abs(r[3]).max(initial=0)))
+    *_, name, x, fs, truth, found = max(rows, key=lambda r: (r[0] - r[1] + r[2], np.abs(r[3]).max(initial=0)))
     fig, axes = figure(1, 2, figsize=(12, 3.2), layout='constrained', width_ratios=(1, 2.4))
     axes[0].hist(error, 40, color='C0')
     axes[0].set(xlabel='found - annotated, ms', ylabel='beats', title=f'{matched:,} of {annotated:,} beats, {extra} extra')

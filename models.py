@@ -7,7 +7,7 @@ x (B, 12, T) -> stem -> tokens (B, L, D) -> backbone (B, L, D). arXiv 2605.12241
 2309.07136 (patches).
 """
 import argparse, math, os, time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -396,20 +396,22 @@ class BeatStem(nn.Module):
         self.hidden, self.first = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.randn(dim))
         self.lead, self.second, self.place = nn.Embedding(16, dim), nn.Embedding(16, dim), nn.Parameter(torch.randn(257, dim))
 
-    def beats(self, batch):
-        """Beats (B, leads P, length) and pad (B, leads P), lead by lead; the contents of a padded one are zero."""
+    def peaks(self, batch):
+        """R-peaks (B, P) of the beats that become tokens, -1 where none; P is 1 at least."""
         if 'peaks' not in batch:
             raise ValueError('beat tokens need R-peaks')
         peaks = batch['peaks'][:, :self.most]
-        if not peaks.shape[1]:                                   # not one beat in the whole batch
-            peaks = peaks.new_full((len(peaks), 1), -1)
+        return peaks if peaks.shape[1] else peaks.new_full((len(peaks), 1), -1)
+
+    def beats(self, batch):
+        """Beats (B, leads P, length) and pad (B, leads P), lead by lead; the contents of a padded one are zero."""
+        peaks = self.peaks(batch)
         x = cut_beats(batch['x'], peaks, self.length)            # (B, leads, P, length)
         return x.flatten(1, 2), (peaks < 0).repeat(1, x.shape[1])
 
     def forward(self, batch, keep=None):
-        x, pad = self.beats(batch)
-        B, leads, peaks = len(x), batch['x'].shape[1], batch['peaks'][:, :self.most]
-        P = x.shape[1] // leads
+        (x, pad), peaks = self.beats(batch), self.peaks(batch)
+        B, leads, P = len(x), batch['x'].shape[1], peaks.shape[1]
         if keep is not None:
             x = x * keep[..., None]
         z = self.embed(x.unflatten(1, (leads, P)).flatten(0, 1).transpose(1, 2))             # (B leads, D, P)
@@ -417,7 +419,7 @@ class BeatStem(nn.Module):
         if keep is not None:
             z = torch.where(keep[..., None], z, self.hidden.to(z.dtype))
         lead, beat = torch.arange(leads, device=z.device).repeat_interleave(P), torch.arange(P, device=z.device).repeat(leads)
-        when = (peaks.clamp(min=0) // round(self.fs) + 1).clamp(max=15).repeat(1, leads) if peaks.shape[1] else torch.zeros_like(pad, dtype=torch.long)
+        when = (peaks.clamp(min=0) // round(self.fs) + 1).clamp(max=15).repeat(1, leads)
         z = z + self.lead(lead + 1) + self.second(when) + self.place[1 + lead * self.most + beat]
         z = torch.cat([(self.first + self.place[0]).to(z.dtype).expand(B, 1, -1), z], 1)
         return F.dropout(z, self.p, self.training), F.pad(pad, (1, 0))

@@ -182,7 +182,7 @@ class CPC(nn.Module):
     window, causal, backbones = 2.5, True, {'s4': 1e-2, 's4d': 1e-2, 'transformer': 1e-2, 'net1d': 1e-2}
     options, released = ('horizon', 'negatives'), ('lr',)
 
-    def __init__(self, encoder, steps=800, horizon=14, negatives=128, released=()):
+    def __init__(self, encoder, steps=800, horizon=14, negatives=128):
         super().__init__()
         self.encoder, self.horizon, self.negatives = encoder, horizon, negatives
         self.head = nn.Linear(encoder.dim, encoder.dim, bias=False)
@@ -427,7 +427,7 @@ class CMSC(nn.Module):
     window, views, causal, backbones = 10, 2, False, {'resnet': 1e-3, 'beat': 1e-3, 's4': 1e-3, 's4d': 1e-3, 'transformer': 1e-3, 'net1d': 1e-3}
     options, released = (), ()
 
-    def __init__(self, encoder, steps=800, temperature=.1, released=()):
+    def __init__(self, encoder, steps=800, temperature=.1):
         super().__init__()
         self.encoder, self.temperature = encoder, temperature
         self.head = nn.Sequential(nn.Linear(encoder.dim, encoder.dim), nn.ReLU(), nn.Linear(encoder.dim, 128))
@@ -462,7 +462,7 @@ class VQBeat(nn.Module):
     window, causal, backbones = 10, False, {'beat': 3e-3}
     options, released = ('codes',), ()
 
-    def __init__(self, encoder, steps=800, codes=8192, decay=.99, released=()):
+    def __init__(self, encoder, steps=800, codes=8192, decay=.99):
         super().__init__()
         self.encoder, self.decay, c = encoder, decay, encoder.config
         self.to_code = nn.Sequential(nn.Linear(c.dim, c.dim), nn.Tanh(), nn.Linear(c.dim, 128))
@@ -536,7 +536,7 @@ class Beats(nn.Module):
     window, causal, backbones = 10, False, {'beat': 3e-3}
     options, released = ('tokenizer', 'hide'), ()
 
-    def __init__(self, encoder, steps=800, tokenizer=None, hide=.5, released=()):
+    def __init__(self, encoder, steps=800, tokenizer=None, hide=.5):
         super().__init__()
         self.encoder, self.tokenizer, self.hide = encoder, tokenizer.requires_grad_(False), hide
         self.head = nn.Linear(encoder.dim, len(tokenizer.codebook))
@@ -572,7 +572,7 @@ class MAE(nn.Module):
     window, causal, backbones = 10, False, {'vit': 1e-3}
     options, released = ('hide',), ()
 
-    def __init__(self, encoder, steps=800, hide=.5, released=()):
+    def __init__(self, encoder, steps=800, hide=.5):
         super().__init__()
         self.encoder, self.hide, c = encoder, hide, encoder.config
         self.embed, self.hidden = nn.Linear(c.dim, c.dim), nn.Parameter(torch.zeros(c.dim))
@@ -617,7 +617,7 @@ class Supervised(nn.Module):
     backbones = {'s4': 1e-2, 's4d': 1e-2, 'transformer': 1e-2, 'net1d': 1e-2, 'resnet': 3e-3, 'beat': 3e-3, 'vit': 1e-3}
     options, released = ('task', 'focal'), ()
 
-    def __init__(self, encoder, steps=800, columns=(), focal=0., released=()):
+    def __init__(self, encoder, steps=800, columns=(), focal=0.):
         super().__init__()
         self.encoder, self.columns, self.focal = encoder, list(columns), focal
         self.head = MeanPool(encoder.dim, len(self.columns))
@@ -628,7 +628,8 @@ class Supervised(nn.Module):
         logits = self.head(h, pad).float()                       # (B, K)
         # target
         y = batch['y'][:, self.columns]
-        known, y = y.isfinite(), y.nan_to_num()
+        known = y.isfinite()
+        y = torch.where(known, y, 0.)                            # a placeholder: what is unknown has no part in the loss
         # loss and health
         error = F.binary_cross_entropy_with_logits(logits, y, reduction='none')
         if self.focal:
@@ -656,14 +657,14 @@ def released_input(x):
     return (x - x.new_tensor(_MEAN)[:, None]) / (x.new_tensor(_STD)[:, None] + 1e-8)
 
 
-def draw(row, path, device='cpu'):
+def draw(row, path):
     """What each objective hides (red), sees and predicts, on lead II of a real record: masks come from the objectives' own code."""
     from data import Dataset, figure
     ds = Dataset('sample')
     torch.manual_seed(0)
     long, short = ds.collate([row], [0], 2400), ds.collate([row], [0], 600)
     encoder = Encoder(sized('s4', 'tiny'))
-    t, L = torch.arange(600) / 240, 300
+    L = 300
     fig, axes = figure(8, 1, figsize=(11, 15), layout='constrained')
 
     def panel(ax, title, x, hidden=(), shade='C3'):

@@ -192,9 +192,9 @@ def load_tokenizer(path, contract):
         raise Stop(f'--tokenizer {path}: a finished run of --objective vqbeat is needed')
     if differs := Contract.read(c['contract']).differs(contract):
         raise Stop(f'--tokenizer {path} was trained under another contract ({differs}): train one on this data')
-    kind = VQBeat(Encoder(Config(**c['config'])), codes=len(c['state']['codebook']))
-    kind.load_state_dict(c['state'], strict=True)
-    return kind, c
+    tokenizer = VQBeat(Encoder(Config(**c['config'])), codes=len(c['state']['codebook']))
+    tokenizer.load_state_dict(c['state'], strict=True)
+    return tokenizer, c
 
 
 def build(a, fs, columns=(), tokenizer=None, batches=()):
@@ -203,11 +203,13 @@ def build(a, fs, columns=(), tokenizer=None, batches=()):
     kind = OBJECTIVES[a.objective]
     options = {k: getattr(a, k) for k in kind.options if getattr(a, k) is not None and k not in ('task', 'tokenizer')}
     options |= {'supervised': dict(columns=columns), 'beats': dict(tokenizer=tokenizer)}.get(a.objective, {})
+    if 'ema' in kind.released:                                   # the rates (lr) and the input (norm) are switched in this file
+        options['released'] = a.as_released
     encoder = Encoder(sized(a.backbone, a.size, kind.causal, fs, a.layers))
     if batches:
         with torch.random.fork_rng():
             see_data(encoder, batches)
-    return kind(encoder, steps=a.steps, released=a.as_released, **options)
+    return kind(encoder, steps=a.steps, **options)
 
 
 def optimiser_groups(objective, a):
@@ -219,6 +221,20 @@ def optimiser_groups(objective, a):
     if hasattr(objective, 'hidden'):
         middle.register_parameter('hidden', objective.hidden)
     return [g for part, rate in ((objective.head, a.lr), (middle, a.lr / 10), (e.stem, a.lr / 100)) for g in groups(part, rate, a.weight_decay)]
+
+
+def describe(a, ds, device, objective, records, short, out):
+    """Print what follows from the arguments and the data."""
+    encoder = objective.encoder
+    print(f'{a.objective} on {a.backbone} {a.size}: stem {parameters(encoder.stem):,} + backbone {parameters(encoder) - parameters(encoder.stem):,} '
+          f'+ head {parameters(objective) - parameters(encoder):,} parameters, {"causal" if encoder.causal else "bidirectional"}')
+    if hasattr(objective, 'teacher'):
+        print(f'teacher: momentum {(m := objective.teacher.momentum):.6f}' + (f', half-life {math.log(.5) / math.log(m):.0f} steps' if m < 1 else ', it never moves')
+              + f', {objective.teacher.mode} mode' + (f'; spans of {objective.span} tokens' if hasattr(objective, 'span') else ''))
+    print(f'{a.data}: {records:,} training records' + (f' ({short:,} too short)' if short else '') + f', {a.window} s crops of {round(a.window * ds.contract.fs)} samples '
+          f'at {ds.contract.fs} Hz, {ds.contract.unit}, filter {ds.contract.filter}' + (f'; as released: {", ".join(a.as_released)}' if a.as_released else ''))
+    print(f'{a.steps:,} steps of {a.batch} crops = {a.steps * a.batch / records:.1f} epochs on {device}, '
+          f'{"bf16 products, fp32 convolution" if device.type == "cuda" else "fp32"}, lr {a.lr:g}; writing to {out}/')
 
 
 def train(a, out, checkpoint=None):
@@ -241,6 +257,7 @@ def train(a, out, checkpoint=None):
     if a.objective == 'beats':
         tokenizer, source = load_tokenizer(a.tokenizer, ds.contract)
         patients |= set(source['patients'])
+
     def fetch(size, step):
         batch = ds.batch(rows, samples, size, a.seed, step)
         return {**batch, 'x': released_input(batch['x'])} if 'norm' in a.as_released else batch
@@ -258,15 +275,7 @@ def train(a, out, checkpoint=None):
         first, log, seconds = checkpoint['step'], checkpoint['log'], checkpoint['seconds']
         if checkpoint['dataset'] != ds.hash:
             raise Stop(f'{a.data} has been prepared anew since this run began: prepare it as it was, or start again')
-    print(f'{a.objective} on {a.backbone} {a.size}: stem {parameters(encoder.stem):,} + backbone {parameters(encoder) - parameters(encoder.stem):,} '
-          f'+ head {parameters(objective) - parameters(encoder):,} parameters, {"causal" if config.causal else "bidirectional"}')
-    if hasattr(objective, 'teacher'):
-        print(f'teacher: momentum {(m := objective.teacher.momentum):.6f}' + (f', half-life {math.log(.5) / math.log(m):.0f} steps' if m < 1 else ', it never moves')
-              + f', {objective.teacher.mode} mode' + (f'; spans of {objective.span} tokens' if hasattr(objective, 'span') else ''))
-    print(f'{a.data}: {len(rows):,} training records' + (f' ({short:,} too short)' if short else '') + f', {a.window} s crops of {samples} samples '
-          f'at {ds.contract.fs} Hz, {ds.contract.unit}, filter {ds.contract.filter}' + (f'; as released: {", ".join(a.as_released)}' if a.as_released else ''))
-    print(f'{a.steps:,} steps of {a.batch} crops = {a.steps * a.batch / len(rows):.1f} epochs on {device}, '
-          f'{"bf16 products, fp32 convolution" if device.type == "cuda" else "fp32"}, lr {a.lr:g}; writing to {out}/')
+    describe(a, ds, device, objective, len(rows), short, out)
     if checkpoint:
         print(f'resuming at step {first:,}' if first < a.steps else f'already finished: all {first:,} steps were done')
     print(f'{"step":>7s} {"seconds":>8s} {"loss":>8s} {"gradient":>8s}  health and online probe; ! is an alarm')
