@@ -68,6 +68,24 @@ def discretise(log_dt, state):
     return Abar, Bbar
 
 
+class Circular(torch.autograd.Function):
+    """u (H, B, L) with a kernel (H, 2L) that has room for what would wrap around: (H, B, L). Backward by real FFTs like forward,
+    where autograd would take complex ones of twice the work; not differentiable a second time."""
+
+    @staticmethod
+    def forward(ctx, u, kernel):
+        U, K = torch.fft.rfft(u, n=kernel.shape[1]), torch.fft.rfft(kernel)
+        ctx.save_for_backward(U, K)
+        return torch.fft.irfft(U * K[:, None], n=kernel.shape[1])[..., :u.shape[2]]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (U, K), L = ctx.saved_tensors, g.shape[2]
+        G = torch.fft.rfft(g, n=2 * L)
+        return torch.fft.irfft(G * K.conj()[:, None], n=2 * L)[..., :L], torch.fft.irfft((G * U.conj()).sum(1), n=2 * L)
+
+
 def convolve(u, k):
     """Long convolution by FFT. u and result (H, B, L).
 
@@ -75,11 +93,10 @@ def convolve(u, k):
     k (2, H, L): plus sum_j k[1]_j u_{t+1+j}, the same looking back from the future, shifted by one so that lag 0 counts once.
     """
     L = u.shape[2]
-    kernel = F.pad(k[0], (0, L))                                 # (H, 2L): room for what would wrap around
+    kernel = F.pad(k[0], (0, L))                                 # (H, 2L)
     if len(k) == 2:
         kernel = kernel + F.pad(k[1].flip(1), (L, 0))
-    spectrum = torch.fft.rfft(u, n=2 * L) * torch.fft.rfft(kernel)[:, None]
-    return torch.fft.irfft(spectrum, n=2 * L)[..., :L]
+    return Circular.apply(u, kernel)
 
 
 CHUNK = 25
@@ -92,7 +109,7 @@ def convolve_chunks(u, C, parts):
     H, B, L = u.shape
     within, into, out_of, across = parts
     K, ways, N = -(-L // CHUNK), len(C), C.shape[2]
-    x = F.pad(u, (0, K * CHUNK - L)).reshape(H, B * K, CHUNK)
+    x = (F.pad(u, (0, K * CHUNK - L)) if L % CHUNK else u).reshape(H, B * K, CHUNK)          # a pad of nothing would copy all
     local = (C[:, :, None] @ within).sum(0).view(H, CHUNK, CHUNK)                            # what a token of the chunk does to another
     read = (C[:, :, None] @ out_of).view(ways, H, N, CHUNK).transpose(0, 1).reshape(H, ways * N, CHUNK)
     entering = (x @ into).view(H, B, K, ways, N).permute(2, 0, 3, 1, 4)                      # (K, H, ways, B, N): what a chunk adds
@@ -105,7 +122,7 @@ def convolve_chunks(u, C, parts):
     states = torch.stack(states).view(K, H, ways, B, N)
     if ways == 2:
         states = torch.stack([states[:, :, 0], states[:, :, 1].flip(0)], 2)
-    y = torch.baddbmm(states.permute(1, 3, 0, 2, 4).reshape(H, B * K, ways * N) @ read, x, local)
+    y = (states.permute(1, 3, 0, 2, 4).reshape(H, B * K, ways * N) @ read).baddbmm_(x, local)
     return y.view(H, B, K * CHUNK)[..., :L]
 
 
@@ -210,7 +227,7 @@ class S4Block(nn.Module):
 
     def forward(self, x, pad=None):
         u = x.permute(2, 0, 1).contiguous()                      # (H, B, L)
-        y = F.gelu(self.s4(u) + self.D[:, None, None] * u)
+        y = F.gelu(torch.addcmul(self.s4(u), self.D[:, None, None], u))
         y = tied_dropout(y, self.p, self.training, 2).permute(1, 2, 0)                       # (B, L, H)
         branch = F.glu(self.out(y), -1)
         return self.norm(x + tied_dropout(branch, self.p, self.training, 1)), branch

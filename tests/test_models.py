@@ -68,6 +68,11 @@ def test_bidirectional_equals_double_sum():
     assert (s4(u) - y).abs().max() < 1e-10
 
 
+def test_gradients_of_the_convolution():
+    u, k = torch.randn(3, 2, 10, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, 10, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(convolve, (u, k)) and torch.autograd.gradcheck(convolve, (u, k[:1]))
+
+
 def test_fp32_convolution_stays_close():
     s4 = S4(16)
     u = torch.randn(16, 4, 300)
