@@ -135,6 +135,14 @@ def tied_dropout(x, p, training, dim):
     return x * F.dropout(x.new_ones(shape), p)
 
 
+def drop_path(branch, p, training):
+    """Stochastic depth (Huang et al. 2016, 1603.09382): a residual branch (B, ...) is left out with probability p, record by record, and
+    scaled by 1 / (1 - p) where it stays, so that its expectation does too."""
+    if not training or not p:
+        return branch
+    return branch * F.dropout(branch.new_ones(len(branch), *[1] * (branch.dim() - 1)), p)
+
+
 class S4(nn.Module):
     """The S4 of arXiv 2605.12241's code: LegS dynamics A, B, dt stay as drawn, only C learns. u -> k * u, both (H, B, L).
 
@@ -220,6 +228,8 @@ class S4D(nn.Module):
 class S4Block(nn.Module):
     """Post-norm residual block: LayerNorm(x + drop(GLU(W drop(gelu(k * x + D x)) + b))), k * x by S4 or S4D."""
 
+    path = 0.                                                    # of drop_path, see `regularise`
+
     def __init__(self, dim, state, causal, dropout, kind=S4):
         super().__init__()
         self.s4, self.D, self.out = kind(dim, state, causal), nn.Parameter(torch.randn(dim)), nn.Linear(dim, 2 * dim)
@@ -230,7 +240,7 @@ class S4Block(nn.Module):
         y = F.gelu(torch.addcmul(self.s4(u), self.D[:, None, None], u))
         y = tied_dropout(y, self.p, self.training, 2).permute(1, 2, 0)                       # (B, L, H)
         branch = F.glu(self.out(y), -1)
-        return self.norm(x + tied_dropout(branch, self.p, self.training, 1)), branch
+        return self.norm(x + drop_path(tied_dropout(branch, self.p, self.training, 1), self.path, self.training)), branch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,6 +258,8 @@ class TransformerBlock(nn.Module):
     """Pre-norm block: x + drop(attention(norm x)), then x + drop(ffn(norm x)), GELU. Its branch is the second one, the last before a
     residual sum. 2605.12241: rotary positions. Beats and patches have learned ones; beats also heads of 64 and no bias in q, k, v. No dropout on the
     attention weights (the papers' code has it): torch's fast kernel for the CPU has none, and the slow one takes four times as long."""
+
+    path = 0.
 
     def __init__(self, dim, ffn, heads, causal=False, dropout=.1, rotary=True, head=None, bias=True):
         super().__init__()
@@ -268,9 +280,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x, pad=None):
         drop = lambda y: F.dropout(y, self.p, self.training)
-        x = x + drop(self.attention(self.norm1(x), pad))
+        x = x + drop_path(drop(self.attention(self.norm1(x), pad)), self.path, self.training)
         branch = self.narrow(drop(F.gelu(self.wide(self.norm2(x)))))
-        return x + drop(branch), branch
+        return x + drop_path(drop(branch), self.path, self.training), branch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,6 +293,8 @@ class Net1DBlock(nn.Module):
 
     As released it is not causal: 8 taps look ahead and the excitation pools over all time, so CPC would see its targets. Causal here
     means that all 15 neighbours lie in the past and the excitation pools over the tokens so far."""
+
+    path = 0.
 
     def __init__(self, inside, outside, causal, first):
         super().__init__()
@@ -297,7 +311,7 @@ class Net1DBlock(nn.Module):
         L = h.shape[1]
         pooled = h.cumsum(1) / torch.arange(1, L + 1, device=h.device)[:, None] if self.causal else h.mean(1, keepdim=True)
         branch = h * self.excite(F.silu(self.squeeze(pooled))).sigmoid()
-        return branch + F.pad(x, (self.grow // 2, self.grow - self.grow // 2)), branch
+        return drop_path(branch, self.path, self.training) + F.pad(x, (self.grow // 2, self.grow - self.grow // 2)), branch
 
 
 class Net1DEntry(nn.Module):
@@ -357,6 +371,8 @@ class ResNetBlock(nn.Module):
     """Pre-activation block of Ribeiro et al. 2020 (Nature Communications 11:1760), kernel 17: two convolutions, the second with the
     stride; the skip takes maxima over the stride, then a 1x1 convolution where the width changes. x (B, L, C) -> (B, ceil(L / stride), F)."""
 
+    path = 0.
+
     def __init__(self, inside, outside, stride, dropout, first):
         super().__init__()
         self.stride = stride
@@ -369,7 +385,7 @@ class ResNetBlock(nn.Module):
         h = self.conv1(same(self.enter(x).transpose(1, 2), 17, 1)).transpose(1, 2)
         branch = self.conv2(same(self.middle(h).transpose(1, 2), 17, self.stride))           # (B, F, L / stride)
         skip = self.skip(F.max_pool1d(x.transpose(1, 2), self.stride, ceil_mode=True))
-        return (skip + branch).transpose(1, 2), branch.transpose(1, 2)
+        return (skip + drop_path(branch, self.path, self.training)).transpose(1, 2), branch.transpose(1, 2)
 
 
 def resnet(dim, layers, dropout):
@@ -554,6 +570,17 @@ def see_data(encoder, batches):
     for m in norms:
         m.momentum = .1
     return encoder.eval()
+
+
+def regularise(encoder, path=None, dropout=None):
+    """Set an encoder's stochastic depth, which grows linearly from 0 at the first residual block to `path` at the last, and its dropout;
+    None leaves what is there."""
+    blocks = [b for b in encoder.blocks if hasattr(b, 'path')]
+    for i, block in enumerate(blocks):
+        block.path = block.path if path is None else path * i / max(1, len(blocks) - 1)
+    for m in encoder.modules():
+        if dropout is not None and hasattr(m, 'p'):
+            m.p = dropout
 
 
 # ---------------------------------------------------------------------------------------------------------------------
