@@ -183,10 +183,10 @@ def rows_of(path, *needed):
     """Rows of a csv file as dicts. Stops where the file or a needed column is missing."""
     path = Path(path)
     if not path.is_file():
-        raise Stop(f'no {path.name} in {path.parent}: --root must name the folder that holds it (or add --download)')
+        raise Stop(f'no {path.name} in {path.parent}: --root must name the folder that holds it (ptbxl: or add --download)')
     with open(path, newline='', encoding='utf-8-sig') as f:
         try:
-            reader = csv.DictReader(f)
+            reader = csv.DictReader(f, restval='')
             names = reader.fieldnames or []
             if missing := [c for c in needed if c not in names]:
                 raise Stop(f'{path} has no column {", ".join(missing)}')
@@ -322,8 +322,8 @@ def load_sph(record, path):
 def code15(root):
     """CODE-15% (Ribeiro et al. 2021, Zenodo): HDF5, 400 Hz, 7 or 10 s in 4,096 samples; its six findings as code/1dAVb, RBBB, LBBB, SB,
     AF, ST. Hashed folds by patient: the last is the 10 % that arXiv 2605.17276 holds out. Records of parts that are not there are
-    dropped and counted. Its unit is not stated: values are taken as mV, as in the released code of arXiv 2605.12241; check that their
-    SD is .2 to .4 before mixing. Written to the published schema, not yet tried on the real files."""
+    dropped and counted. Its unit is not stated: values are taken as mV, as in the released code of arXiv 2605.12241, though the CODE test
+    set of the same group is in .1 mV: check that their SD is .2 to .4 before mixing. Written to the published schema, not yet tried on the real files."""
     need_h5py()
     names, truth = ('1dAVb', 'RBBB', 'LBBB', 'SB', 'AF', 'ST'), {'true': 1., 'false': 0.}
     value = lambda text: truth.get((text or '').strip().lower(), number(text))
@@ -406,8 +406,7 @@ def mimic(root, cardiac=2000, others=2000):
     stays, common, outcomes, names = None, (), {}, ()
     if (root / 'records_w_diag_icd10.csv').is_file():
         stays, common = mimic_stays(root / 'records_w_diag_icd10.csv', study, cardiac, others)
-        known = {ns: next((n for n in sorted(common.values()) if n.startswith(ns)), None) for ns in ('cardiac/', 'noncardiac/')}
-        known = {name: 0. for name in known.values() if name}    # one 0 in each makes the namespace known
+        known = {name.split('/')[0]: name for name in reversed(common.values())}   # the commonest of each namespace: its 0 makes the others known
     if (root / 'mds_ed.csv').is_file():
         names, outcomes = mds_outcomes(root / 'mds_ed.csv', study)
     for row in rows_of(root / 'record_list.csv', 'subject_id', 'study_id', 'path'):
@@ -418,7 +417,7 @@ def mimic(root, cardiac=2000, others=2000):
         fold, age, sex = -1, math.nan, math.nan
         if stays is not None:
             codes, fold, age, sex = stays[key]
-            labels |= known | {common[c]: 1. for c in codes if c in common} | {'sex/female': sex, 'age/years': age}
+            labels |= dict.fromkeys(known.values(), 0.) | {common[c]: 1. for c in codes if c in common} | {'sex/female': sex, 'age/years': age}
         yield Record(f'mimic/{key}', f'mimic/{study(row["subject_id"])}', age=age, sex=sex, labels=labels, fold=fold,
                      load=functools.partial(load_mimic, path=root / row['path'].strip()))
 
@@ -444,7 +443,8 @@ def icd_codes(text):
 
 
 def mimic_stays(path, study, cardiac, others):
-    """({study: (codes, fold, age, sex)} of the ECGs that the label setting keeps, {code: label} of the codes common enough)."""
+    """({study: (codes, fold, age, sex)} of the ECGs that the label setting keeps, {code: label} of the codes common enough, the commonest
+    first)."""
     count, stays = Tally(), {}
     for row in rows_of(path, 'study_id', 'all_diag_all', 'gender', 'age', 'ecg_taken_in_ed', 'ecg_no_within_stay', 'strat_fold'):
         codes, fold = icd_codes(row['all_diag_all']), int(number(row['strat_fold'], -1))
@@ -452,7 +452,7 @@ def mimic_stays(path, study, cardiac, others):
         in_ed = row['ecg_taken_in_ed'].strip().lower() in ('true', '1', '1.0')
         if codes and in_ed and (fold < 18 or number(row['ecg_no_within_stay']) == 0):
             stays[study(row['study_id'])] = tuple(map(sys.intern, sorted(codes))), fold, number(row['age']), female(row['gender'])
-    return stays, {c: f'{"cardiac" if c[0] == "I" else "noncardiac"}/{c}' for c, n in count.items() if n >= (cardiac if c[0] == 'I' else others)}
+    return stays, {c: f'{"cardiac" if c[0] == "I" else "noncardiac"}/{c}' for c, n in count.most_common() if n >= (cardiac if c[0] == 'I' else others)}
 
 
 def mds_columns(columns):
@@ -477,7 +477,7 @@ def mds_outcomes(path, study):
     """(label names, {study: values}) of mds_ed.csv; -999 is unknown, and so is the outer 1 % of each number on either side."""
     keys, values, columns = [], [], None
     for row in rows_of(path, 'general_study_id'):
-        columns = columns or mds_columns(row)
+        columns = columns or mds_columns([c for c in row if c])
         keys.append(study(row['general_study_id']))
         values.append(typed('f', (math.nan if (v := number(row[c])) == -999 else v for c in columns.values())))
     if not columns:
@@ -522,10 +522,10 @@ def sequence(name, t, rng):
     if name == 'noise':                                          # power falls as 1 / f^0 ... 1 / f^1.2
         spectrum = np.fft.rfft(steps) * np.maximum(np.fft.rfftfreq(len(t), t[1]), .3) ** (-.6 * rng.random())
         return np.fft.irfft(spectrum, len(t))
-    at = np.cumsum(rng.exponential(1 / f, 4 * math.ceil(f * t[-1]) + 8))                     # pulses, bursts: irregular times
-    at, width = at[at < t[-1]] if (at < t[-1]).any() else t[-1:] / 2, (.02 if name == 'pulses' else .15) * (1 + rng.random())
-    hump = np.exp(-.5 * ((t[:, None] - at) / width) ** 2).sum(1)
-    return hump if name == 'pulses' else hump * np.sin(2 * np.pi * (12 + 18 * rng.random()) * (t + phase))
+    train = (rng.random(len(t)) < f * t[1]).astype(float)        # pulses, bursts: at irregular times, f a second on average
+    train[rng.integers(len(t))] = 1
+    hump = scipy.ndimage.gaussian_filter1d(train, (.02 if name == 'pulses' else .15) * (1 + rng.random()) / t[1])
+    return hump / hump.max() * (1 if name == 'pulses' else np.sin(2 * np.pi * (12 + 18 * rng.random()) * (t + phase)))
 
 
 def wfdb_folder(root):
@@ -707,7 +707,8 @@ def stratify(Y, groups=None, folds=10, seed=0):
     """Folds 0 ... folds - 1 (N,) that share out each label evenly: iterative stratification (Sechidis et al. 2011). Y (N, K) is above 0
     where a record has a label. Records of a group, such as a patient, stay together; a group without any label gets -1: always training.
     The rarest label comes first, and of its groups those with most of it; each goes to the fold that still lacks most of the label, of
-    several to the one that lacks most records, then by lot."""
+    several to the one that lacks most of all its labels (our reading of the tie: sets of patients come out within 1 of even instead of
+    within 36), then most records, then by lot."""
     group = np.arange(len(Y)) if groups is None else np.unique(groups, return_inverse=True)[1]
     count, size = np.zeros((group.max() + 1, Y.shape[1]), int), np.bincount(group)
     np.add.at(count, group, np.asarray(Y) > 0)
@@ -718,7 +719,7 @@ def stratify(Y, groups=None, folds=10, seed=0):
         k = np.where(left > 0, left, left.max() + 1).argmin()
         todo = np.flatnonzero((fold < 0) & (count[:, k] > 0))
         for g in todo[np.argsort(-count[todo, k], kind='stable')]:
-            f = fold[g] = np.lexsort((tie[g], room, lack[:, k]))[-1]
+            f = fold[g] = np.lexsort((tie[g], room, lack @ (count[g] > 0), lack[:, k]))[-1]
             lack[f] -= folds * count[g]
             room[f] -= folds * size[g]
             left -= count[g] > 0
@@ -1335,7 +1336,7 @@ def _add_noise(r, x, s, fs):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# pictures, calibration, command line
+# pictures, calibration
 
 def figure(*args, **kwargs):
     """A matplotlib figure that needs no screen: (fig, axes) of plt.subplots."""
@@ -1507,7 +1508,8 @@ class Target:
     prepare: str = ''                                            # command, ROOT standing for the folder of the source
 
 
-PREPARE = {                                                      # --window 10 keeps records of 5,000 samples at 500 Hz or more
+PREPARE = {                                                      # --window 10 keeps records of 5,000 samples at 500 Hz or more; challenge and
+                                                                 # ptbxl can add --download, the others' files come from figshare or PhysioNet
     'ningbo': 'challenge --root ROOT --cohort ningbo --out ningbo',
     'cpsc2018': 'challenge --root ROOT --cohort cpsc_2018 --window 10 --out cpsc2018',
     'cpsc_extra': 'challenge --root ROOT --cohort cpsc_2018_extra --window 10 --out cpsc_extra',
@@ -1517,7 +1519,7 @@ PREPARE = {                                                      # --window 10 k
     'mimic': 'mimic --root ROOT',
     # the second paper standardises CPSC2018 and PTB-XL, normalises and band-passes CSN (Chapman, Shaoxing and Ningbo merged): cut-offs
     # .5 and 40 Hz, like those of --contract sc, are ours
-    'sc_cpsc2018': 'challenge --root ROOT --cohort cpsc_2018 --contract sc --window 5 --norm record --out sc_cpsc2018',
+    'sc_cpsc2018': 'challenge --root ROOT --cohort cpsc_2018 --contract sc --norm record --out sc_cpsc2018',
     'sc_csn': 'challenge --root ROOT --cohort chapman_shaoxing ningbo --contract sc --filter hp0.5+lp40 --norm record --out sc_csn',
     'sc_echonext': 'echonext --root ROOT --contract sc --out sc_echonext',
     'sc_ptbxl': 'ptbxl --root ROOT --contract sc --norm record --out sc_ptbxl', 'sc_mimic': 'mimic --root ROOT --contract sc --out sc_mimic'}
@@ -1580,7 +1582,7 @@ DEFAULTS = {                                                     # these prepare
                                  workers=1, total=4000)}
 MADE, READ = ('synthetic', 'sequences'), ('ptbxl', 'challenge', 'zzu', 'sph', 'code15', 'echonext', 'mimic', 'wfdb', 'array')
 TAKES = {'name': ('show',), 'record': ('show',), 'annotation': ('peaks',), 'root': (*READ, 'peaks'), 'no_peaks': (*READ, 'sample'),
-         'download': ('ptbxl', 'challenge'), 'rate': ('ptbxl',), 'cohort': ('challenge',), 'folds': ('challenge', 'sph', 'zzu', 'array'), 'least': ('mimic',),
+         'download': ('ptbxl', 'challenge'), 'rate': ('ptbxl',), 'cohort': ('challenge',), 'folds': ('challenge', 'sph', 'zzu', 'code15', 'array'), 'least': ('mimic',),
          'shift': ('synthetic',), 'prevalence_scale': ('synthetic',), **dict.fromkeys(('fs_in', 'leads', 'unit', 'labels'), ('array',)),
          **dict.fromkeys(('records', 'seconds', 'seed'), MADE)}  # every other flag: whatever prepares a dataset
 
