@@ -387,8 +387,8 @@ def load_echonext(record, path, row):
 
 FEATURES = ('rr', 'qrs', 'qt', 'qtc', 'p_axis', 'qrs_axis', 't_axis')                        # ms and degrees
 MDS = {'biometrics': ('biometrics', 'height weight bmi'.split()), 'vitals': ('vitals', 'dbp heartrate o2sat resprate sbp temperature'.split()),
-       'labs': ('labvalues', 'PT, Albumin, Anion Gap, Bicarbonate, Bilirubin Total, Calcium Total, Creatinine, Ferritin, Urea Nitrogen, Hematocrit, Hemoglobin, '
-                'Lymphocytes, MCHC, RDW, Red Blood Cells, RDW-SD, Creatine Kinase (CK), NTproBNP'.split(', '))}
+       'labs': ('labvalues', 'PT, Albumin, Anion Gap, Bicarbonate, Bilirubin Total, Calcium Total, Creatinine, Ferritin, Urea Nitrogen, '
+                'Hematocrit, Hemoglobin, Lymphocytes, MCHC, RDW, Red Blood Cells, RDW-SD, Creatine Kinase (CK), NTproBNP'.split(', '))}
 NUMERIC = ('target', 'age', 'features', *MDS)                    # namespaces of numbers to regress; all others hold yes and no
 
 
@@ -1582,8 +1582,8 @@ DEFAULTS = {                                                     # these prepare
                                  workers=1, total=4000)}
 MADE, READ = ('synthetic', 'sequences'), ('ptbxl', 'challenge', 'zzu', 'sph', 'code15', 'echonext', 'mimic', 'wfdb', 'array')
 TAKES = {'name': ('show',), 'record': ('show',), 'annotation': ('peaks',), 'root': (*READ, 'peaks'), 'no_peaks': (*READ, 'sample'),
-         'download': ('ptbxl', 'challenge'), 'rate': ('ptbxl',), 'cohort': ('challenge',), 'folds': ('challenge', 'sph', 'zzu', 'code15', 'array'), 'least': ('mimic',),
-         'shift': ('synthetic',), 'prevalence_scale': ('synthetic',), **dict.fromkeys(('fs_in', 'leads', 'unit', 'labels'), ('array',)),
+         'download': ('ptbxl', 'challenge'), 'rate': ('ptbxl',), 'cohort': ('challenge',), 'least': ('mimic',),
+         'folds': ('challenge', 'sph', 'zzu', 'code15', 'array'), 'shift': ('synthetic',), 'prevalence_scale': ('synthetic',), **dict.fromkeys(('fs_in', 'leads', 'unit', 'labels'), ('array',)),
          **dict.fromkeys(('records', 'seconds', 'seed'), MADE)}  # every other flag: whatever prepares a dataset
 
 
