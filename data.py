@@ -6,12 +6,15 @@
     python data.py peaks --root DIR --annotation ii      # R-peaks found against annotated ones, such as those of LUDB
     python data.py ptbxl --root DIR [--rate 500]         # PTB-XL in its official layout; --download fetches it first
     python data.py challenge --root DIR --cohort georgia # PhysioNet/CinC Challenge 2020/2021 cohorts
+    python data.py SOURCE --root DIR                     # zzu, sph, code15, echonext or mimic, in their published layouts (--help)
+    python data.py sequences                             # generated sequences that are no ECGs, in eight classes
     python data.py wfdb --root DIR                       # any folder of WFDB records, without labels
     python data.py array --root x.npy --fs-in 500        # your own (N, 12, T) or (N, T, 12) array
 
 File on disk -> Record -> prepared dataset -> batch. A prepared dataset is a folder datasets/NAME of signals.i16, labels.npy,
 index.npz and meta.json. The signal contract follows arXiv 2605.12241 (12 leads, mV, 240 Hz, 2.5 s, no filter);
---contract sc gives the setting of arXiv 2605.17276 (100 Hz, 10 s, high-pass and mains notch).
+--contract sc gives the setting of arXiv 2605.17276 (100 Hz, 10 s, high-pass and mains notch). TASKS lists the tasks of both papers,
+each with the command that prepares its data.
 """
 import argparse, ast, csv, functools, hashlib, itertools, json, math, os, re, shutil, sys, time, zipfile, zlib
 from array import array as typed
@@ -78,7 +81,8 @@ class Record:
     age: float = math.nan                                        # years
     sex: float = math.nan                                        # 1 female, 0 male
     labels: dict = None
-    fold: int = -1                                               # -1: none given, a hash of the patient decides
+    fold: int = -1                                               # -1: none given, a hash of the patient or stratification decides
+    strata: tuple = None                                         # what stratified folds balance; None: the labels
     peaks: object = None                                         # R-peaks in s; None: to be found
     load: object = None
 
@@ -169,6 +173,8 @@ def load_wfdb(record, path):
 def load_challenge(record, path):
     """A Challenge record: WFDB, with its diagnoses as SNOMED codes (2021) or as names (2020) in the comment Dx."""
     codes = [c.strip() for c in load_wfdb(record, path).get('dx', '').split(',') if c.strip()]
+    if record.id.startswith('ningbo/'):                          # its sheet of the label map has two codes for complete LBBB, the others one
+        codes = ['164909002' if c == '733534002' else c for c in codes]
     if codes:
         record.labels = {('snomed/' if c.isdigit() else 'dx2020/') + c: 1. for c in codes}
 
@@ -177,10 +183,10 @@ def rows_of(path, *needed):
     """Rows of a csv file as dicts. Stops where the file or a needed column is missing."""
     path = Path(path)
     if not path.is_file():
-        raise Stop(f'no {path.name} in {path.parent}: --root must name the folder that holds it (or add --download)')
+        raise Stop(f'no {path.name} in {path.parent}: --root must name the folder that holds it (ptbxl: or add --download)')
     with open(path, newline='', encoding='utf-8-sig') as f:
         try:
-            reader = csv.DictReader(f)
+            reader = csv.DictReader(f, restval='')
             names = reader.fieldnames or []
             if missing := [c for c in needed if c not in names]:
                 raise Stop(f'{path} has no column {", ".join(missing)}')
@@ -241,6 +247,285 @@ def challenge(root, cohorts=()):
     for p in found:
         if not cohorts or cohort(p) in cohorts:
             yield Record(f'{cohort(p)}/{p.stem}', load=functools.partial(load_challenge, path=p.with_suffix('')))
+
+
+def cell(row, *words):
+    """The cell of the first column whose name holds all the words, in any case; '' where none does."""
+    return next((v or '' for k, v in row.items() if k and all(w in k.lower() for w in words)), '')
+
+
+def entries(text, separator=';'):
+    """The entries of a cell such as 'C21';'D31', without quotes; none for Null."""
+    parts = [part.strip(' \'"') for part in (text or '').split(separator)]
+    return [part for part in parts if part.lower() not in ('', 'null', 'nan', 'n/a')]
+
+
+def female(text):
+    """1 for female, 0 for male, NaN for anything else (MIMIC writes 'missing')."""
+    return {'f': 1., 'female': 1., 'm': 0., 'male': 0.}.get((text or '').strip(' \'"').lower(), math.nan)
+
+
+def strata(names, sex, age, edges):
+    """Names with sex and age group added, for folds that balance them too."""
+    known = [(f'sex {sex:g}', sex), (f'age {sum(age >= e for e in edges)}', age)]
+    return (*names, *(name for name, value in known if not math.isnan(value)))
+
+
+def zzu(root):
+    """ZZU pECG (Tan et al. 2025, figshare): children's ECGs, 500 Hz, upper-case lead names; records of nine leads are passed over.
+    Labels are the AHA statements of ECGCode.csv by their description (aha/Sinus tachycardia); as in the released code, entries that it
+    does not list (prose, codes with a modifier) count as nothing. Folds balance disease category, sex and age over patients.
+    Written to the published schema, not yet tried on the real files."""
+    root = Path(root)
+    statement = {c: cell(r, 'desc').strip() for r in rows_of(root / 'ECGCode.csv') for c in entries(cell(r, 'aha'))}
+    disease = {c: cell(r, 'category').strip() for r in rows_of(root / 'DiseaseCode.csv') for c in entries(cell(r, 'icd', 'code'))}
+    vocabulary = dict.fromkeys((f'aha/{d}' for d in sorted(set(statement.values()))), 0.)
+    for row in rows_of(root / 'AttributesDictionary.csv', 'Filename', 'Patient_ID', 'Age', 'Gender', 'Lead', 'AHA_code', 'ICD-10 code'):
+        if number(row['Lead']) != 12:
+            continue
+        name, sex, age = row['Filename'].strip(' \'"'), female(row['Gender']), number(row['Age'].strip(' \'"d')) / 365.25
+        categories = sorted({disease[c] for c in entries(row['ICD-10 code']) if c in disease})
+        yield Record(f'zzu/{name}', f'zzu/{row["Patient_ID"]}', age=age, sex=sex, strata=strata(categories, sex, age, (1, 5, 12, 18)),
+                     labels=vocabulary | {f'aha/{statement[c]}': 1. for c in entries(row['AHA_code']) if c in statement},
+                     load=functools.partial(load_wfdb, path=root / 'Child_ecg' / name))
+
+
+def need_h5py():
+    try:
+        import h5py
+    except ImportError:
+        raise Stop('this source is in HDF5 files: pip install h5py')
+
+
+def sph(root):
+    """SPH (Liu et al. 2022, figshare): HDF5, 500 Hz, mV, 10 to 56 s. Labels are the AHA codes of the statements without their
+    modifiers (aha/22). Folds balance statements, modifiers, sex and age over patients.
+    Written to the published schema, not yet tried on the real files."""
+    need_h5py()
+    for row in rows_of(Path(root) / 'metadata.csv', 'ECG_ID', 'AHA_Code', 'Patient_ID', 'Age', 'Sex'):
+        codes = [[part.strip() for part in s.split('+')] for s in entries(row['AHA_Code'])]
+        sex, age, name = female(row['Sex']), number(row['Age']), row['ECG_ID'].strip()
+        parts = {f'{"modifier" if i else "aha"} {part}' for code in codes for i, part in enumerate(code)}
+        yield Record(f'sph/{name}', f'sph/{row["Patient_ID"]}', fs=500, leads=LEADS, unit='mV', age=age, sex=sex,
+                     labels={f'aha/{code[0]}': 1. for code in codes} or None, strata=strata(sorted(parts), sex, age, (20, 40, 60, 80)),
+                     load=functools.partial(load_sph, path=Path(root, 'records', f'{name}.h5')))
+
+
+def load_sph(record, path):
+    import h5py
+    if not path.is_file():
+        raise Defect('file missing')
+    with h5py.File(path) as file:
+        record.x = file['ecg'][:].T                              # (12, T) float16 in the file
+
+
+def code15(root):
+    """CODE-15% (Ribeiro et al. 2021, Zenodo): HDF5, 400 Hz, 7 or 10 s in 4,096 samples; its six findings as code/1dAVb, RBBB, LBBB, SB,
+    AF, ST. Hashed folds by patient: the last is the 10 % that arXiv 2605.17276 holds out. Records of parts that are not there are
+    dropped and counted. Its unit is not stated: values are taken as mV, as in the released code of arXiv 2605.12241, though the CODE test
+    set of the same group is in .1 mV: check that their SD is .2 to .4 before mixing. Written to the published schema, not yet tried on the real files."""
+    need_h5py()
+    names, truth = ('1dAVb', 'RBBB', 'LBBB', 'SB', 'AF', 'ST'), {'true': 1., 'false': 0.}
+    value = lambda text: truth.get((text or '').strip().lower(), number(text))
+    for row in rows_of(Path(root) / 'exams.csv', 'exam_id', 'age', 'is_male', 'patient_id', 'trace_file', *names):
+        yield Record(f'code15/{row["exam_id"]}', f'code15/patient{row["patient_id"]}', fs=400, leads=LEADS, unit='mV', age=number(row['age']),
+                     sex=1 - value(row['is_male']), labels={f'code/{n}': value(row[n]) for n in names},
+                     load=functools.partial(load_code15, path=Path(root, row['trace_file'].strip()), exam=int(number(row['exam_id'], -1))))
+
+
+@functools.lru_cache(32)                                         # once per file and worker
+def code15_part(path):
+    import h5py
+    file = h5py.File(path)
+    return file['tracings'], {int(exam): i for i, exam in enumerate(file['exam_id'][:])}
+
+
+def load_code15(record, path, exam):
+    """The row of the part that holds the exam, without the zeros that pad it on both sides."""
+    if not path.is_file():
+        raise Defect('file missing')
+    tracings, row = code15_part(path)
+    if exam not in row:
+        raise Defect('exam not in its file')
+    x = tracings[row[exam]]                                      # (4096, 12)
+    pad = int((x == 0).all(1).sum()) // 2
+    record.x = x[pad:len(x) - pad]
+
+
+FLAGS = [f'{name}_flag' for name in (
+    'lvef_lte_45 lvwt_gte_13 aortic_stenosis_moderate_or_greater aortic_regurgitation_moderate_or_greater mitral_regurgitation_moderate_or_greater '
+    'tricuspid_regurgitation_moderate_or_greater pulmonary_regurgitation_moderate_or_greater rv_systolic_dysfunction_moderate_or_greater '
+    'pericardial_effusion_moderate_large pasp_gte_45 tr_max_gte_32').split()]
+
+
+def echonext(root):
+    """EchoNext 1.1.0 (Poterucha et al. 2025, PhysioNet, restricted): 250 Hz, 10 s. Its signals are standardised, not mV; they pass here
+    as if they were mV, since the released code of arXiv 2605.12241 does not rescale them either. Labels: eleven flags (echonext/...) and
+    the composite one (shd/...). The official split is kept: train is fold 0, val 8, test 9. Row i of a split in the csv is row i of its
+    waveforms. Written to the published schema, not yet tried on the real files."""
+    root, fold, seen = Path(root), {'train': 0, 'val': 8, 'test': 9}, Tally()
+    table = next(root.glob('[Ee]cho[Nn]ext_metadata_100k.csv'), root / 'echonext_metadata_100k.csv')
+    for row in rows_of(table, 'ecg_key', 'patient_key', 'split', 'age_at_ecg', 'sex', *FLAGS):
+        if (split := row['split'].strip()) in fold:
+            labels = {f'echonext/{f[:-5]}': number(row[f]) for f in FLAGS}
+            labels |= {f'shd/{f[:-5]}': number(v) for f, v in row.items() if f.startswith('shd') and f.endswith('_flag')}
+            sex = female(row['sex'])
+            yield Record(f'echonext/{row["ecg_key"]}', f'echonext/{row["patient_key"]}', fs=250, leads=LEADS, unit='mV', labels=labels,
+                         age=number(row['age_at_ecg']), sex=number(row['sex']) if math.isnan(sex) else sex, fold=fold[split],
+                         load=functools.partial(load_echonext, path=root / f'EchoNext_{split}_waveforms.npy', row=seen[split]))
+            seen[split] += 1
+    for split, n in seen.items():
+        if (file := root / f'EchoNext_{split}_waveforms.npy').is_file() and n != (there := len(np.load(file, mmap_mode='r'))):
+            raise Stop(f'{file.name} has {there} records, but {table.name} has {n} of split {split}: they cannot be matched')
+
+
+def load_echonext(record, path, row):
+    if not path.is_file():
+        raise Defect('file missing')
+    record.x = np.load(path, mmap_mode='r')[row, 0]              # (N, 1, 2500, 12) in the file
+
+
+FEATURES = ('rr', 'qrs', 'qt', 'qtc', 'p_axis', 'qrs_axis', 't_axis')                        # ms and degrees
+MDS = {'biometrics': ('biometrics', 'height weight bmi'.split()), 'vitals': ('vitals', 'dbp heartrate o2sat resprate sbp temperature'.split()),
+       'labs': ('labvalues', 'PT, Albumin, Anion Gap, Bicarbonate, Bilirubin Total, Calcium Total, Creatinine, Ferritin, Urea Nitrogen, '
+                'Hematocrit, Hemoglobin, Lymphocytes, MCHC, RDW, Red Blood Cells, RDW-SD, Creatine Kinase (CK), NTproBNP'.split(', '))}
+NUMERIC = ('target', 'age', 'features', *MDS)                    # namespaces of numbers to regress; all others hold yes and no
+
+
+def mimic(root, cardiac=2000, others=2000):
+    """MIMIC-IV-ECG 1.0 (PhysioNet), leads by name (its files have aVF before aVL), clipped to 3 mV; and, where the credentialed tables
+    lie in the same folder, its clinical labels. Alone: all records, seven regressions (features/), hashed folds by patient.
+    records_w_diag_icd10.csv (MIMIC-IV-ECG-ICD): the setting of arXiv 2605.12241, ECGs taken in the ED that have a code, in folds 18 and
+    19 of strat_fold only the first of a stay; codes of prefix I are cardiac/, others noncardiac/, kept if they have `cardiac` or `others`
+    ECGs in the whole table; sex/, age/. mds_ed.csv (MDS-ED): see mds_columns.
+    Written to the published schemas, not yet tried on the real files. The papers interpolate any NaN; here long gaps drop the record."""
+    root = Path(root)
+    study = lambda text: (text or '').split('.')[0].strip()
+    measured = {study(r['study_id']): typed('f', machine(r)) for r in rows_of(
+        root / 'machine_measurements.csv', 'study_id', 'rr_interval', 'qrs_onset', 'qrs_end', 't_end', 'p_axis', 'qrs_axis', 't_axis')}
+    stays, common, outcomes, names = None, (), {}, ()
+    if (root / 'records_w_diag_icd10.csv').is_file():
+        stays, common = mimic_stays(root / 'records_w_diag_icd10.csv', study, cardiac, others)
+        known = {name.split('/')[0]: name for name in reversed(common.values())}   # the commonest of each namespace: its 0 makes the others known
+    if (root / 'mds_ed.csv').is_file():
+        names, outcomes = mds_outcomes(root / 'mds_ed.csv', study)
+    for row in rows_of(root / 'record_list.csv', 'subject_id', 'study_id', 'path'):
+        key = study(row['study_id'])
+        if stays is not None and key not in stays:
+            continue
+        labels = {f'features/{n}': v for n, v in zip(FEATURES, measured.get(key, [math.nan] * 7))} | dict(zip(names, outcomes.get(key, ())))
+        fold, age, sex = -1, math.nan, math.nan
+        if stays is not None:
+            codes, fold, age, sex = stays[key]
+            labels |= dict.fromkeys(known.values(), 0.) | {common[c]: 1. for c in codes if c in common} | {'sex/female': sex, 'age/years': age}
+        yield Record(f'mimic/{key}', f'mimic/{study(row["subject_id"])}', age=age, sex=sex, labels=labels, fold=fold,
+                     load=functools.partial(load_mimic, path=root / row['path'].strip()))
+
+
+def load_mimic(record, path):
+    load_wfdb(record, path)
+    record.x = np.clip(record.x, -3, 3)
+
+
+def machine(row):
+    """The seven FEATURES of a row of machine_measurements.csv; times beyond 0 to 5000 ms and axes beyond 360 degrees are unknown."""
+    within = lambda v, low, high: v if low <= v <= high else math.nan
+    rr, on, end, t = (within(number(row[k]), 0, 5000) for k in ('rr_interval', 'qrs_onset', 'qrs_end', 't_end'))
+    qrs, qt = within(end - on, 0, 5000), within(t - on, 0, 5000)
+    axes = [within(number(row[k]), -360, 360) for k in ('p_axis', 'qrs_axis', 't_axis')]
+    return [rr, qrs, qt, qt / math.sqrt(rr / 1000) if rr > 0 else math.nan, *axes]
+
+
+def icd_codes(text):
+    """ICD-10 codes of a cell like ['I2510', 'W19XXXA']: cut to five characters, trailing X removed, ancestors of three or more added."""
+    codes = {code[:5].rstrip('X') for code in re.findall(r'\w+', text or '')}
+    return {code[:n] for code in codes for n in range(3, len(code) + 1)}
+
+
+def mimic_stays(path, study, cardiac, others):
+    """({study: (codes, fold, age, sex)} of the ECGs that the label setting keeps, {code: label} of the codes common enough, the commonest
+    first)."""
+    count, stays = Tally(), {}
+    for row in rows_of(path, 'study_id', 'all_diag_all', 'gender', 'age', 'ecg_taken_in_ed', 'ecg_no_within_stay', 'strat_fold'):
+        codes, fold = icd_codes(row['all_diag_all']), int(number(row['strat_fold'], -1))
+        count.update(codes)
+        in_ed = row['ecg_taken_in_ed'].strip().lower() in ('true', '1', '1.0')
+        if codes and in_ed and (fold < 18 or number(row['ecg_no_within_stay']) == 0):
+            stays[study(row['study_id'])] = tuple(map(sys.intern, sorted(codes))), fold, number(row['age']), female(row['gender'])
+    return stays, {c: f'{"cardiac" if c[0] == "I" else "noncardiac"}/{c}' for c, n in count.most_common() if n >= (cardiac if c[0] == 'I' else others)}
+
+
+def mds_columns(columns):
+    """{label: column} of mds_ed.csv. Columns named deterioration_... are the yes/no outcomes, in three namespaces: mortality/1d ... stay,
+    icu/24h, icu/stay, deterioration/... . For biometrics/, labs/ and vitals/ the benchmark takes the measurement nearest to the ECG from
+    MIMIC-IV's own tables; here it is the column of that name or, for MDS-ED's summaries of the first 90 minutes, NAME_first."""
+    plain = lambda text: re.sub('[^a-z0-9]', '', text.lower())
+    by, found = {plain(c): c for c in columns}, {}
+    for column in columns:
+        if column.lower().startswith('deterioration_'):
+            rest = column.lower()[len('deterioration_'):]
+            home = next((ns for ns in ('mortality', 'icu') if rest.startswith(ns + '_')), 'deterioration')
+            found[f'{home}/{rest.removeprefix(home + "_")}'] = column
+    for home, (prefix, names) in MDS.items():
+        for name in names:
+            keys = [plain(f'{start}_{name}_{end}') for start in (prefix, home) for end in ('', 'first')]
+            found |= {f'{home}/{name}': by[key] for key in keys[::-1] if key in by}
+    return found
+
+
+def mds_outcomes(path, study):
+    """(label names, {study: values}) of mds_ed.csv; -999 is unknown, and so is the outer 1 % of each number on either side."""
+    keys, values, columns = [], [], None
+    for row in rows_of(path, 'general_study_id'):
+        columns = columns or mds_columns([c for c in row if c])
+        keys.append(study(row['general_study_id']))
+        values.append(typed('f', (math.nan if (v := number(row[c])) == -999 else v for c in columns.values())))
+    if not columns:
+        raise Stop(f'{path} has no rows, or no column that is known here')
+    values = np.array(values, np.float32)
+    for k, name in enumerate(columns):
+        if name.split('/')[0] in MDS and np.isfinite(values[:, k]).any():
+            low, high = np.nanpercentile(values[:, k], (1, 99))
+            values[(values[:, k] < low) | (values[:, k] > high), k] = np.nan
+    return tuple(columns), dict(zip(keys, values.tolist()))
+
+
+SEQUENCES = ('sine', 'square', 'sawtooth', 'chirp', 'walk', 'noise', 'pulses', 'bursts')
+
+
+def sequences(records, seed=0, seconds=10., fs=240):
+    """Sequences that are no ECGs, eight classes in turn (sequence/sine ...), for transfer beyond medicine without training. Two sources of
+    the class, of random frequency and phase, are mixed at random into twelve leads of .1 to 2 mV; record i depends on (seed, i) alone."""
+    for i in range(records):
+        rng, name = np.random.default_rng([seed, i]), SEQUENCES[i % 8]
+        t = np.arange(round(seconds * fs)) / fs
+        x = np.stack([sequence(name, t, rng) for _ in range(2)], 1) @ rng.normal(size=(2, 12))          # (T, 12)
+        x *= .1 * 20 ** rng.random() / (x - x.mean(0)).std(0).max()
+        yield Record(f'sequences{seed}/{i}', x=x - x.mean(0) + rng.normal(0, .004, x.shape), fs=fs, leads=LEADS, unit='mV',
+                     labels={f'sequence/{name}': 1.}, peaks=np.zeros(0))
+
+
+def sequence(name, t, rng):
+    """One source of class `name` at times t (T,) in s, of order 1."""
+    f, phase = .5 * 16 ** rng.random(), rng.random()             # .5 to 8 Hz
+    turn, steps = f * t + phase, rng.normal(size=len(t))
+    if name == 'sine':
+        return np.sin(2 * np.pi * turn)
+    if name == 'square':
+        return np.sign(np.sin(2 * np.pi * turn))
+    if name == 'sawtooth':
+        return 2 * (turn % 1) - 1
+    if name == 'chirp':                                          # the frequency grows to as much as sixfold
+        return np.sin(2 * np.pi * (turn + f * (1 + 4 * rng.random()) * t ** 2 / (2 * t[-1])))
+    if name == 'walk':
+        return np.cumsum(steps) / np.sqrt(len(t))
+    if name == 'noise':                                          # power falls as 1 / f^0 ... 1 / f^1.2
+        spectrum = np.fft.rfft(steps) * np.maximum(np.fft.rfftfreq(len(t), t[1]), .3) ** (-.6 * rng.random())
+        return np.fft.irfft(spectrum, len(t))
+    train = (rng.random(len(t)) < f * t[1]).astype(float)        # pulses, bursts: at irregular times, f a second on average
+    train[rng.integers(len(t))] = 1
+    hump = scipy.ndimage.gaussian_filter1d(train, (.02 if name == 'pulses' else .15) * (1 + rng.random()) / t[1])
+    return hump / hump.max() * (1 if name == 'pulses' else np.sin(2 * np.pi * (12 + 18 * rng.random()) * (t + phase)))
 
 
 def wfdb_folder(root):
@@ -418,6 +703,29 @@ def fold_of(patient):
     return int.from_bytes(hashlib.blake2b(patient.encode(), digest_size=4).digest(), 'big') % 10 + 1
 
 
+def stratify(Y, groups=None, folds=10, seed=0):
+    """Folds 0 ... folds - 1 (N,) that share out each label evenly: iterative stratification (Sechidis et al. 2011). Y (N, K) is above 0
+    where a record has a label. Records of a group, such as a patient, stay together; a group without any label gets -1: always training.
+    The rarest label comes first, and of its groups those with most of it; each goes to the fold that still lacks most of the label, of
+    several to the one that lacks most of all its labels (our reading of the tie: sets of patients come out within 1 of even instead of
+    within 36), then most records, then by lot."""
+    group = np.arange(len(Y)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    count, size = np.zeros((group.max() + 1, Y.shape[1]), int), np.bincount(group)
+    np.add.at(count, group, np.asarray(Y) > 0)
+    fold, tie = np.full(len(count), -1), np.random.default_rng(seed).random((len(count), folds))
+    lack, room = np.repeat(count.sum(0)[None], folds, 0), np.full(folds, size[count.any(1)].sum())      # times `folds`: whole numbers tie exactly
+    left = (count > 0).sum(0)                                    # groups still to be placed, label by label
+    while left.any():
+        k = np.where(left > 0, left, left.max() + 1).argmin()
+        todo = np.flatnonzero((fold < 0) & (count[:, k] > 0))
+        for g in todo[np.argsort(-count[todo, k], kind='stable')]:
+            f = fold[g] = np.lexsort((tie[g], room, lack @ (count[g] > 0), lack[:, k]))[-1]
+            lack[f] -= folds * count[g]
+            room[f] -= folds * size[g]
+            left -= count[g] > 0
+    return fold[group]
+
+
 def mended(name):
     """Folder of a prepared dataset and where its predecessor goes while it is replaced. A kill between the two renames of `prepare`
     leaves only the predecessor: it is put back."""
@@ -427,10 +735,12 @@ def mended(name):
     return home, old
 
 
-def prepare(name, records, contract=Contract(), source='', extra_tasks=(), workers=None, peaks=True, strict=False, total=None):
+def prepare(name, records, contract=Contract(), source='', extra_tasks=(), workers=None, peaks=True, strict=False, total=None,
+            folds='hash'):
     """Write the prepared dataset datasets/NAME from a reader's records, streaming: signals go to disk as they come, only the index
     (some 300 bytes a record) stays in memory. The folder appears when it is complete and replaces an older one.
-    Records with a defect are dropped and counted by reason (strict: the first one stops). Prints a summary, returns the meta dict."""
+    Records with a defect are dropped and counted by reason (strict: the first one stops). folds: how records whose source gives no
+    fold get one, 'hash' of the patient or 'stratified' by labels. Prints a summary, returns the meta dict."""
     if not re.fullmatch(r'[\w][\w.-]*', name):
         raise Stop(f'{name!r} cannot name a dataset: use letters, digits, _, - and .')
     home, old = mended(name)
@@ -438,7 +748,7 @@ def prepare(name, records, contract=Contract(), source='', extra_tasks=(), worke
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        meta = write_dataset(temporary, records, contract, workers, peaks, strict, total, name)
+        meta = write_dataset(temporary, records, contract, workers, peaks, strict, total, name, folds)
         meta |= dict(source=source, tasks={**meta['tasks'], **{t: [meta['labels'].index(n) for n in names] for t, names in extra_tasks}})
         (temporary / 'meta.json').write_text(json.dumps(meta, indent=1))
         if home.exists():
@@ -461,10 +771,10 @@ def peak_memory(workers=False):
     return usage.ru_maxrss / (2 ** 20 if sys.platform == 'darwin' else 2 ** 10)
 
 
-def write_dataset(folder, records, contract, workers, peaks, strict, total, name):
+def write_dataset(folder, records, contract, workers, peaks, strict, total, name, folds):
     """The files of a prepared dataset but for meta.json, whose content it returns."""
     began, early = time.time(), 0
-    dropped, index, spaces, names, fold_by, ids = Tally(), [], [], {}, {}, set()
+    dropped, index, spaces, balanced, names, fold_by, ids = Tally(), [], [], [], {}, {}, set()
     peaks_so_far, peak_start = typed('i'), typed('q', [0])       # typed arrays: small objects here would fragment the heap
     cells = typed('q'), typed('i'), typed('f')                   # row, column, value of each label that is not 0
     digest, offset, repaired, odd = hashlib.blake2b(digest_size=8), 0, 0, 0
@@ -485,7 +795,7 @@ def write_dataset(folder, records, contract, workers, peaks, strict, total, name
                             raise Stop(f'record {record.id}: {facts} (--strict stops at the first defect)')
                         continue
                     patient = record.patient or record.id
-                    fold = record.fold if record.fold >= 0 else fold_of(patient)
+                    fold = record.fold if record.fold >= 0 or folds == 'stratified' else fold_of(patient)
                     if fold_by.setdefault(patient, fold) != fold:
                         raise Stop(f'patient {patient} is in folds {fold_by[patient]} and {fold}: a patient must stay in one fold')
                     for key, value in (record.labels or {}).items():
@@ -495,6 +805,8 @@ def write_dataset(folder, records, contract, workers, peaks, strict, total, name
                                 cell.append(v)
                     index.append((offset, len(counts), record.id, patient, fold, record.age, record.sex))
                     spaces.append(frozenset(key.split('/')[0] for key in record.labels or ()))
+                    if folds == 'stratified':
+                        balanced.append([k for k, v in (record.labels or {}).items() if v > 0] if record.strata is None else record.strata)
                     peaks_so_far.extend(record.peaks.tolist())
                     peak_start.append(len(peaks_so_far))
                     data = counts.tobytes()
@@ -519,6 +831,12 @@ def write_dataset(folder, records, contract, workers, peaks, strict, total, name
     labels.flush()
     digest.update(labels.tobytes())
     columns = dict(zip(('offset', 'length', 'id', 'patient', 'fold', 'age', 'sex'), map(np.array, zip(*index))))
+    if folds == 'stratified':
+        column = {what: i for i, what in enumerate(sorted(set(itertools.chain(*balanced))))}
+        Y = np.zeros((len(index), len(column)), bool)
+        for row, what in zip(Y, balanced):
+            row[[column[w] for w in what]] = True
+        columns['fold'] = np.where(columns['fold'] >= 0, columns['fold'], stratify(Y, columns['patient']))
     np.savez(folder / 'index.npz', **columns, peaks=np.array(peaks_so_far), peak_start=np.array(peak_start))
     tasks = {}
     for label, column in names.items():
@@ -535,7 +853,7 @@ def write_dataset(folder, records, contract, workers, peaks, strict, total, name
     print(f'  peak memory {peak_memory():.0f} MB, {peak_memory() - early:.0f} MB of it since the first {min(seen, 256)} records'
           + (f'; largest worker {peak_memory(workers=True):.0f} MB' if pool else ''))
     return dict(contract=asdict(contract), labels=list(names), tasks=tasks, records=len(index), seen=seen, dropped=dict(dropped),
-                repaired=repaired, einthoven=odd, hash=digest.hexdigest())
+                repaired=repaired, einthoven=odd, folds=folds, hash=digest.hexdigest())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -601,10 +919,13 @@ class Dataset:
         return len(self.id)
 
     def columns(self, task):
-        """Label columns of a task. Stops at an unknown one."""
-        if task not in self.tasks:
+        """Label columns of a task, of a single label (super/MI), or of several of either joined by +, each column once. Of several, those
+        that the set lacks are passed over; Stops where none is there."""
+        known = {n: [c] for c, n in enumerate(self.label_names)} | self.tasks
+        columns = list(dict.fromkeys(c for part in [task, *task.split('+')] for c in known.get(part, ())))
+        if not columns:
             raise Stop(f'{self.name} has no task {task!r}; it has {", ".join(self.tasks) or "no labels"}')
-        return self.tasks[task]
+        return columns
 
     def split(self):
         """Row numbers (train, validation, test): the highest fold tests, the second highest validates, patients stay together."""
@@ -1015,7 +1336,7 @@ def _add_noise(r, x, s, fs):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# pictures, calibration, command line
+# pictures, calibration
 
 def figure(*args, **kwargs):
     """A matplotlib figure that needs no screen: (fig, axes) of plt.subplots."""
@@ -1169,49 +1490,171 @@ def calibrate(real='sample', made='synthetic', records=512, path='out/calibratio
     return table
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the tasks of the two papers
+
+@dataclass(frozen=True)
+class Target:
+    """One task of a paper. `trained` and `scored` are what Dataset.columns takes; where their namespaces differ (all, diag) columns
+    correspond by the name after the slash."""
+    category: str
+    data: str                                                    # default name of the prepared dataset
+    trained: str                                                 # label sets that one model is trained on, joined by +
+    scored: str                                                  # those that it is scored on
+    least: int                                                   # positives that a label needs in the whole dataset to count
+    metric: str                                                  # AUROC, or MAE of standardised numbers
+    classes: int                                                 # outputs in the paper's code, None if unknown
+    folds: tuple = None                                          # of train, val, test; None: highest tests, second validates, the rest trains
+    prepare: str = ''                                            # command, ROOT standing for the folder of the source
+
+
+PREPARE = {                                                      # --window 10 keeps records of 5,000 samples at 500 Hz or more; challenge and
+                                                                 # ptbxl can add --download, the others' files come from figshare or PhysioNet
+    'ningbo': 'challenge --root ROOT --cohort ningbo --out ningbo',
+    'cpsc2018': 'challenge --root ROOT --cohort cpsc_2018 --window 10 --out cpsc2018',
+    'cpsc_extra': 'challenge --root ROOT --cohort cpsc_2018_extra --window 10 --out cpsc_extra',
+    'georgia': 'challenge --root ROOT --cohort georgia --window 10 --out georgia',
+    'chapman': 'challenge --root ROOT --cohort chapman_shaoxing --out chapman',    # stands in for the original on figshare, an xlsx file
+    'sph': 'sph --root ROOT', 'ptbxl': 'ptbxl --root ROOT --rate 500', 'zzu': 'zzu --root ROOT --window 10', 'echonext': 'echonext --root ROOT',
+    'mimic': 'mimic --root ROOT',
+    # the second paper standardises CPSC2018 and PTB-XL, normalises and band-passes CSN (Chapman, Shaoxing and Ningbo merged): cut-offs
+    # .5 and 40 Hz, like those of --contract sc, are ours
+    'sc_cpsc2018': 'challenge --root ROOT --cohort cpsc_2018 --contract sc --norm record --out sc_cpsc2018',
+    'sc_csn': 'challenge --root ROOT --cohort chapman_shaoxing ningbo --contract sc --filter hp0.5+lp40 --norm record --out sc_csn',
+    'sc_echonext': 'echonext --root ROOT --contract sc --out sc_echonext',
+    'sc_ptbxl': 'ptbxl --root ROOT --contract sc --norm record --out sc_ptbxl', 'sc_mimic': 'mimic --root ROOT --contract sc --out sc_mimic'}
+# AF, AFIB, AT, AVNRT, SAAWR, SB, SR, ST, SVT: Chapman's rhythms that have a code in the Challenge
+RHYTHMS = '+'.join(f'snomed/{c}' for c in (164890007, 164889003, 713422000, 251166008, 17366009, 426177001, 426783006, 427084000, 426761007))
+ALL_MIMIC = 'cardiac+noncardiac+deterioration+mortality+icu+sex+age+biometrics+features+labs+vitals'
+SIX_MORTALITIES = '+'.join(f'mortality/{days}d' for days in (1, 7, 28, 90, 180, 365))        # without that of the stay: our choice of six
+# the second paper trains on 25 %, validates on 5 % and tests on 10 % of MIMIC's 20 folds: which ones is our choice
+QUARTER = ((0, 1, 2, 3, 4), (17,), (18, 19))
+ADULT, ACUTE, PERSON = 'adult ECG interpretation', 'acute care', 'patient characteristics'
+TASKS = {name: Target(*row, prepare=f'python data.py {PREPARE[row[1]]}') for name, row in {
+    # arXiv 2605.12241; MIMIC's codes must have 2,000 ECGs, which the reader sees to
+    'ningbo': (ADULT, 'ningbo', 'snomed', 'snomed', 10, 'AUROC', 68, None),
+    'cpsc2018': (ADULT, 'cpsc2018', 'snomed', 'snomed', 10, 'AUROC', 9, None),
+    'cpsc_extra': (ADULT, 'cpsc_extra', 'snomed', 'snomed', 10, 'AUROC', 33, None),
+    'georgia': (ADULT, 'georgia', 'snomed', 'snomed', 10, 'AUROC', 50, None),
+    'chapman': (ADULT, 'chapman', 'snomed', 'snomed', 10, 'AUROC', 42, None),
+    'chapman_rhythm': (ADULT, 'chapman', 'snomed', RHYTHMS, 10, 'AUROC', None, None),
+    'sph': (ADULT, 'sph', 'aha', 'aha', 10, 'AUROC', 35, None),
+    'ptbxl_all': (ADULT, 'ptbxl', 'all', 'all', 10, 'AUROC', 71, None),
+    'ptbxl_diag': (ADULT, 'ptbxl', 'all', 'diag', 10, 'AUROC', 44, None),
+    'ptbxl_form': (ADULT, 'ptbxl', 'all', 'form', 10, 'AUROC', 19, None),
+    'ptbxl_rhythm': (ADULT, 'ptbxl', 'all', 'rhythm', 10, 'AUROC', 12, None),
+    'ptbxl_sub': (ADULT, 'ptbxl', 'sub', 'sub', 10, 'AUROC', 23, None),
+    'ptbxl_super': (ADULT, 'ptbxl', 'super', 'super', 10, 'AUROC', 5, None),
+    'zzu': ('paediatric ECG interpretation', 'zzu', 'aha', 'aha', 10, 'AUROC', 58, None),
+    'echonext': ('cardiac structure and function', 'echonext', 'echonext', 'echonext', 10, 'AUROC', 11, None),
+    'mimic_cardiac': ('cardiac outcomes', 'mimic', ALL_MIMIC, 'cardiac', 1, 'AUROC', 158, None),
+    'mimic_noncardiac': ('non-cardiac outcomes', 'mimic', ALL_MIMIC, 'noncardiac', 1, 'AUROC', 918, None),
+    'mimic_deterioration': (ACUTE, 'mimic', ALL_MIMIC, 'deterioration', 1, 'AUROC', 6, None),
+    'mimic_mortality': (ACUTE, 'mimic', ALL_MIMIC, 'mortality', 1, 'AUROC', 7, None),
+    'mimic_icu': (ACUTE, 'mimic', ALL_MIMIC, 'icu', 1, 'AUROC', 2, None),
+    'mimic_sex': (PERSON, 'mimic', ALL_MIMIC, 'sex', 1, 'AUROC', 1, None),
+    'mimic_age': (PERSON, 'mimic', ALL_MIMIC, 'age', 1, 'MAE', 1, None),
+    'mimic_biometrics': (PERSON, 'mimic', ALL_MIMIC, 'biometrics', 1, 'MAE', 3, None),
+    'mimic_features': (PERSON, 'mimic', ALL_MIMIC, 'features', 1, 'MAE', 7, None),
+    'mimic_labs': (PERSON, 'mimic', ALL_MIMIC, 'labs', 1, 'MAE', 18, None),
+    'mimic_vitals': (PERSON, 'mimic', ALL_MIMIC, 'vitals', 1, 'MAE', 6, None),
+    # arXiv 2605.17276, out of distribution
+    'sc_cpsc2018': (ADULT, 'sc_cpsc2018', 'snomed', 'snomed', 10, 'AUROC', 9, None),
+    'sc_csn': (ADULT, 'sc_csn', 'snomed', 'snomed', 10, 'AUROC', None, None),
+    'sc_echonext': ('cardiac structure and function', 'sc_echonext', 'shd', 'shd', 1, 'AUROC', 1, None),
+    'sc_ptbxl_diag': (ADULT, 'sc_ptbxl', 'diag', 'diag', 10, 'AUROC', 44, None),
+    'sc_ptbxl_form': (ADULT, 'sc_ptbxl', 'form', 'form', 10, 'AUROC', 19, None),
+    'sc_ptbxl_rhythm': (ADULT, 'sc_ptbxl', 'rhythm', 'rhythm', 10, 'AUROC', 12, None),
+    'sc_ptbxl_sub': (ADULT, 'sc_ptbxl', 'sub', 'sub', 10, 'AUROC', 23, None),
+    'sc_ptbxl_super': (ADULT, 'sc_ptbxl', 'super', 'super', 10, 'AUROC', 5, None),
+    'sc_mimic_sex': (PERSON, 'sc_mimic', 'sex', 'sex', 1, 'AUROC', 1, QUARTER),
+    'sc_mimic_icu': (ACUTE, 'sc_mimic', 'icu', 'icu', 1, 'AUROC', 2, QUARTER),
+    'sc_mimic_mortality': (ACUTE, 'sc_mimic', SIX_MORTALITIES, SIX_MORTALITIES, 1, 'AUROC', 6, QUARTER)}.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# command line
+
 SYNTHETIC_TASKS = [('code', [f'findings/{n}' for n in FINDINGS[:6]]), ('unseen', [f'findings/{n}' for n in FINDINGS[6:]])]
 DEFAULTS = {                                                     # these prepare themselves
     'sample': lambda: prepare('sample', ptbxl(HERE / 'sample/ptbxl'), source='sample', total=500),
     'synthetic': lambda: prepare('synthetic', synthetic(4000), source='synthetic --records 4000', extra_tasks=SYNTHETIC_TASKS,
                                  workers=1, total=4000)}
+MADE, READ = ('synthetic', 'sequences'), ('ptbxl', 'challenge', 'zzu', 'sph', 'code15', 'echonext', 'mimic', 'wfdb', 'array')
+TAKES = {'name': ('show',), 'record': ('show',), 'annotation': ('peaks',), 'root': (*READ, 'peaks'), 'no_peaks': (*READ, 'sample'),
+         'download': ('ptbxl', 'challenge'), 'rate': ('ptbxl',), 'cohort': ('challenge',), 'least': ('mimic',),
+         'folds': ('challenge', 'sph', 'zzu', 'code15', 'array'), 'shift': ('synthetic',), 'prevalence_scale': ('synthetic',), **dict.fromkeys(('fs_in', 'leads', 'unit', 'labels'), ('array',)),
+         **dict.fromkeys(('records', 'seconds', 'seed'), MADE)}  # every other flag: whatever prepares a dataset
 
 
-def main(argv=None):
-    """The command line: see the top of the file."""
+def arguments(argv=None):
+    """(parsed command line, contract). Stops at what the source would ignore and at values out of range."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('source', nargs='?', choices=['synthetic', 'sample', 'ptbxl', 'challenge', 'wfdb', 'array', 'show', 'calibrate', 'peaks'],
+    p.add_argument('source', nargs='?', choices=[*MADE, 'sample', *READ, 'show', 'calibrate', 'peaks'],
                    help='what to prepare, or show / calibrate / peaks; nothing: the sample and the synthetic set')
     p.add_argument('name', nargs='?', help='show: the prepared dataset')
     p.add_argument('--root', help='folder (or file, for array) that holds the source')
     p.add_argument('--out', help='name of the prepared dataset (default: the source)')
-    p.add_argument('--download', action='store_true', help='fetch an open PhysioNet set into --root first')
+    p.add_argument('--download', action='store_true', help='ptbxl, challenge: fetch it from PhysioNet into --root first')
     p.add_argument('--strict', action='store_true', help='stop at the first record with a defect')
-    p.add_argument('--workers', type=int, help='processes (default: one per core)')
+    p.add_argument('--workers', type=int, help='processes (default: one per core; 1 for synthetic and sequences)')
     p.add_argument('--annotation', default='ii', help='peaks: extension of the annotation files')
     p.add_argument('--no-peaks', action='store_true', help='do not look for R-peaks')
+    p.add_argument('--folds', choices=['stratified', 'hash'], help='for records without a fold: balance the labels (challenge, sph, zzu), or hash the '
+                   'patient (all others)')
     g = p.add_argument_group('the signal contract')
     g.add_argument('--contract', choices=list(CONTRACTS), default='ps', help='ps: mV, 240 Hz, 2.5 s; sc: 100 Hz, 10 s, high-pass, notch')
     g.add_argument('--fs', type=int, help='Hz')
     g.add_argument('--window', type=float, help='s: shorter records are dropped')
     g.add_argument('--filter', help='none, or steps like hp0.5+lp40+notch60')
     g.add_argument('--norm', choices=['none', 'record'], help='record: each lead of a record to mean 0, SD 1 (amplitude is lost)')
-    g = p.add_argument_group('ptbxl, challenge')
+    g = p.add_argument_group('ptbxl, challenge, mimic')
     g.add_argument('--rate', type=int, choices=[100, 500], default=100, help='which of the two versions of PTB-XL')
     g.add_argument('--cohort', nargs='+', default=[], help='Challenge cohorts (default: all that are there)')
+    g.add_argument('--least', type=int, default=2000, help='ECGs of MIMIC that a cardiac code needs to become a label; 10 for scaling labels')
     g = p.add_argument_group('array')
     g.add_argument('--fs-in', type=float, help='Hz of the array')
     g.add_argument('--leads', default=','.join(LEADS), help='lead names in the order of the array, joined by commas')
     g.add_argument('--unit', choices=['mV', 'uV', 'V'], default='mV')
     g.add_argument('--labels', help='csv of labels, one row per record')
-    g = p.add_argument_group('synthetic')
+    g = p.add_argument_group('synthetic, sequences')
     g.add_argument('--records', type=int, default=4000)
     g.add_argument('--seconds', type=float, default=10.)
     g.add_argument('--seed', type=int, default=0)
-    g.add_argument('--shift', nargs='+', default=[], choices=[*SHIFTS, 'all'], help='a shifted cohort, out of distribution')
-    g.add_argument('--prevalence-scale', type=float, default=1., help='.3 comes near the prevalences of CODE')
+    g.add_argument('--shift', nargs='+', default=[], choices=[*SHIFTS, 'all'], help='synthetic: a shifted cohort, out of distribution')
+    g.add_argument('--prevalence-scale', type=float, default=1., help='synthetic: .3 comes near the prevalences of CODE')
     g = p.add_argument_group('show')
     g.add_argument('--record', type=int, default=0, help='row of the prepared dataset')
     a = p.parse_args(argv)
+    ignored = [k for k, v in vars(a).items() if k != 'source' and v != p.get_default(k) and a.source not in TAKES.get(k, (*MADE, 'sample', *READ))]
+    if ignored:
+        named = ', '.join(repr(a.name) if k == 'name' else '--' + k.replace('_', '-') for k in ignored)
+        raise Stop(f'{a.source or "data.py without a source"} makes no use of {named}: leave it out')
+    changes = {k: getattr(a, k) for k in ('fs', 'window', 'filter', 'norm') if getattr(a, k) is not None}
+    contract = replace(CONTRACTS[a.contract], **changes, unit='SD' if a.norm == 'record' else 'mV')
+    if not 50 <= contract.fs <= 1000 or not .1 <= contract.window <= MAX_SECONDS:
+        raise Stop('--fs must lie between 50 and 1000 Hz, --window between 0.1 and 3600 s')
+    steps = re.findall(r'(hp|lp|notch)(\d+(?:\.\d+)?)', contract.filter)
+    if contract.filter != 'none' and (not re.fullmatch(r'((hp|lp|notch)\d+(\.\d+)?(\+|$))+', contract.filter) or min(float(hz) for _, hz in steps) <= 0):
+        raise Stop(f'--filter {contract.filter}: none, or steps like hp0.5+lp40+notch60')
+    rate = {'synthetic': 240, 'sequences': 240, 'sample': 100, 'ptbxl': a.rate, 'array': a.fs_in, 'code15': 400, 'echonext': 250, 'zzu': 500,
+            'sph': 500, 'mimic': 500}.get(a.source) or math.inf
+    for kind, hz in steps:                                       # a notch may remove mains that the contract's rate would alias
+        if float(hz) >= (limit := contract.fs if kind == 'notch' else min(rate, contract.fs) / 2):
+            raise Stop(f'--filter {contract.filter}: {kind}{hz} must stay below {limit:g} Hz, with --fs {contract.fs}'
+                       + (f' and a source of {rate:g} Hz' if rate < math.inf else ''))
+    if a.seed < 0 or a.seed >= 2 ** 31 or (a.workers is not None and a.workers < 1) or a.least < 1:
+        raise Stop('--seed must lie between 0 and 2^31, --workers and --least be 1 or more')
+    if a.records < 1 or not .5 <= a.seconds <= MAX_SECONDS or not 0 < a.prevalence_scale <= 5:
+        raise Stop('--records must be 1 or more, --seconds 0.5 to 3600, --prevalence-scale above 0 and up to 5')
+    if a.source in READ and not a.root:
+        raise Stop(f'--root DIR is missing: where is the {a.source} source?')
+    return a, contract
+
+
+def main(argv=None):
+    """The command line: see the top of the file."""
+    a, contract = arguments(argv)
     if a.source == 'show':
         return show(a.name or 'sample', a.record)
     if a.source == 'calibrate':
@@ -1222,40 +1665,20 @@ def main(argv=None):
         for make in DEFAULTS.values():
             make()
         return
-    changes = {k: getattr(a, k) for k in ('fs', 'window', 'filter', 'norm') if getattr(a, k) is not None}
-    contract = replace(CONTRACTS[a.contract], **changes, unit='SD' if a.norm == 'record' else 'mV')
-    if not 50 <= contract.fs <= 1000 or not .1 <= contract.window <= MAX_SECONDS:
-        raise Stop('--fs must lie between 50 and 1000 Hz, --window between 0.1 and 3600 s')
-    steps = re.findall(r'(?:hp|lp|notch)(\d+(?:\.\d+)?)', contract.filter)
-    if contract.filter != 'none' and (not re.fullmatch(r'((hp|lp|notch)\d+(\.\d+)?(\+|$))+', contract.filter) or min(map(float, steps)) <= 0):
-        raise Stop(f'--filter {contract.filter}: none, or steps like hp0.5+lp40+notch60')
-    if a.seed < 0 or a.seed >= 2 ** 31 or (a.workers is not None and a.workers < 1):
-        raise Stop('--seed must lie between 0 and 2^31, --workers be 1 or more')
-    if a.records < 1 or not .5 <= a.seconds <= MAX_SECONDS or not 0 < a.prevalence_scale <= 5:
-        raise Stop('--records must be 1 or more, --seconds 0.5 to 3600, --prevalence-scale above 0 and up to 5')
-    if a.source not in ('synthetic', 'sample') and not a.root:
-        raise Stop(f'--root DIR is missing: where is the {a.source} source?')
     if a.download:
-        if a.source not in ('ptbxl', 'challenge'):
-            raise Stop('--download knows ptbxl and challenge')
         download(a.source, a.root, a.rate, a.cohort)
     if a.root and not Path(a.root).exists():
         raise Stop(f'no such folder or file: {a.root}')
     shifts = tuple(SHIFTS) if 'all' in a.shift else tuple(a.shift)
-    extra, total, workers = (), None, a.workers
-    if a.source == 'synthetic':
-        records, total, extra, workers = synthetic(a.records, a.seed, a.seconds, shifts, a.prevalence_scale), a.records, SYNTHETIC_TASKS, 1
-    elif a.source == 'sample':
-        records, total = ptbxl(HERE / 'sample/ptbxl'), 500
-    elif a.source == 'ptbxl':
-        records = ptbxl(a.root, a.rate)
-    elif a.source == 'challenge':
-        records = challenge(a.root, a.cohort)
-    elif a.source == 'wfdb':
-        records = wfdb_folder(a.root)
-    else:
-        records = array(a.root, a.fs_in, a.leads.split(','), a.unit, a.labels)
-    prepare(a.out or a.source, records, contract, ' '.join(sys.argv[1:] if argv is None else argv), extra, workers, not a.no_peaks, a.strict, total)
+    records = {                                                  # generators: only the one taken reads anything
+        'synthetic': synthetic(a.records, a.seed, a.seconds, shifts, a.prevalence_scale), 'sequences': sequences(a.records, a.seed, a.seconds),
+        'sample': ptbxl(HERE / 'sample/ptbxl'), 'ptbxl': ptbxl(a.root, a.rate), 'challenge': challenge(a.root, a.cohort), 'zzu': zzu(a.root),
+        'sph': sph(a.root), 'code15': code15(a.root), 'echonext': echonext(a.root), 'mimic': mimic(a.root, a.least), 'wfdb': wfdb_folder(a.root),
+        'array': array(a.root, a.fs_in, a.leads.split(','), a.unit, a.labels)}[a.source]
+    total, extra = a.records if a.source in MADE else 500 if a.source == 'sample' else None, SYNTHETIC_TASKS if a.source == 'synthetic' else ()
+    folds = a.folds or ('stratified' if a.source in ('challenge', 'sph', 'zzu') else 'hash')
+    prepare(a.out or a.source, records, contract, ' '.join(sys.argv[1:] if argv is None else argv), extra, a.workers or (1 if a.source in MADE else None),
+            not a.no_peaks, a.strict, total, folds)
 
 
 if __name__ == '__main__':
