@@ -1,31 +1,38 @@
 """What is a pretrained encoder worth? Probes, fine-tuning and training from scratch, each number with its interval.
 
     python evaluate.py                                   # the newest run: synthetic held-out records, then the 500 real ones
-    python evaluate.py out/a out/b out/c                 # several pretraining seeds: intervals include their variance
-    python evaluate.py out/a --data ptbxl --task super --mode frozen
-    python evaluate.py out/a --against out/b             # paired differences to another pretraining instead of to a random encoder
-    python evaluate.py --list                            # prepared datasets and their tasks
+    python evaluate.py out/a0 out/a1 out/a2              # runs that differ in their seeds only are averaged, and intervals include it
+    python evaluate.py out/a? out/b? --mode linear frozen finetune        # several pretrainings: one table, paired differences, ranks
+    python evaluate.py out/a? --task ptbxl_all ptbxl_diag --protocol released          # tasks of the papers by name
+    python evaluate.py --list                            # every task, whether its data is prepared, the command that prepares it
+    python evaluate.py out/a? --mode finetune --ablate   # what each part of post-training adds to plain fine-tuning
+    python evaluate.py out/a? --analyse robustness       # noise, missing and swapped leads, another rate, age and sex
 
-Modes, as in arXiv 2605.12241: linear (mean pooling, frozen encoder), frozen (attention pooling, frozen encoder), finetune
-(everything learns). Beside the pretrained encoder stand a random one, whose BatchNorm has seen data, and one trained from scratch.
+Modes, as in arXiv 2605.12241: linear (mean pooling, frozen encoder), frozen (attention pooling, frozen encoder), finetune (everything
+learns), scratch; and training-free knn and prototypes. Beside each pretraining stand random encoders of its shape, whose BatchNorm has
+seen data. Finished scores are kept in out/scores, so a command that was stopped goes on where it was.
 """
-import argparse, copy, csv, hashlib, json, sys, time
+import argparse, copy, csv, dataclasses, hashlib, itertools, json, math, sys, tempfile, time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import scipy.optimize
+import scipy.signal
+import scipy.special
 import scipy.stats
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import Contract, Dataset, Stop, figure
+from data import TASKS, Contract, Dataset, Stop, figure, peak_memory, stratify
 from models import (AttentionPool, Config, Encoder, MeanPool, groups, learning_rate, load, load_encoder, pick_device, pool, precision,
-                    see_data, to_device)
+                    regularise, see_data, to_device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# metric and intervals
+# metrics: (score (n, K), y (n, K) with NaN for unknown, group, weight (R, n)) -> (R, K), NaN for a class without both labels
 
 def auroc(score, y, group=None, weight=None):
     """AUROC of each class, by pair counting: the share of (positive, negative) pairs ranked rightly, ties counting half.
@@ -55,20 +62,80 @@ def auroc(score, y, group=None, weight=None):
     return out
 
 
-def resample_patients(patient, resamples=1000, seed=0):
-    """Bootstrap over patients: how often each record counts in each resample, (R, n)."""
+def average_precision(score, y, group=None, weight=None):
+    """Area under precision and recall, as the sum of precision over steps of recall; equal scores make one step. Between groups scores
+    are compared by their rank within the group."""
+    weight = np.ones((1, len(y))) if weight is None else weight
+    out = np.full((len(weight), y.shape[1]), np.nan)
+    for k in range(y.shape[1]):
+        known = np.flatnonzero(np.isfinite(y[:, k]))
+        s, g = score[known, k].copy(), (np.zeros(len(y), int) if group is None else group)[known]
+        for value in np.unique(g) if group is not None else ():
+            s[g == value] = scipy.stats.rankdata(s[g == value]) / (g == value).sum()
+        order = np.argsort(-s, kind='stable')
+        s, known = s[order], known[order]
+        w, positive = weight[:, known], y[known, k] > 0
+        if not positive.any() or positive.all():
+            continue
+        last = np.flatnonzero(np.r_[s[1:] != s[:-1], True])      # of each block of equal scores
+        found, asked = np.cumsum(w * positive, 1)[:, last], np.cumsum(w, 1)[:, last]
+        with np.errstate(invalid='ignore'):
+            precision_ = np.where(asked > 0, found / asked, 0.)
+            out[:, k] = (np.diff(found, axis=1, prepend=0) * precision_).sum(1) / found[:, -1]
+    return out
+
+
+def f1(margin, y, group=None, weight=None):
+    """F1 of each class where a margin (n, K) above 0, the score less its threshold, says yes."""
+    weight = np.ones((1, len(y))) if weight is None else weight
+    known, yes, true = np.isfinite(y), margin > 0, y > 0
+    hits, asked, there = (weight @ (m & known).astype(float) for m in (yes & true, yes, true))
+    with np.errstate(invalid='ignore'):
+        return np.where(((true & known).any(0) & (~true & known).any(0)) & (there > 0), 2 * hits / (asked + there), np.nan)
+
+
+def mae(score, y, group=None, weight=None):
+    """Mean absolute error of each target, in the unit of y."""
+    weight, known = np.ones((1, len(y))) if weight is None else weight, np.isfinite(y)
+    with np.errstate(invalid='ignore'):
+        return weight @ np.where(known, np.abs(score - np.where(known, y, 0)), 0) / (weight @ known.astype(float))
+
+
+def thresholds(score, y):
+    """For each class the score above which saying yes gives the best F1 on these records; infinite where no positive is known."""
+    out = np.full(score.shape[1], np.inf)
+    for k in range(score.shape[1]):
+        known = np.isfinite(y[:, k])
+        s, true = score[known, k], y[known, k] > 0
+        if true.any():
+            order = np.argsort(-s, kind='stable')
+            s, hits = s[order], np.cumsum(true[order])
+            value = np.where(np.r_[s[1:] != s[:-1], True], 2 * hits / (np.arange(1, len(s) + 1) + true.sum()), 0)
+            best = value.argmax()
+            out[k] = (s[best] + s[best + 1]) / 2 if best + 1 < len(s) else s[best] - 1e-9
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# intervals, differences, ranks
+
+def resample_patients(patient, resamples=1000, seed=0, bayesian=False):
+    """Bootstrap over patients: how often each record counts in each resample, (R, n). bayesian: with weights drawn from a flat Dirichlet
+    (Rubin 1981), under which no record, and so no rare class, ever vanishes."""
     names, index = np.unique(patient, return_inverse=True)
-    counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
+    rng, n = np.random.default_rng(seed), len(names)
+    counts = n * rng.dirichlet(np.ones(n), resamples) if bayesian else rng.multinomial(n, np.full(n, 1 / n), size=resamples)
     return counts[:, index].astype(float)
 
 
-def macro(table):
-    """Mean over the classes that have both labels: (R, K) -> (R,)."""
-    return np.nanmean(table, axis=1)
+def macro(table, empty=None):
+    """Mean over the classes that have both labels: (R, K) -> (R,). empty: what the others count as; .5 is the convention of the
+    benchmark of 2509.25095, which pulls macro AUROC and its interval down."""
+    return np.nanmean(table, axis=1) if empty is None else np.where(np.isnan(table), empty, table).mean(1)
 
 
-def interval(points, boot):
-    """95 % interval of the mean over runs. points (S, draws): macro value per seed and label draw; boot (R,): bootstrap of their
+def interval(points, boot, level=.95):
+    """Interval of the mean over runs. points (S, draws): macro value per seed and label draw; boot (R,): bootstrap of their
     mean, resampling patients.
 
     Independent sources of variance add in squares: the patients (bootstrap percentiles), the seeds and the label draws (Student t
@@ -76,32 +143,85 @@ def interval(points, boot):
     mean, squares = points.mean(), 0.
     for means in (points.mean(1), points.mean(0)):
         if len(means) > 1:
-            squares += (scipy.stats.t.ppf(.975, len(means) - 1) * means.std(ddof=1)) ** 2 / len(means)
-    low, high = np.percentile(boot, [2.5, 97.5])
+            squares += (scipy.stats.t.ppf(.5 + level / 2, len(means) - 1) * means.std(ddof=1)) ** 2 / len(means)
+    low, high = np.percentile(boot, [50 - 50 * level, 50 + 50 * level])
     return mean, mean - np.hypot(mean - low, squares ** .5), mean + np.hypot(high - mean, squares ** .5)
 
 
+def p_value(points, boot):
+    """Two-sided p: 1 - the highest level whose interval excludes 0, by bisection; no less than 2 / R, what R resamples can tell."""
+    low, high = 2 / len(boot), 1.                                # of p
+    excludes = lambda p: np.prod(interval(points, boot, 1 - p)[1:]) > 0
+    if excludes(low):
+        return low
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if excludes(middle) else (middle, high)
+    return high
+
+
+def holm(p):
+    """Holm's adjusted p values (1979): the family-wise error of rejecting those under alpha is at most alpha."""
+    p = np.asarray(p, float)
+    order = np.argsort(p)
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return np.minimum(stepped, 1)[np.argsort(order)]
+
+
 class Score:
-    """Test predictions on the same records, as macro AUROC. scores: list over seeds of lists over label draws of (n, K). Every Score
-    of the same records shares their resamples, and draw d is the same labelled records for every seed, so differences are paired."""
+    """Test predictions on the same records, as macro metrics. outputs: list over seeds of lists over label draws of (n, K); margins: the
+    same, scores less their thresholds, for F1; numbers (K,): which columns are numbers, scored by MAE. Every Score of the same records
+    shares their resamples, and draw d is the same labelled records for every seed, so differences are paired."""
 
-    def __init__(self, scores, y, patient, group):
-        weight = resample_patients(patient)
-        tables = [[auroc(s, y, group)[0] for s in draws] for draws in scores]
-        self.point = np.array([[macro(t[None])[0] for t in draws] for draws in tables])      # (S, draws)
-        self.boot = np.mean([np.concatenate([macro(auroc(s, y, group, w)) for w in np.array_split(weight, 10)])   # a tenth of the memory
-                             for draws in scores for s in draws], 0)                         # (R,)
-        self.per_class = np.mean([t for draws in tables for t in draws], 0)
+    def __init__(self, outputs, y, patient, group=None, margins=None, numbers=None, bayesian=False, empty=None):
+        weight = resample_patients(patient, bayesian=bayesian)
+        numbers = np.zeros(y.shape[1], bool) if numbers is None else numbers
+        self.point, self.boot, self.per_class = {}, {}, {}       # by metric: (S, draws), (R,), (K,)
+        for name, metric, values, mine in (('AUROC', auroc, outputs, ~numbers), ('AUPRC', average_precision, outputs, ~numbers),
+                                           ('F1', f1, margins, ~numbers), ('MAE', mae, outputs, numbers)):
+            if values is None or not mine.any():
+                continue
+            value = lambda s, w=None: metric(s[:, mine], y[:, mine], group, w)
+            fill = {'AUROC': empty, 'AUPRC': empty and 0., 'F1': empty and 0.}.get(name)
+            tables = [[value(s)[0] for s in draws] for draws in values]
+            self.point[name] = np.array([[macro(t[None], fill)[0] for t in draws] for draws in tables])
+            self.boot[name] = np.mean([np.concatenate([macro(value(s, w), fill) for w in np.array_split(weight, 10)])         # a tenth of the memory
+                                       for draws in values for s in draws], 0)
+            self.per_class[name] = np.full(y.shape[1], np.nan)
+            self.per_class[name][mine] = np.mean([t for draws in tables for t in draws], 0)
+        self.main = next(iter(self.point))
 
-    def interval(self):
-        return interval(self.point, self.boot)
+    def interval(self, metric=None):
+        return interval(self.point[metric or self.main], self.boot[metric or self.main])
 
-    def minus(self, other):
-        return interval(self.point - other.point, self.boot - other.boot)
+    def minus(self, other, metric=None):
+        return interval(*self.difference(other, metric))
+
+    def difference(self, other, metric=None):
+        m = metric or self.main
+        return self.point[m] - other.point[m], self.boot[m] - other.boot[m]
+
+
+def compare(scores, margin=.005):
+    """All pairs of a dict {name: Score}: rows with the paired difference, its 95 % interval, p, Holm's p over all pairs, and a verdict:
+    better or worse (Holm's p under .05), equivalent (the 90 % interval lies within +-margin: two one-sided tests), else can't tell. And
+    ranks: 1 + how many are better beyond doubt, so that models nobody can tell apart tie."""
+    rows, sign = [], -1 if next(iter(scores.values())).main == 'MAE' else 1
+    for (a, A), (b, B) in itertools.combinations(scores.items(), 2):
+        points, boot = A.difference(B)
+        _, low, high = interval(points, boot, .9)
+        rows.append(dict(a=a, b=b, **dict(zip(('difference', 'low', 'high'), interval(points, boot))), p=p_value(points, boot),
+                         equivalent=-margin < low and high < margin))
+    for row, p in zip(rows, holm([r['p'] for r in rows])):
+        gain = 'better' if sign * row['difference'] > 0 else 'worse'
+        row |= dict(p_holm=p, verdict=gain if p < .05 else f'equivalent within {margin:g}' if row.pop('equivalent') else "can't tell")
+        row.pop('equivalent', None)
+    beaten = {n: sum((r['a'] == n and r['verdict'] == 'worse') or (r['b'] == n and r['verdict'] == 'better') for r in rows) for n in scores}
+    return rows, {n: 1 + k for n, k in beaten.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# embeddings and the linear probe
+# what an encoder makes of records: embeddings, and tokens kept for heads on a frozen encoder
 
 @torch.no_grad()
 def per_record(encode, ds, rows, samples, device, name='predicting', first=False):
@@ -124,6 +244,39 @@ def embed(encoder, ds, rows, samples, device, name='embedding', first=False):
     encoder = encoder.to(device).eval()
     return per_record(lambda batch: pool(*encoder(batch)), ds, rows, samples, device, name, first)
 
+
+class Tokens:
+    """A frozen encoder's tokens of all consecutive crops of `rows`, made in one pass and kept in half precision in a file without a name
+    that vanishes with the process. Serves `per_record` and `fit` in the Dataset's place: its batches hold h (B, L, D) and pad instead
+    of x. pooled: only the mean over tokens, L = 1."""
+
+    def __init__(self, encoder, ds, rows, samples, device, pooled=False, dtype=np.float16):
+        encoder, self.crops, self.length, self.samples = encoder.to(device).eval(), ds.crops, ds.length, samples
+        owner, start = ds.crops(rows, samples)
+        self.at, self.file, self.h, self.count = dict(zip(zip(owner.tolist(), start.tolist()), range(len(owner)))), tempfile.TemporaryFile(), None, None
+        size = max(1, 128 * 600 // samples)
+        for i in tqdm(range(0, len(owner), size), desc='tokens', leave=False, disable=None):
+            with torch.no_grad(), precision(device):
+                h, pad = encoder(to_device(ds.collate(owner[i:i + size], start[i:i + size], samples), device))
+                if pooled:
+                    h, pad = pool(h, pad)[:, None], None
+            if self.h is None:
+                longest = h.shape[1] if pad is None else 1 + 12 * encoder.stem.most          # beats: as many as there is room for
+                self.h = np.memmap(self.file, dtype, 'w+', shape=(len(owner), longest, h.shape[2]))
+                self.count = np.zeros(len(owner), int)
+            for j, tokens in enumerate(h.float().cpu().numpy()):
+                tokens = tokens if pad is None else tokens[~pad[j].cpu().numpy()]
+                self.h[i + j, :len(tokens)], self.count[i + j] = tokens, len(tokens)
+
+    def collate(self, rows, starts, samples):
+        at = [self.at[row, start] for row, start in zip(rows.tolist(), starts.tolist())]
+        count = torch.from_numpy(self.count[at])
+        h = torch.from_numpy(self.h[at][:, :count.max()]).float()
+        return dict(h=h, pad=torch.arange(h.shape[1]) >= count[:, None])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# probes without a training loop: each returns predict(rows) -> (len(rows), K), and its scores on the validation records
 
 L2 = (.3, .1, .03, .01, 3e-3, 1e-3, 3e-4)
 
@@ -159,91 +312,222 @@ def logistic(X, Y, l2):
     return torch.cat([axes @ (v * scale)[:-1], (v * scale)[-1:]]).numpy()
 
 
-def linear_probe(X, Y, train, val, test):
-    """Linear probe on embeddings X (n, D): standardised on the labelled records, L2 chosen by macro AUROC on `val` (by BCE where
-    no class has both labels there), refitted on train and val together. Returns scores (len(test), K)."""
+def ridge(X, Y, l2):
+    """Ridge regression of each column of Y (n, K) on the records where it is known: minimises mean squared error + l2 |W|^2. X (n, D)
+    standardised. Returns (D + 1, K), the bias last."""
+    out = np.zeros((X.shape[1] + 1, Y.shape[1]))
+    for k in range(Y.shape[1]):
+        known = np.isfinite(Y[:, k])
+        Z = np.c_[X[known], np.ones(known.sum())]
+        out[:, k] = np.linalg.lstsq(Z.T @ Z / len(Z) + np.diag(np.r_[np.full(X.shape[1], l2), 0]), Z.T @ Y[known, k] / len(Z), rcond=None)[0]
+    return out
+
+
+def linear_probe(X, Y, train, val, numbers=None):
+    """Linear probe on embeddings X (n, D): standardised on the labelled records, L2 chosen on `val` by macro AUROC (by BCE where no class
+    has both labels there), for numbers by MAE, refitted on train and val together."""
+    numbers = np.zeros(Y.shape[1], bool) if numbers is None else numbers
+
     def fitted(rows, l2):
         mean, std = X[rows].mean(0), X[rows].std(0) + 1e-6
-        w = logistic((X[rows] - mean) / std, Y[rows], l2)
-        return lambda rows: (X[rows] - mean) / std @ w[:-1] + w[-1]
+        Z, w = (X[rows] - mean) / std, np.zeros((X.shape[1] + 1, Y.shape[1]))
+        for mine, solve, penalty in ((~numbers, logistic, l2[0]), (numbers, ridge, l2[1])):
+            if mine.any():
+                w[:, mine] = solve(Z, Y[rows][:, mine], penalty)
+        return lambda features: (features - mean) / std @ w[:-1] + w[-1]
 
-    known, best = np.isfinite(Y[val]), (-np.inf, None)
+    best = [(-np.inf, None, None)] * 2
     for l2 in L2:                                                # from strong to weak: of equals the strongest
-        z = fitted(train, l2)(val)
-        table = auroc(z, Y[val])
-        value = macro(table)[0] if np.isfinite(table).any() else -(np.logaddexp(0, z) - np.where(known, Y[val], 0) * z)[known].mean()
-        best = max(best, (value, l2), key=lambda b: b[0])
-    return fitted(np.concatenate([train, val]), best[1])(test)
+        z, y = fitted(train, (l2, l2))(X[val]), Y[val]
+        for i, mine in enumerate((~numbers, numbers)):
+            if mine.any():
+                best[i] = max(best[i], (-np.nanmean(mae(z[:, mine], y[:, mine])) if i else probe_value(z[:, mine], y[:, mine]), l2, z), key=lambda b: b[0])
+    z = np.where(numbers, best[1][2] if numbers.any() else 0, best[0][2] if not numbers.all() else 0)
+    return fitted(np.concatenate([train, val]), (best[0][1], best[1][1])), z
+
+
+def probe_value(z, y):
+    """Macro AUROC, or minus the BCE where no class has both labels."""
+    table, known = auroc(z, y), np.isfinite(y)
+    return macro(table)[0] if np.isfinite(table).any() else -(np.logaddexp(0, z) - np.where(known, y, 0) * z)[known].mean()
+
+
+def training_free(X, Y, train, val, how, k=20):
+    """Nothing learns: cosine similarity of embeddings standardised on the labelled records. knn: mean label of the k nearest labelled
+    records, weighted by similarity; prototypes: similarity to the mean of a class's positives less that to the mean of the others."""
+    def fitted(rows):
+        mean, std = X[rows].mean(0), X[rows].std(0) + 1e-6
+        unit = lambda features: (z := (features - mean) / std) / np.linalg.norm(z, axis=1, keepdims=True).clip(1e-12)
+        Z, y, known = unit(X[rows]), np.nan_to_num(Y[rows]), np.isfinite(Y[rows]).astype(float)
+
+        def knn(features):
+            similar = unit(features) @ Z.T                       # (n, labelled)
+            near = np.argsort(-similar, 1, kind='stable')[:, :k]
+            w = np.maximum(np.take_along_axis(similar, near, 1), 0)[..., None] * known[near] + 1e-9 * known[near]             # (n, k, K)
+            return (w * y[near]).sum(1) / w.sum(1).clip(1e-12)
+
+        def prototypes(features):
+            centre = lambda share: unit_rows(share.T @ Z / share.sum(0)[:, None].clip(1e-12))                                 # (K, D)
+            return unit(features) @ (centre(known * (y > 0)) - centre(known * (y == 0))).T
+        return knn if how == 'knn' else prototypes
+    return fitted(np.concatenate([train, val])), fitted(train)(X[val])
+
+
+def unit_rows(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# heads and encoders trained by gradient: frozen, finetune, scratch
+# heads and encoders trained by gradient
 
-def predict(encoder, head, ds, rows, samples, device):
-    """Mean over crops of the predicted probabilities: (len(rows), K)."""
-    encoder.eval(), head.eval()
-    return per_record(lambda batch: head(*encoder(batch)).float().sigmoid(), ds, rows, samples, device)
+@dataclass(frozen=True)
+class Recipe:
+    """How a head, or everything, is trained downstream."""
+    epochs: dict = dataclasses.field(default_factory=lambda: dict(linear=20, frozen=20, finetune=3, scratch=6))
+    batch: int = 32
+    lr: float = 1e-3                                             # of the head
+    scratch: float = 5.                                          # rate of training from scratch, in lr
+    weight_decay: float = 1e-3
+    schedule: str = 'cosine'
+    patience: int = 0                                            # epochs without a better validation before it stops; 0: never
+    clip: float = 1.
+    cached: bool = True                                          # frozen encoders see each record's consecutive crops once, not random ones
+    preview: bool = False                                        # the head starts as the converged linear probe
+    path: float = 0.                                             # stochastic depth at the last block
+    dropout: float = None                                        # None: the encoder's own
+    decay: float = None                                          # layer-wise: lr decay^(L + 1 - l), l = 0 the stem, L + 1 the head
 
 
-def fit(encoder, ds, columns, train, val, test, samples, mode, device, epochs, seed=0, lr=1e-3):
-    """The downstream loop. frozen: attention pooling on a fixed encoder in eval mode; finetune: mean pooling, head at lr, backbone
-    at lr / 10, stem at lr / 100; scratch: mean pooling, everything at 5 lr. One random crop per record and epoch, AdamW with weight
-    decay 1e-3, cosine; the epoch with the best validation macro AUROC predicts. Returns scores (len(test), K)."""
+# released: 2605.12241's code; sc: the probe of 2605.17276, whose rate and batch are lost (1e-3 and 64 are our choice)
+PROTOCOLS = {'quick': Recipe(), 'released': Recipe(dict.fromkeys(('linear', 'frozen', 'finetune', 'scratch'), 100), 64, scratch=1., schedule='constant',
+                                                    clip=math.inf, cached=False),
+             'sc': Recipe(dict.fromkeys(('linear', 'frozen', 'finetune', 'scratch'), 200), 64, scratch=1., weight_decay=0., schedule='constant', patience=5)}
+POST = dict(preview=True, path=.2, dropout=.05, decay=.75)       # post-training's parts (2509.12991; decay: MTECG, 2309.07136)
+
+
+def loss_of(logits, target, numbers):
+    """Mean over classes of the BCE over known labels + mean over numbers of the L1 error over known values, 1 : 1; columns of which the
+    batch knows nothing do not count (2605.12241's joint loss)."""
+    known = target.isfinite()
+    y = torch.where(known, target, 0.)
+    error = torch.where(numbers, (logits - y).abs(), F.binary_cross_entropy_with_logits(logits, y.clamp(0, 1), reduction='none')) * known
+    column, counts = error.sum(0) / known.sum(0).clamp(min=1), known.any(0)
+    return sum(column[mine].sum() / mine.sum().clamp(min=1) for mine in (counts & ~numbers, counts & numbers))
+
+
+def rates(encoder, head, mode, recipe):
+    """Optimiser groups. finetune: head lr, backbone lr / 10, stem lr / 100, as in 2605.12241, or layer by layer where recipe.decay is
+    given; scratch: one rate."""
+    lr, L = recipe.lr, len(encoder.blocks)
+    middle = nn.ModuleList([encoder.blocks, encoder.norm])
+    parts = {'finetune': [(head, lr), (middle, lr / 10), (encoder.stem, lr / 100)],
+             'scratch': [(m, lr * recipe.scratch) for m in (head, middle, encoder.stem)]}.get(mode, [(head, lr)])
+    if mode == 'finetune' and recipe.decay:
+        layers = [encoder.stem, *encoder.blocks[:-1], nn.ModuleList([encoder.blocks[-1], encoder.norm]), head]
+        parts = [(m, lr * recipe.decay ** (L + 1 - l)) for l, m in enumerate(layers)]
+    return [g for m, rate in parts for g in groups(m, rate, recipe.weight_decay)]
+
+
+def fit(encoder, source, y, train, val, test, samples, mode, recipe, device, seed=0, numbers=None, epochs=None, start=None):
+    """The downstream loop. linear and frozen: mean or attention pooling on a fixed encoder in eval mode; finetune and scratch: mean
+    pooling, everything learns. source: the Dataset, of which each epoch takes one random crop per record, or Tokens of it. y (len(ds), K)
+    with NaN. AdamW; the epoch with the best validation score (macro AUROC, less MAE) predicts. start: a probe (D + 1, K) on mean
+    embeddings for the head to begin with. Returns scores on val and test."""
     torch.manual_seed(seed)
-    encoder, dim = copy.deepcopy(encoder).to(device), encoder.dim
-    head = (AttentionPool if mode == 'frozen' else MeanPool)(dim, len(columns)).to(device)
-    encoder.requires_grad_(mode != 'frozen')
-    rates = {'frozen': (lr, 0, 0), 'finetune': (lr, lr / 10, lr / 100), 'scratch': (5 * lr,) * 3}[mode]
-    parts = head, nn.ModuleList([encoder.blocks, encoder.norm]), encoder.stem
-    optimiser = torch.optim.AdamW([g for part, rate in zip(parts, rates) for g in groups(part, rate)], lr=lr)
-    batch_size = min(32, len(train))
-    per_epoch, y = len(train) // batch_size, np.array(ds.labels[:, columns])
-    best = (-1., None)
+    rng, cached, still = np.random.default_rng(seed), isinstance(source, Tokens), mode in ('linear', 'frozen')
+    numbers = np.zeros(y.shape[1], bool) if numbers is None else numbers
+    kinds, epochs = torch.from_numpy(numbers).to(device), epochs or recipe.epochs[mode]
+    head = (AttentionPool if mode == 'frozen' else MeanPool)(encoder.dim, y.shape[1]).to(device)
+    encoder = encoder.to(device) if still else copy.deepcopy(encoder).to(device).requires_grad_(True)
+    if not still:
+        regularise(encoder, recipe.path, recipe.dropout)
+    if start is not None:
+        head.out.weight.data.copy_(torch.from_numpy(start[:-1].T))
+        head.out.bias.data.copy_(torch.from_numpy(start[-1]))
+    optimiser = torch.optim.AdamW(rates(encoder, head, mode, recipe), lr=recipe.lr)
+    learns = [p for g in optimiser.param_groups for p in g['params']]
+    size = min(recipe.batch, len(train))
+    per_epoch, best, since = len(train) // size, (-math.inf, None), 0
+
+    def output(batch):
+        if cached:
+            return head(batch['h'], batch['pad']).float()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not still):
+            h, pad = encoder(batch)
+        return head(h, pad).float()
+
+    def predict(rows):
+        encoder.eval(), head.eval()
+        return per_record(lambda batch: torch.where(kinds, z := output(batch), z.sigmoid()), source, rows, samples, device)
+
     for epoch in tqdm(range(epochs), desc=mode, leave=False, disable=None):
-        encoder.train(mode != 'frozen'), head.train()
-        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+        encoder.train(not still), head.train()
+        order = rng.permutation(train)
+        for i in range(per_epoch):
+            rows = order[i * size:(i + 1) * size]
+            u, room = rng.random(size), source.length[rows]
+            starts = (u * (room // samples)).astype(int) * samples if cached else (u * (room - samples + 1)).astype(int)
             for group in optimiser.param_groups:
-                group['lr'] = learning_rate(step, epochs * per_epoch, group['peak'])
-            batch = to_device(ds.batch(train, samples, batch_size, seed, step), device)
-            target = batch['y'][:, columns]
+                group['lr'] = learning_rate(epoch * per_epoch + i, epochs * per_epoch, group['peak'], recipe.schedule, .05 * (recipe.schedule == 'cosine'))
             with precision(device):
-                logits = head(*encoder(batch)).float()
-            known = target.isfinite()
-            loss = F.binary_cross_entropy_with_logits(logits[known], target[known])
+                loss = loss_of(output(to_device(source.collate(rows, starts, samples), device)), torch.from_numpy(y[rows]).float().to(device), kinds)
             if not loss.isfinite():
-                raise Stop(f'{mode}: the loss is {loss.item()} at step {step}; try a lower rate')
+                raise Stop(f'{mode}: the loss is {loss.item()} in epoch {epoch}; try a lower rate')
             loss.backward()
-            torch.nn.utils.clip_grad_norm_([*encoder.parameters(), *head.parameters()], 1.)
+            torch.nn.utils.clip_grad_norm_(learns, recipe.clip)
             optimiser.step()
             optimiser.zero_grad()
-        value = macro(auroc(predict(encoder, head, ds, val, samples, device), y[val]))[0]
+        z, value = predict(val), 0.
+        if not numbers.all():
+            value += probe_value(scipy.special.logit(z[:, ~numbers].clip(1e-12, 1 - 1e-12)), y[val][:, ~numbers])
+        if numbers.any():
+            value -= np.nanmean(mae(z[:, numbers], y[val][:, numbers]))
         if not best[0] >= value:
-            best = value, copy.deepcopy((encoder.state_dict(), head.state_dict()))
-    encoder.load_state_dict(best[1][0])
-    head.load_state_dict(best[1][1])
-    return predict(encoder, head, ds, test, samples, device)
+            best, since = (value, copy.deepcopy((head.state_dict(), None if still else encoder.state_dict())), z), 0
+        elif recipe.patience and (since := since + 1) >= recipe.patience:
+            break
+    head.load_state_dict(best[1][0])
+    if not still:
+        encoder.load_state_dict(best[1][1])
+    return best[2], predict(test)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# one dataset, one task
+# one dataset, the tasks that one model is trained on, and how to score an encoder on them
 
-def plans(ds, rows, seen):
-    """(train, val, test) row numbers of each probe to fit, and whether they are folds of a cross-validation: small datasets
-    (under 2,000 records) predict every record once, larger ones their last fold. Test folds with patients in `seen` (those the
-    encoder was pretrained on) are left out."""
-    folds, small = np.unique(ds.fold[rows]), len(rows) < 2000
-    if len(folds) < 3:
-        raise Stop(f'{ds.name}: labelled records in {len(folds)} folds; three are needed for train, validation and test')
-    if {name.split('/')[0] for name in [*seen, *ds.id]} >= {'ptb-xl', 'ptbxl'}:
-        raise Stop('the Challenge cohort ptb-xl is PTB-XL under other names: pretrain on one of them and test on something else')
-    which = lambda f: rows[ds.fold[rows] == f]
-    result = [[rows[(ds.fold[rows] != f) & (ds.fold[rows] != folds[i - 1])], which(folds[i - 1]), which(f)] for i, f in enumerate(folds)]
-    result = result if small else result[-1:]
-    clean = [p for p in result if not seen & set(ds.patient[p[2]])]
+def overlap(ds, seen):
+    """True where a record, or its patient, is among `seen`, the patients and records of a pretraining. The Challenge's ptb-xl/HRn is
+    PTB-XL's record n under another name."""
+    def again(name):
+        kind, _, rest = name.partition('/')
+        if kind == 'ptb-xl' and rest[2:].isdigit():
+            return f'ptbxl/{int(rest[2:])}'
+        return f'ptb-xl/HR{int(rest):05d}' if kind == 'ptbxl' and rest.isdigit() else ''
+
+    direct = np.array([p in seen or i in seen or again(i) in seen for p, i in zip(ds.patient.tolist(), ds.id.tolist())])
+    return np.isin(ds.patient, ds.patient[direct])
+
+
+def plans(ds, rows, seen, folds=None, allow=False):
+    """(train, val, test) row numbers of each probe to fit, and whether they are folds of a cross-validation: small datasets (under 1,000
+    records) predict every record once, larger ones their last fold; folds: a triple of fold numbers instead. Fold -1 always trains.
+    Test folds with patients in `seen` (those the encoder was pretrained on) are left out, unless `allow`ed."""
+    names, small = np.unique(ds.fold[rows]), len(rows) < 1000 and not folds
+    names = names[names >= 0]
+    if len(names) < 3:
+        raise Stop(f'{ds.name}: labelled records in {len(names)} folds; three are needed for train, validation and test')
+    which = lambda *f: rows[np.isin(ds.fold[rows], f)]
+    result = [[rows[~np.isin(ds.fold[rows], (f, names[i - 1]))], which(names[i - 1]), which(f)] for i, f in enumerate(names)]
+    result = [[which(*f) for f in folds]] if folds else result if small else result[-1:]
+    for train, val, test in result:
+        assert not set(ds.patient[test]) & set(ds.patient[np.r_[train, val]]), 'a patient of the test fold is in training or validation'
+    known = overlap(ds, seen)
+    clean = [p for p in result if allow or not known[p[2]].any()]
+    if n := sum(known[p[2]].sum() for p in result):
+        print(f'  {n:,} test records are of patients seen in pretraining' + (', allowed' if allow else f'; {len(result) - len(clean)} of {len(result)} test folds '
+              'are left out'))
     if not clean:
-        raise Stop(f'{ds.name}: the encoder was pretrained on patients of every test fold: take other data, or pretrain on its training folds')
-    if len(clean) < len(result):
-        print(f'  {len(result) - len(clean)} of {len(result)} test folds hold patients seen in pretraining and are left out')
+        raise Stop(f'{ds.name}: the encoder was pretrained on patients of every test fold: take other data, pretrain on its training folds, or --allow overlap')
     return clean, small
 
 
@@ -257,158 +541,340 @@ def draw_labels(train, val, count, draw):
 
 def first_task(ds):
     """The task taken where none is named."""
-    for name in ('findings', 'super', 'snomed', 'dx2020', 'label'):
+    for name in ('findings', 'super', 'snomed', 'dx2020', 'label', 'sequence'):
         if name in ds.tasks:
             return name
     raise Stop(f'{ds.name} has no labels to predict: prepare it with labels, or name another set with --data')
 
 
-class Task:
-    """One dataset and task under one contract: its rows, labels and plans, and how to score an encoder on them."""
+def digest(*things):
+    """A short hash of arrays, tensors and whatever json can write."""
+    h = hashlib.blake2b(digest_size=10)
+    for t in things:
+        h.update(t.cpu().numpy().tobytes() if torch.is_tensor(t) else t.tobytes() if isinstance(t, np.ndarray) else json.dumps(t, sort_keys=True, default=str).encode())
+    return h.hexdigest()
 
-    def __init__(self, data, name, runs, device):
-        self.ds, self.device = Dataset(data), device
-        self.name = name or first_task(self.ds)
-        self.columns = self.ds.columns(self.name)
-        contract = Contract.read(runs[0]['contract'])
+
+SOURCE = digest(*(np.frombuffer((Path(__file__).parent / f).read_bytes(), np.uint8) for f in ('data.py', 'models.py', 'evaluate.py')))
+
+
+@dataclass
+class Arm:
+    """What is scored: encoders, one per pretraining seed, and what is done with them. reference: the arm it is compared with."""
+    name: str
+    encoders: list
+    mode: str
+    recipe: Recipe
+    epochs: int = None
+    runs: list = ()
+    reference: str = ''
+
+
+class Task:
+    """One dataset under one contract: rows, labels and plans of the tasks `names`, which share one training, and how to score an
+    encoder on them. Names are the papers' (data.TASKS) or the dataset's own label sets."""
+
+    def __init__(self, data, names, runs, device, allow=(), empty=None):
+        target = TASKS.get((names or [''])[0])
+        self.ds, self.device, self.empty = Dataset(data), device, empty
+        self.names = names or [first_task(self.ds)]
+        trained = target.trained if target else self.names[0]
+        columns, contract = self.ds.columns(trained), Contract.read(runs[0]['contract'])
         for r in runs:
-            if differs := Contract.read(r['contract']).differs(self.ds.contract):
+            if (differs := Contract.read(r['contract']).differs(self.ds.contract)) and 'contract' not in allow:
                 raise Stop(f'{r["path"]} was trained under another contract than datasets/{data} ({differs}): prepare the data with '
-                           f'--fs {r["contract"]["fs"]} --filter {r["contract"]["filter"]} --norm {r["contract"]["norm"]}')
+                           f'--fs {r["contract"]["fs"]} --filter {r["contract"]["filter"]} --norm {r["contract"]["norm"]}, or --allow contract')
         self.samples = round(contract.window * contract.fs)
-        y = np.array(self.ds.labels[:, self.columns])
-        if not np.isin(y[np.isfinite(y)], (0, 1)).all():
-            raise Stop(f'task {self.name} holds numbers, not yes/no labels')
+        y = np.array(self.ds.labels[:, columns])
+        self.numbers = (np.isfinite(y) & ~np.isin(y, (0, 1))).any(0)
+        common = self.numbers | ((y > 0).sum(0) >= (target.least if target else 1))
+        columns, y, self.numbers = [c for c, keep in zip(columns, common) if keep], y[:, common], self.numbers[common]
+        if not columns:
+            raise Stop(f'{data}, task {self.names[0]}: no label is positive in {target.least if target else 1} of its {len(self.ds):,} records, as its rule asks')
         rows = np.flatnonzero((self.ds.length >= self.samples) & np.isfinite(y).any(1))
-        self.plans, self.folded = plans(self.ds, rows, set().union(*(r['patients'] for r in runs)))
+        seen = set().union(*(r['patients'] for r in runs))
+        self.plans, self.folded = plans(self.ds, rows, seen, target and target.folds, 'overlap' in allow)
         self.test = np.concatenate([p[2] for p in self.plans])
         self.group = np.concatenate([np.full(len(p[2]), i) for i, p in enumerate(self.plans)])
-        scored = np.isfinite(auroc(np.zeros((len(self.test), y.shape[1])), y[self.test], self.group)[0])
-        self.unscored = [self.ds.label_names[c] for c, s in zip(self.columns, scored) if not s]
-        self.columns = [c for c, s in zip(self.columns, scored) if s]
-        if not self.columns:
-            raise Stop(f'{data}, task {self.name}: no class has both labels among the {len(self.test)} test records; take more, or an '
+        scored = self.numbers | np.isfinite(auroc(np.zeros((len(self.test), y.shape[1])), y[self.test], self.group)[0])
+        self.unscored = [self.ds.label_names[c] for c, s in zip(columns, scored) if not s]
+        keep = scored | (empty is not None)
+        self.columns, self.numbers, self.raw = [c for c, k in zip(columns, keep) if k], self.numbers[keep], y[:, keep].astype(float)
+        if not scored.any():
+            raise Stop(f'{data}, task {self.names[0]}: no class has both labels among the {len(self.test)} test records; take more, or an '
                        f'encoder pretrained on other data, so that every fold can be tested on')
-        self.y, self.patient = y[:, scored], self.ds.patient[self.test]
-        same = np.array_equal(self.patient, self.ds.id[self.test])
-        self.patients = None if same else len(set(self.patient))                             # None: the source names no patients
+        self.parts = {name: self.part(name, trained) for name in self.names}
+        self.y = np.concatenate([self.scaled(p)[p[2]] for p in self.plans])
+        self.patient = self.ds.patient[self.test]
+        self.patients = None if np.array_equal(self.patient, self.ds.id[self.test]) else len(set(self.patient))               # None: the source names none
         self.available = min(len(p[0]) + len(p[1]) for p in self.plans)
-        self.embeddings = {}
+        self.embeddings, self.fresh, self.tokens, self.encoded, self.seconds = {}, {}, (None, None), 0, 0.
+
+    def part(self, name, trained):
+        """Positions, among the columns trained on, of those that task `name` is scored on."""
+        scored = TASKS[name].scored if name in TASKS else name
+        full = [self.ds.label_names[c] for c in self.columns]
+        wanted = {self.ds.label_names[c] for c in self.ds.columns(scored)}
+        if not wanted & set(full):                               # such as diag/IMI for all/IMI
+            wanted = {n for n in full if n.split('/', 1)[1] in {w.split('/', 1)[1] for w in wanted}}
+        found = [i for i, n in enumerate(full) if n in wanted]
+        if not found:
+            raise Stop(f'{self.ds.name}, task {name}: too few positives here for any of its labels')
+        return found
+
+    def random_encoders(self, run, count):
+        """`count` fresh encoders of a run's shape whose BatchNorm has seen eight batches: of the training records that the run was
+        pretrained on where they are prepared, else of this dataset's."""
+        made = self.fresh.setdefault(json.dumps(run['config'], sort_keys=True), [])
+        ds = Dataset(run['data']) if all(Path('datasets', name).is_dir() for name in run['data'].split(',')) else self.ds
+        rows = ds.split()[0]
+        rows = rows[ds.length[rows] >= self.samples]
+        for i in range(len(made), count):
+            torch.manual_seed(10_000 + i)
+            made.append(see_data(Encoder(Config(**run['config'])), (ds.batch(rows, self.samples, min(64, len(rows)), i, s) for s in range(8))))
+        return made[:count]
+
+    def scaled(self, plan):
+        """Labels (len(ds), K), numbers to mean 0 and SD 1 of the plan's training records."""
+        if not self.numbers.any():
+            return self.raw
+        y, train = self.raw.copy(), self.raw[plan[0]][:, self.numbers]
+        y[:, self.numbers] = (y[:, self.numbers] - np.nanmean(train, 0)) / np.nanstd(train, 0).clip(1e-9)
+        return y
 
     def rows(self):
         return np.unique(np.concatenate([r for p in self.plans for r in p]))
 
-    def embedding(self, encoder, name):
+    def timed(self, work, rows):
+        """work(), counted as having encoded `rows`."""
+        began = time.time()
+        out = work()
+        self.encoded, self.seconds = self.encoded + len(rows), self.seconds + time.time() - began
+        return out
+
+    def embedding(self, encoder, name='embedding'):
         """Embeddings of all rows that any plan needs, once per encoder: (len(ds), D)."""
-        key = id(encoder)
-        if key not in self.embeddings:
-            rows = self.rows()
-            X = np.zeros((len(self.ds), encoder.dim))
-            X[rows] = embed(encoder, self.ds, rows, self.samples, self.device, name)
-            self.embeddings[key] = encoder, X
-        return self.embeddings[key][1]
+        if id(encoder) not in self.embeddings:
+            rows, X = self.rows(), np.zeros((len(self.ds), encoder.dim))
+            X[rows] = self.timed(lambda: embed(encoder, self.ds, rows, self.samples, self.device, name), rows)
+            self.embeddings[id(encoder)] = encoder, X
+        return self.embeddings[id(encoder)][1]
 
-    def scores(self, encoder, mode, count, seed, draw, epochs, name):
-        """Test scores (n, K) of one encoder under one draw of labels."""
-        out = []
-        for train, val, test in self.plans:
-            train, val = draw_labels(train, val, count, draw)
-            if mode == 'linear':
-                out.append(linear_probe(self.embedding(encoder, name), self.y, train, val, test))
-            else:
-                out.append(fit(encoder, self.ds, self.columns, train, val, test, self.samples, mode, self.device, epochs, 1000 * seed + draw))
-        return np.concatenate(out)
+    def source(self, encoder, mode, recipe):
+        """What `fit` draws from: Tokens of a frozen encoder, those of one at a time, or the dataset."""
+        if mode not in ('linear', 'frozen') or not recipe.cached:
+            return self.ds
+        if self.tokens[0] != (id(encoder), mode):
+            self.tokens = None, None                             # the old file goes before the new one comes
+            self.tokens = (id(encoder), mode), self.timed(lambda: Tokens(encoder, self.ds, self.rows(), self.samples, self.device, mode == 'linear'), self.rows())
+        return self.tokens[1]
 
-    def score(self, encoders, mode, count, draws, epochs, name):
-        """Score over all encoders (one per seed) and label draws, the same for each."""
-        draws = 1 if count == 'all' else draws
-        return Score([[self.scores(e, mode, count, seed, d, epochs, name) for d in range(draws)] for seed, e in enumerate(encoders)],
-                     self.y[self.test], self.patient, self.group)
+    def fitted(self, encoder, plan, arm, count='all', seed=0, draw=0):
+        """One training: (scores on val, on test), and the labelled val rows."""
+        train, val = draw_labels(*plan[:2], count, draw)
+        y, free = self.scaled(plan), arm.mode in ('knn', 'prototypes')
+        if free or (arm.mode == 'linear' and arm.recipe == PROTOCOLS['quick']):
+            X = self.embedding(encoder, arm.name)
+            predict, z = training_free(X, y, train, val, arm.mode) if free else linear_probe(X, y, train, val, self.numbers)
+            return z, predict(X[plan[2]]), val
+        start = None
+        if arm.mode == 'finetune' and arm.recipe.preview:
+            X, rows = self.embedding(encoder, arm.name), np.concatenate([train, val])
+            predict, _ = linear_probe(X, y, train, val, self.numbers)
+            bias = predict(np.zeros((1, encoder.dim)))
+            start = np.r_[predict(np.eye(encoder.dim)) - bias, bias]
+        source = self.source(encoder, arm.mode, arm.recipe)
+        return *fit(encoder, source, y, train, val, plan[2], self.samples, arm.mode, arm.recipe, self.device, 1000 * seed + draw, self.numbers, arm.epochs, start), val
+
+    def output(self, encoder, arm, count, seed, draw):
+        """Scores and margins (n, K) on the test records of all plans, from out/scores where they are known."""
+        how = [SOURCE, self.ds.hash, self.columns, arm.mode, dataclasses.asdict(arm.recipe), arm.epochs, count, seed, draw, self.samples, encoder.config.__dict__]
+        file = Path('out/scores', digest(how, *encoder.state_dict().values(), *itertools.chain(*self.plans)) + '.npz')
+        if file.exists():
+            return tuple(np.load(file)[k] for k in ('scores', 'margins'))
+        before = digest(*encoder.state_dict().values())
+        parts = []
+        for plan in self.plans:
+            z, test, val = self.fitted(encoder, plan, arm, count, seed, draw)
+            parts.append((test, test - thresholds(z, self.scaled(plan)[val])))
+        assert digest(*encoder.state_dict().values()) == before, 'evaluation changed the encoder that was given to it'
+        scores, margins = (np.concatenate(p) for p in zip(*parts))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix='.npz', delete=False) as f:
+            np.savez(f, scores=scores, margins=margins)
+        Path(f.name).replace(file)
+        return scores, margins
+
+    def score(self, arm, count='all', draws=1, bayesian=False):
+        """{task: Score} over all encoders (one per seed) and label draws, the same for each."""
+        out = [[self.output(e, arm, count, seed, d) for d in range(1 if count == 'all' else draws)] for seed, e in enumerate(arm.encoders)]
+        pick = lambda which, columns: [[o[which][:, columns] for o in draws_] for draws_ in out]
+        return {name: Score(pick(0, c), self.y[:, c], self.patient, self.group, pick(1, c), self.numbers[c], bayesian, self.empty)
+                for name, c in self.parts.items()}
 
 
-def random_encoders(runs, count, ds, samples):
-    """`count` fresh encoders of the runs' shape whose BatchNorm has seen eight batches: of the training records that the runs were
-    pretrained on where they are prepared, else of this dataset's."""
-    if all(Path('datasets', name).is_dir() for name in runs[0]['data'].split(',')):
-        ds = Dataset(runs[0]['data'])
-    rows = ds.split()[0]
-    rows, out = rows[ds.length[rows] >= samples], []
-    for i in range(count):
-        torch.manual_seed(10_000 + i)
-        out.append(see_data(Encoder(Config(**runs[0]['config'])), (ds.batch(rows, samples, min(64, len(rows)), i, s) for s in range(8))))
-    return out
+# ---------------------------------------------------------------------------------------------------------------------
+# arms, tables, figures
+
+def grouped(runs):
+    """Runs that differ in nothing but their seeds, together: {name: runs}, named by what sets them apart. Stops where seeds collide or
+    groups have other seeds than each other, since their differences are taken seed by seed."""
+    free = ('seed', 'log_every', 'save_every', 'probe_every', 'probe_records', 'tokenizer')
+    kind, out = lambda r: json.dumps([r['step'], {k: v for k, v in r['args'].items() if k not in free}], sort_keys=True, default=str), {}
+    for r in runs:
+        out.setdefault(kind(r), []).append(r)
+    found = [sorted(g, key=lambda r: r['seed']) for g in out.values()]
+    if any(len({r['seed'] for r in g}) < len(g) for g in found):
+        raise Stop('two of these runs share all settings and the seed: give each once')
+    if len({tuple(r['seed'] for r in g) for g in found}) > 1:
+        raise Stop('compared pretrainings need the same seeds, since differences are taken seed by seed; here: '
+                   + '; '.join(f'{Path(g[0]["path"]).name} ... {", ".join(str(r["seed"]) for r in g)}' for g in found))
+    names = [''] * len(found)
+    for key in ('objective', 'backbone', 'size', *(k for k in found[0][0]['args'] if k not in free), 'step'):
+        values = [str(g[0]['args'].get(key, g[0].get(key))) for g in found]
+        if len(set(zip(names, values))) > len(set(names)):
+            names = [f'{n} {v if key in ("objective", "backbone", "size") else f"{key}={v}"}'.strip() for n, v in zip(names, values)]
+    return dict(zip(names if len(found) > 1 else ['pretrained'], found))
 
 
-def evaluate_task(runs, against, data, task, mode, counts, draws, epochs, scratch, out, device):
-    """All arms on one dataset and task: prints the table, writes JSON files and figures, returns the rows of the CSV file. Differences
-    are to the random encoder, or to the runs in `against`. With one run the random encoder is still averaged over three seeds where
-    that is cheap, since its variance is large."""
-    began, t = time.time(), Task(data, task, runs + against, device)
-    pretrained, other = [load_encoder(r) for r in runs], str(Path(against[0]['path']).name) if against else 'random encoder'
-    reference = [load_encoder(r) for r in against] or random_encoders(runs, 3 if len(runs) == 1 and mode == 'linear' else len(runs), t.ds, t.samples)
-    print(f'\n{data}, task {t.name}: {len(t.test):,} test records of {t.patients or "unknown"} patients, {len(t.columns)} classes'
-          + (f' ({len(t.unscored)} without both labels: {", ".join(t.unscored[:6])}{" ..." if len(t.unscored) > 6 else ""})' if t.unscored else '')
+def arms_of(families, mode, recipe, epochs, ablate, scratch, t):
+    """The arms of one table: from scratch, random encoders and the pretrainings, or the parts of post-training one by one."""
+    arms, shapes = {}, {}
+    for name, runs in families.items():
+        shapes.setdefault(json.dumps(runs[0]['config'], sort_keys=True), []).append((name, runs))
+    for members in shapes.values():
+        runs, tail = members[0][1], '' if len(shapes) == 1 else f' ({members[0][0]})'
+        if scratch or mode == 'scratch':
+            torch.manual_seed(0)
+            arms['from scratch' + tail] = Arm('from scratch' + tail, [Encoder(Config(**r['config'])) for r in runs], 'scratch', recipe, epochs and 2 * epochs, runs)
+        if mode == 'scratch':
+            continue
+        if not ablate:
+            count = 3 if len(runs) == 1 and mode in ('linear', 'knn', 'prototypes') else len(runs)
+            arms['random encoder' + tail] = Arm('random encoder' + tail, t.random_encoders(runs[0], count), mode, recipe, epochs)
+        for name, runs in members:
+            encoders = [r['net'] for r in runs]
+            variants = {'': recipe}
+            if ablate:
+                plain = dataclasses.replace(recipe, preview=False, path=0., dropout=None, decay=None)
+                variants = {'plain': plain, **{f'+ {k}': dataclasses.replace(plain, **{k: v}) for k, v in POST.items()}, 'all parts': dataclasses.replace(plain, **POST)}
+            for extra, r in variants.items():
+                full = f'{name if len(families) > 1 or not extra else ""} {extra}'.strip()
+                arms[full] = Arm(full, encoders, mode, r, epochs, runs, f'{name if len(families) > 1 else ""} plain'.strip() if ablate else 'random encoder' + tail)
+    return arms
+
+
+def evaluate_task(families, t, mode, counts, a, out):
+    """All arms on one dataset in one mode: prints tables, writes JSON files and figures, returns the rows of the CSV files: of scores, of
+    classes, of comparisons."""
+    began, rows, classes, pairs = time.time(), [], [], []
+    several = len(next(iter(families.values()))) > 1
+    print(f'\n{t.ds.name}, {mode}: {len(t.test):,} test records of {t.patients or "unknown"} patients, {len(t.columns)} labels'
+          + (f' ({len(t.unscored)} without both values: {", ".join(t.unscored[:6])}{" ..." if len(t.unscored) > 6 else ""})' if t.unscored else '')
           + (f'; {len(t.plans)} folds, each record predicted by a probe that never saw its patient, pairs counted within folds' if t.folded else ''))
-    print(f'{"labels":>8s}  {"arm":22s} macro AUROC  95 % interval    minus {other}')
+    recipe = dataclasses.replace(PROTOCOLS[a.protocol], **{k: v for k, v in dict(lr=a.lr, batch=a.batch, preview=a.preview, path=a.drop_path, dropout=a.dropout,
+                                                                                decay=a.layer_decay).items() if v is not None})
     counts = [int(c * t.available) if isinstance(c, float) and c < 1 else 'all' if c == 1 else c for c in counts]
-    rows, extra = [], dict(epochs='' if mode == 'linear' else epochs, draws=draws)
+    arms = arms_of(families, mode, recipe, a.epochs, a.ablate, a.scratch, t)
     for count in counts:
         if count != 'all' and not 10 <= count <= t.available:
             print(f'{str(count):>8s}  left out: between 10 and {t.available:,} labelled records can be drawn')
             continue
-        arms = {}
-        if count == 'all' and (scratch or mode in ('finetune', 'scratch')):
-            torch.manual_seed(0)
-            arms['from scratch'] = t.score([Encoder(Config(**r['config'])) for r in runs], 'scratch', count, draws, 2 * epochs, 'scratch')
-        if mode != 'scratch':
-            arms[other] = t.score(reference, mode, count, draws, epochs, other)
-            arms['pretrained'] = t.score(pretrained, mode, count, draws, epochs, 'pretrained')
-        for arm, score in arms.items():
-            how = dict(mode='scratch', epochs=2 * epochs) if arm == 'from scratch' else dict(mode=mode)
-            rows += report(runs, t, arm, {**extra, **how, 'labels': count}, score, arms.get(other))
+        scores = {name: t.score(arm, count, a.draws, a.bootstrap == 'bayesian') for name, arm in arms.items() if count == 'all' or arm.mode == mode}
+        for task in t.parts:
+            mine = {name: s[task] for name, s in scores.items()}
+            rows += report(t, task, arms, mine, count, a, several)
+            classes += per_class(t, task, mine, mode, count)
+            if len(families) > 1 or a.ablate:
+                found, ranks = compare(mine, a.margin)
+                pairs += [dict(data=t.ds.name, task=task, mode=mode, labels=count, **r) for r in found]
+                best = sorted(ranks, key=ranks.get)
+                print(f'  ranks (ties: no difference beyond doubt, Holm over {len(found)} pairs): ' + ', '.join(f'{ranks[n]} {n}' for n in best))
+                draw_arms(mine, ranks, f'{t.ds.name} {task}, {mode}, {count} labels', out / f'arms_{slug(t.ds.name, task, mode, count)}.png')
     if mode == 'linear' and rows:
-        draw_pca([(other, t.embedding(reference[0], '')), ('pretrained', t.embedding(pretrained[0], ''))], t,
-                 out / f'pca_{t.ds.name.replace(",", "+")}.png')
-    print('  * the interval of the paired difference excludes 0' if len(runs) > 1 else
+        shown = [arm for arm in arms.values() if arm.mode == 'linear'][:4]
+        draw_pca([(arm.name, t.embedding(arm.encoders[0])) for arm in shown], t, out / f'pca_{slug(t.ds.name)}.png')
+    print('  * the interval of the paired difference excludes 0' if several else
           '  one pretraining seed: its variance is not in these intervals; give several runs to have it in them')
-    print(f'  {time.time() - began:.0f} s')
+    speed = f'; {t.encoded:,} records encoded at {t.encoded / t.seconds:,.0f}/s' if t.seconds else ''
+    print(f'  {time.time() - began:.0f} s{speed}; peak memory {peak_memory():,.0f} MB')
+    return rows, classes, pairs
+
+
+def slug(*words):
+    """Words as part of a file name."""
+    return '_'.join(str(w).replace(',', '+').replace(' ', '-').replace('/', '-') for w in words)
+
+
+def report(t, task, arms, scores, count, a, several):
+    """Print one table and write one JSON file per run (none for random encoders); returns rows for the CSV file."""
+    main = next(iter(scores.values())).main
+    others = [m for m in next(iter(scores.values())).point if m != main]
+    print(f'  {task}: {len(t.parts[task])} labels\n{"labels":>8s}  {"arm":30s} macro {main:6s} 95 % interval  ' + ''.join(f'  {m:6s}' for m in others) + '  minus reference')
+    names, rows = [t.ds.label_names[t.columns[c]] for c in t.parts[task]], []
+    for name, score in scores.items():
+        arm, reference = arms[name], scores.get(arms[name].reference)
+        bounds = (0, 1) if main == 'AUROC' else (0, np.inf)
+        mean, low, high = np.clip(score.interval(), *bounds)     # Student's t may reach beyond
+        text, epochs = '', '' if arm.mode in ('knn', 'prototypes') or (arm.mode == 'linear' and a.protocol == 'quick') else arm.epochs or arm.recipe.epochs[arm.mode]
+        if reference and reference is not score:
+            d = score.minus(reference)
+            text = '{:+.3f} [{:+.3f}, {:+.3f}]'.format(*d) + (' *' if several and d[1] * d[2] > 0 else '')
+        print(f'{str(count):>8s}  {name + (f" ({epochs} epochs)" if epochs else ""):30s} {mean:.3f}        [{low:.3f}, {high:.3f}]'
+              + ''.join(f'  {score.point[m].mean():.3f} ' for m in others) + f'  {text}')
+        common = dict(data=t.ds.name, task=task, arm=name, mode=arm.mode, protocol=a.protocol, epochs=epochs, draws=a.draws, labels=count, n=len(t.test),
+                      patients=t.patients, classes=len(names), runs=len(arm.encoders))
+        for metric in score.point:
+            d = score.minus(reference, metric) if reference and reference is not score else ()
+            mean, low, high = score.interval(metric)
+            for i, points in enumerate(score.point[metric]):
+                seed = arm.runs[i]['seed'] if arm.runs else i
+                rows.append({**common, 'metric': f'macro {metric}', 'mean': mean, 'low': low, 'high': high,
+                             'minus_reference': ' '.join(f'{v:.4f}' for v in d), 'seed': seed, 'point': points.mean()})
+                if arm.runs and metric == main:
+                    result = dict(rows[-1], command=' '.join(sys.argv), checkpoint=arm.runs[i]['hash'], contract=arm.runs[i]['contract'],
+                                  recipe=dataclasses.asdict(arm.recipe), names=names, left_out=t.unscored,
+                                  per_class={m: dict(zip(names, score.per_class[m].tolist())) for m in score.per_class})
+                    file = f'results_{slug(t.ds.name, task, *([name] if a.ablate else []), arm.mode, count, seed)}.json'
+                    (Path(arm.runs[i]['path']) / file).write_text(json.dumps(result, indent=1))
     return rows
 
 
-def report(runs, t, arm, how, score, reference):
-    """Print one line of the table and write one JSON file per run (none for the reference); returns rows for the CSV file."""
-    mean, low, high = np.clip(score.interval(), 0, 1)            # Student's t may reach beyond
-    difference = score.minus(reference) if reference and score is not reference else None
-    text = ''
-    if difference:
-        text = '{:+.3f} [{:+.3f}, {:+.3f}]'.format(*difference) + (' *' if len(runs) > 1 and difference[1] * difference[2] > 0 else '')
-    note = f' ({how["epochs"]} epochs)' if how['epochs'] else ''
-    print(f'{str(how["labels"]):>8s}  {arm + note:22s} {mean:.3f}        [{low:.3f}, {high:.3f}]   {text}')
-    names, rows = [t.ds.label_names[c] for c in t.columns], []
-    common = dict(data=t.ds.name, task=t.name, arm=arm, **how, n=len(t.test), patients=t.patients, metric='macro AUROC', mean=mean, low=low,
-                  high=high, minus_reference=difference, runs=len(runs))
-    for i, points in enumerate(score.point):
-        seed = i if score is reference else runs[i]['seed']
-        rows.append({**common, 'minus_reference': ' '.join(f'{v:.4f}' for v in difference or ()), 'classes': len(names), 'seed': seed, 'point': points.mean()})
-        if score is not reference:
-            result = dict(command=' '.join(sys.argv), checkpoint=runs[i]['hash'], contract=runs[i]['contract'], seed=seed, point=float(points.mean()),
-                          **common, classes=names, left_out=t.unscored, per_class=dict(zip(names, score.per_class)))
-            file = f'results_{t.ds.name.replace(",", "+")}_{t.name}_{how["mode"]}_{how["labels"]}_{seed}.json'
-            (Path(runs[i]['path']) / file).write_text(json.dumps(result, indent=1))
+def per_class(t, task, scores, mode, count):
+    """Rows of the table of classes: how many positives of how many known, and each arm's metrics."""
+    rows = []
+    for i, c in enumerate(t.parts[task]):
+        y = t.y[:, c]
+        rows.append(dict(data=t.ds.name, task=task, mode=mode, labels=count, label=t.ds.label_names[t.columns[c]], known=int(np.isfinite(y).sum()),
+                         positive='' if t.numbers[c] else int((y > 0).sum()),
+                         **{f'{n} {m}': f'{v[i]:.4f}' for n, s in scores.items() for m, v in s.per_class.items() if np.isfinite(v[i])}))
     return rows
+
+
+def draw_arms(scores, ranks, title, path):
+    """Every arm's point and interval, best on top, with its rank."""
+    order = sorted(scores, key=lambda n: (ranks[n], -scores[n].interval()[0]), reverse=True)
+    fig, ax = figure(figsize=(7, .34 * len(order) + 1.2), layout='constrained')
+    for i, name in enumerate(order):
+        mean, low, high = scores[name].interval()
+        ax.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt='o', capsize=3, color='C7' if 'random' in name or 'scratch' in name else 'C0')
+    ax.set_yticks(range(len(order)), [f'{n}  {ranks[n]}.' for n in order])
+    ax.set(xlabel=f'macro {scores[order[0]].main}', title=title)
+    ax.title.set_size(9)
+    fig.savefig(path, dpi=120)
 
 
 def draw_pca(arms, t, path):
     """First two principal components of the standardised embeddings, coloured by the two most frequent classes."""
     rows = t.rows()
-    common = np.argsort(-np.nansum(t.y[rows], 0))[:2]
-    fig, axes = figure(1, len(arms), figsize=(10, 4.6), layout='constrained')
-    for ax, (name, X) in zip(axes, arms):
+    common = np.argsort(-np.nansum(np.where(t.numbers, 0, t.raw[rows]), 0))[:2]
+    fig, axes = figure(1, len(arms), figsize=(5 * len(arms), 4.6), layout='constrained', squeeze=False)
+    for ax, (name, X) in zip(axes[0], arms):
         X = (X[rows] - X[rows].mean(0)) / (X[rows].std(0) + 1e-6)
         U, S, _ = np.linalg.svd(X, full_matrices=False)
         ax.scatter(*(U[:, :2] * S[:2]).T, s=4, color='#cccccc', label='others')
         for c, color in zip(common, ('C0', 'C3')):
-            ax.scatter(*(U[:, :2] * S[:2])[t.y[rows, c] > 0].T, s=6, color=color, label=t.ds.label_names[t.columns[c]])
+            ax.scatter(*(U[:, :2] * S[:2])[t.raw[rows, c] > 0].T, s=6, color=color, label=t.ds.label_names[t.columns[c]])
         share = S ** 2 / (S ** 2).sum()
         ax.set_title(f'{name}: {100 * share[:2].sum():.0f} % of variance, effective rank {np.exp(-(share * np.log(share + 1e-12)).sum()):.1f}', size=9)
         ax.legend(fontsize=7)
@@ -416,24 +882,283 @@ def draw_pca(arms, t, path):
 
 
 def draw_curve(rows, path):
-    """AUROC against the number of labels, one panel per dataset."""
-    sets = [d for d in dict.fromkeys(r['data'] for r in rows) if len({r['labels'] for r in rows if r['data'] == d}) > 1]
-    if not sets:
+    """The main metric against the number of labels, one panel per dataset, task and mode."""
+    key = lambda r: (r['data'], r['task'], r['mode'] if r['arm'] != 'from scratch' else None)
+    rows = [r for r in rows if r['metric'] in ('macro AUROC', 'macro MAE')]
+    panels = [k for k in dict.fromkeys(key(r) for r in rows) if k[2] and len({r['labels'] for r in rows if key(r) == k}) > 1]
+    if not panels:
         return
-    fig, axes = figure(1, len(sets), figsize=(5.5 * len(sets), 4), layout='constrained', squeeze=False)
-    for ax, data in zip(axes[0], sets):
-        for arm, color in zip(dict.fromkeys(r['arm'] for r in rows if r['data'] == data), ('C7', 'C1', 'C0') if rows[0]['arm'] == 'from scratch' else ('C1', 'C0', 'C7')):
-            mine = list({r['labels']: r for r in rows if r['data'] == data and r['arm'] == arm}.values())
-            x = [list(dict.fromkeys(r['labels'] for r in rows if r['data'] == data)).index(r['labels']) for r in mine]
-            y = np.array([[r['mean'], r['low'], r['high']] for r in mine])
-            if len(y):
-                ax.errorbar(x, y[:, 0], np.abs(y[:, 1:] - y[:, :1]).T, fmt='o-', capsize=3, color=color, label=arm)
-        ticks = list(dict.fromkeys(str(r['labels']) for r in rows if r['data'] == data))
-        ax.set_xticks(range(len(ticks)), ticks)
-        ax.set(xlabel='labelled records', ylabel='macro AUROC', title=f'{data}, {rows[-1]["mode"]}')
-        ax.legend()
+    fig, axes = figure(1, len(panels), figsize=(5.5 * len(panels), 4), layout='constrained', squeeze=False)
+    for ax, panel in zip(axes[0], panels):
+        mine = [r for r in rows if key(r) in (panel, (*panel[:2], None))]
+        ticks = list(dict.fromkeys(r['labels'] for r in mine))
+        for arm in dict.fromkeys(r['arm'] for r in mine):
+            found = list({r['labels']: r for r in mine if r['arm'] == arm}.values())
+            y = np.array([[r['mean'], r['low'], r['high']] for r in found])
+            ax.errorbar([ticks.index(r['labels']) for r in found], y[:, 0], np.abs(y[:, 1:] - y[:, :1]).T, fmt='o-', capsize=3, label=arm,
+                        color={'from scratch': 'C7', 'random encoder': 'C1', 'pretrained': 'C0'}.get(arm))
+        ax.set_xticks(range(len(ticks)), map(str, ticks))
+        ax.set(xlabel='labelled records', ylabel=mine[0]['metric'], title=f'{panel[0]}, {panel[1]}, {panel[2]}')
+        ax.legend(fontsize=7)
     fig.savefig(path, dpi=120)
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# analyses of runs on one dataset: robustness, label efficiency, similarity of representations, calibration, embeddings
+
+class Changed:
+    """A Dataset whose batches' signals go through `change` (B, 12, T) first."""
+
+    def __init__(self, ds, change):
+        self.ds, self.crops, self.change = ds, ds.crops, change
+
+    def collate(self, rows, starts, samples):
+        batch = self.ds.collate(rows, starts, samples)
+        return {**batch, 'x': self.change(batch['x'])}
+
+
+def noisy(snr):
+    """White noise at `snr` dB below the mean power of each crop, all leads together."""
+    random = torch.Generator().manual_seed(0)
+    return lambda x: x + torch.randn(x.shape, generator=random) * (x.var((1, 2), keepdim=True) / 10 ** (snr / 10)).sqrt()
+
+
+def without(*leads):
+    """Some of the 12 leads set to zero."""
+    def change(x):
+        x = x.clone()
+        x[:, list(leads)] = 0
+        return x
+    return change
+
+
+def swap_arms(x):
+    """Right and left arm electrodes exchanged: I changes its sign, II and III, aVR and aVL change places."""
+    return torch.cat([-x[:, :1], x[:, [2, 1, 4, 3]], x[:, 5:]], 1)
+
+
+def at_rate(fs, to):
+    """Through another sampling rate and back."""
+    def change(x):
+        there = scipy.signal.resample_poly(x.numpy(), to, fs, axis=2)
+        return torch.from_numpy(scipy.signal.resample_poly(there, fs, to, axis=2)[..., :x.shape[2]].copy()).float()
+    return change
+
+
+def robustness(families, t, a, out):
+    """Linear probes fitted on unchanged records, then asked about changed ones, about groups of patients, and about another cohort (--cohort) with the
+    same labels. Returns rows for the CSV file."""
+    arms = arms_of(families, 'linear', PROTOCOLS['quick'], None, False, False, t)
+    fs, task, rows = t.ds.contract.fs, t.names[0], []
+    changes = {f'noise at {s} dB': noisy(s) for s in (20, 10, 0)} | {'limb leads only': without(*range(6, 12)), 'lead I only': without(*range(1, 12)),
+                                                                     'arm electrodes swapped': swap_arms, 'through 100 Hz': at_rate(fs, 100)}
+    age, sex, columns = t.ds.age[t.test], t.ds.sex[t.test], t.parts[task]
+    groups_ = {'women': sex == 1, 'men': sex == 0, **{f'age {lo} to {hi - 1}': (age >= lo) & (age < hi) for lo, hi in ((0, 40), (40, 60), (60, 80), (80, 120))}}
+    print(f'\n{t.ds.name}, {task}: linear probes fitted on unchanged records\n{"arm":24s} {"condition":26s}      n  macro  95 % interval   minus unchanged')
+
+    def show(arm, condition, n, score, clean=None):
+        (mean, low, high), d = score.interval(), score.minus(clean) if clean else ()
+        print(f'{arm:24s} {condition:26s} {n:6,}  {mean:.3f}  [{low:.3f}, {high:.3f}]  ' + ('{:+.3f} [{:+.3f}, {:+.3f}]'.format(*d) if clean else ''))
+        rows.append(dict(data=t.ds.name, task=task, arm=arm, condition=condition, n=n, metric=f'macro {score.main}', mean=mean, low=low, high=high,
+                         minus_unchanged=' '.join(f'{v:.4f}' for v in d)))
+
+    score_of = lambda outputs, rows_=slice(None): Score([[o[rows_][:, columns]] for o in outputs], t.y[rows_][:, columns], t.patient[rows_], t.group[rows_],
+                                                        numbers=t.numbers[columns])
+    for arm in arms.values():
+        probes = [[linear_probe(t.embedding(e, arm.name), t.scaled(p), *p[:2], t.numbers)[0] for p in t.plans] for e in arm.encoders]
+
+        def outputs(change=None):
+            found = []
+            for e, predict in zip(arm.encoders, probes):
+                X = embed(e, Changed(t.ds, change), t.test, t.samples, t.device) if change else t.embedding(e)[t.test]
+                found.append(np.concatenate([f(X[t.group == i]) for i, f in enumerate(predict)]))
+            return found
+        plain = outputs()
+        clean = score_of(plain)
+        show(arm.name, 'unchanged', len(t.test), clean)
+        for condition, change in changes.items():
+            show(arm.name, condition, len(t.test), score_of(outputs(change)), clean)
+        for condition, mine in groups_.items():
+            y = t.y[mine][:, columns]
+            if mine.sum() >= 20 and np.isfinite(auroc(np.zeros(y.shape), y, t.group[mine])[0]).any() or (t.numbers[columns].all() and mine.any()):
+                show(arm.name, condition, int(mine.sum()), score_of(plain, mine))
+        for name in a.cohort:
+            other = Dataset(name)
+            at = [other.label_names.index(t.ds.label_names[t.columns[c]]) if t.ds.label_names[t.columns[c]] in other.label_names else None for c in columns]
+            common = [i for i, c in enumerate(at) if c is not None]
+            known = np.flatnonzero((other.length >= t.samples) & ~np.isin(other.patient, t.ds.patient))
+            if not common or other.contract.differs(t.ds.contract) or not len(known) or t.numbers.any():
+                raise Stop(f'--cohort {name}: a dataset of other patients, with the same contract and some of the same yes/no labels is needed')
+            y = np.array(other.labels[known][:, [at[i] for i in common]], float)
+            found = [[probe[-1](embed(e, other, known, t.samples, t.device))[:, [columns[i] for i in common]]] for e, probe in zip(arm.encoders, probes)]
+            show(arm.name, f'cohort {name}', len(known), Score(found, y, other.patient[known]))
+    return rows
+
+
+def one_per_patient(ds, rows, seed=42):
+    """One record of each patient, drawn by lot."""
+    rows = np.random.default_rng(seed).permutation(rows)
+    return np.sort(rows[np.unique(ds.patient[rows], return_index=True)[1]])
+
+
+def label_law(n, error):
+    """(C, a, L0) of error = C n^-a + L0, by least squares in relative error, 0 <= a <= 3 and 0 <= L0 <= the lowest error."""
+    n, error = np.asarray(n, float), np.asarray(error, float)
+    model = lambda v: v[0] * (n / n[0]) ** -v[1] + v[2]
+    starts = [scipy.optimize.least_squares(lambda v: model(v) / error - 1, (error[0] - f * error.min(), a, f * error.min()), bounds=((0, 0, 0), (np.inf, 3, error.min())))
+              for a in (.2, .5, 1.) for f in (.1, .5, .9)]
+    C, alpha, floor = min(starts, key=lambda r: r.cost).x
+    return C * n[0] ** alpha, alpha, floor
+
+
+def efficiency(families, t, a, out):
+    """1 to 1 / 128 of the labelled records, one per patient, stratified, linear probe: points, fitted laws and the share of labels with which a pretraining
+    reaches what its reference has with all of n. Returns rows for the CSV file."""
+    arms, rows = arms_of(families, 'linear', PROTOCOLS['quick'], None, False, False, t), []
+    task, (train, val, _) = t.names[0], t.plans[-1]
+    train, val = one_per_patient(t.ds, train), one_per_patient(t.ds, val)
+    y, test = t.scaled(t.plans[-1]), t.group == len(t.plans) - 1
+    columns, found = t.parts[task], {name: [] for name in arms}
+    print(f'\n{t.ds.name}, {task}: {len(train) + len(val):,} labelled records, one per patient, halved seven times, {a.draws} stratified draws')
+    for k in range(8):
+        draws = [(train, val)] if k == 0 else []
+        for d in range(a.draws if k else 0):
+            mine = [part[stratify(np.nan_to_num(t.raw[part]) > 0, folds=2 ** k, seed=d) == 0] for part in (train, val)]
+            draws.append(mine)
+        n = round(np.mean([len(p) + len(q) for p, q in draws]))
+        if n < 10 or min(len(q) for _, q in draws) < 2:
+            break
+        for name, arm in arms.items():
+            outputs = [[linear_probe(t.embedding(e, name), y, p, q, t.numbers)[0](t.embedding(e)[t.plans[-1][2]])[:, columns] for p, q in draws] for e in arm.encoders]
+            score = Score(outputs, t.y[test][:, columns], t.patient[test], numbers=t.numbers[columns])
+            found[name].append((n, score))
+            mean, low, high = score.interval()
+            print(f'{n:8,d}  {name:24s} {mean:.3f} [{low:.3f}, {high:.3f}]')
+            rows.append(dict(data=t.ds.name, task=task, arm=name, labels=n, metric=f'macro {score.main}', mean=mean, low=low, high=high))
+    fig, ax = figure(figsize=(6, 4.2), layout='constrained')
+    laws = {}
+    for i, (name, points) in enumerate(found.items()):
+        n, error = np.array([p[0] for p in points], float), np.array([1 - p[1].interval()[0] if p[1].main == 'AUROC' else p[1].interval()[0] for p in points])
+        ax.loglog(n, error, 'o', color=f'C{i}', label=name)
+        if len(n) >= 5:
+            C, alpha, floor = laws[name] = label_law(n, error)
+            ax.loglog(n, C * n ** -alpha + floor, color=f'C{i}')
+            print(f'  {name}: error = {C:.3g} n^-{alpha:.2f} + {floor:.3f}' + (' (an exponent or floor at its bound: not identified)' if alpha < 1e-3 or floor < 1e-6 or
+                                                                              floor > .999 * error.min() else ''))
+        if laws.get(arms[name].reference) and name in laws:
+            C, alpha, floor = laws[name]
+            reached = [(m, ((e - floor) / C) ** (-1 / max(alpha, 1e-9)) / m) for m, e in zip(n, (laws[arms[name].reference][0] * n ** -laws[arms[name].reference][1]
+                                                                                       + laws[arms[name].reference][2])) if e > floor]
+            print(f'  {name} reaches its reference\'s error with this share of its labels: ' + ', '.join(f'{r:.2f} (of {m:.0f})' for m, r in reached if np.isfinite(r)))
+    ax.set(xlabel='labelled records', ylabel='1 - macro AUROC' if not t.numbers.all() else 'macro MAE', title=f'{t.ds.name}, {task}')
+    ax.legend(fontsize=7)
+    fig.savefig(out / f'efficiency_{slug(t.ds.name, task)}.png', dpi=120)
+    return rows
+
+
+def hsic(K, L):
+    """Unbiased HSIC (Song et al. 2012) of two Gram matrices (n, n)."""
+    n, K, L = len(K), K - np.diag(np.diag(K)), L - np.diag(np.diag(L))
+    return ((K * L).sum() + K.sum() * L.sum() / (n - 1) / (n - 2) - 2 / (n - 2) * K.sum(0) @ L.sum(0)) / n / (n - 3)
+
+
+def cka(X, Y, debiased=True):
+    """Linear centred kernel alignment (Kornblith et al. 2019) of X (n, p) and Y (n, q), the same records in rows: 1 where one is the other
+    up to rotation and scale. Debiased (Nguyen et al. 2021) it is near 0, and may be below, for unrelated ones at any width; n >= 4."""
+    if debiased:
+        K, L = X @ X.T, Y @ Y.T
+        return hsic(K, L) / math.sqrt(hsic(K, K) * hsic(L, L))
+    X, Y = X - X.mean(0), Y - Y.mean(0)
+    return ((X.T @ Y) ** 2).sum() / np.linalg.norm(X.T @ X) / np.linalg.norm(Y.T @ Y)
+
+
+def layer_features(encoder, ds, rows, samples, device):
+    """Mean over tokens of every stage on the records' first crops: [(len(rows), width)], the stem's tokens first."""
+    def stages(batch):
+        z, pad = encoder.tokens(batch)
+        layers = []
+        encoder.backbone(z, pad, layers)
+        pooled = [pool(x, pad if pad is None or pad.shape[1] == x.shape[1] else None) for x in (z, *(output for _, output in layers))]
+        widths[:] = [p.shape[1] for p in pooled]
+        return torch.cat(pooled, 1)
+    encoder, widths = encoder.to(device).eval(), []
+    return np.split(per_record(stages, ds, rows, samples, device, 'layers', first=True), np.cumsum(widths)[:-1], 1)
+
+
+def similarity(families, t, a, out):
+    """Debiased CKA of every pair of layers of the arms' encoders on up to 512 test records, with a figure. Returns rows for the CSV file."""
+    arms = arms_of(families, 'linear', PROTOCOLS['quick'], None, False, False, t)
+    rows = t.test[:512]
+    if len(rows) < 4:
+        raise Stop(f'CKA needs 4 test records or more; {t.ds.name} has {len(rows)}')
+    stages = {}
+    for name, arm in arms.items():
+        for i, e in enumerate(arm.encoders[:2]):                 # two seeds: how alike they are is the ceiling
+            for l, X in enumerate(layer_features(e, t.ds, rows, t.samples, t.device)):
+                stages[f'{name}, {i}', f'layer {l}' if l else 'stem'] = X
+    table = np.array([[cka(X, Y) for Y in stages.values()] for X in stages.values()])
+    fig, ax = figure(figsize=(1.5 + .22 * len(table), 1.2 + .22 * len(table)), layout='constrained')
+    image = ax.imshow(table, vmin=0, vmax=1, cmap='magma')
+    ticks = [f'{m} {l}' for m, l in stages]
+    ax.set_xticks(range(len(ticks)), ticks, rotation=90, fontsize=6), ax.set_yticks(range(len(ticks)), ticks, fontsize=6)
+    fig.colorbar(image, shrink=.6, label=f'CKA, {len(rows)} records')
+    fig.savefig(out / f'cka_{slug(t.ds.name)}.png', dpi=120)
+    print(f'\n{t.ds.name}: debiased CKA of last layers on {len(rows)} records')
+    last = {}
+    for i, (model, _) in enumerate(stages):
+        last[model] = i
+    for (m, i), (n, j) in itertools.combinations(last.items(), 2):
+        print(f'  {m} and {n}: {table[i, j]:.3f}')
+    return [dict(data=t.ds.name, n=len(rows), model=m, layer=l, other=n, other_layer=k, cka=table[i, j])
+            for i, (m, l) in enumerate(stages) for j, (n, k) in enumerate(stages) if i < j]
+
+
+def calibration(families, t, a, out):
+    """Reliability and ROC curves of linear probes, all classes pooled, with the expected calibration error. Returns rows for the CSV file."""
+    arms, rows = arms_of(families, 'linear', PROTOCOLS['quick'], None, False, False, t), []
+    fig, axes = figure(1, 2, figsize=(10, 4.4), layout='constrained')
+    columns = [c for c in t.parts[t.names[0]] if not t.numbers[c]]
+    known = np.isfinite(t.y[:, columns])
+    if not columns:
+        raise Stop('calibration is of yes/no labels')
+    for i, (name, arm) in enumerate(arms.items()):
+        p = np.mean([scipy.special.expit(t.output(e, arm, 'all', s, 0)[0]) for s, e in enumerate(arm.encoders)], 0)[:, columns][known]
+        y = t.y[:, columns][known] > 0
+        bins = np.minimum((p * 10).astype(int), 9)
+        count, says, is_ = (np.bincount(bins, w, 10) for w in (np.ones_like(p), p, y.astype(float)))
+        error = np.abs(says - is_).sum() / len(p)
+        there = count > 0
+        axes[0].plot(says[there] / count[there], is_[there] / count[there], 'o-', color=f'C{i}', label=f'{name}, expected calibration error {error:.3f}')
+        order = np.argsort(-p)
+        axes[1].plot(np.cumsum(~y[order]) / (~y).sum(), np.cumsum(y[order]) / y.sum(), color=f'C{i}', label=name)
+        rows.append(dict(data=t.ds.name, task=t.names[0], arm=name, n=len(t.test), expected_calibration_error=error, brier=float(((p - y) ** 2).mean())))
+        print(f'  {name}: expected calibration error {error:.3f}, Brier {rows[-1]["brier"]:.4f}')
+    axes[0].plot([0, 1], [0, 1], ':', color='C7'), axes[0].set(xlabel='predicted probability', ylabel='share of positives', title=f'{t.ds.name}, {t.names[0]}')
+    axes[1].plot([0, 1], [0, 1], ':', color='C7'), axes[1].set(xlabel='false positive rate', ylabel='true positive rate', title='all labels pooled')
+    for ax in axes:
+        ax.legend(fontsize=7)
+    fig.savefig(out / f'calibration_{slug(t.ds.name, t.names[0])}.png', dpi=120)
+    return rows
+
+
+def embeddings(families, t, a, out):
+    """Mean-pooled embeddings of every record that the task knows to embeddings_*.npz: X (n, D), id, patient, fold, y, label names."""
+    rows = t.rows()
+    for runs in families.values():
+        for r in runs:
+            file = Path(r['path'], f'embeddings_{slug(t.ds.name)}.npz')
+            X = embed(r['net'], t.ds, rows, t.samples, t.device).astype(np.float32)
+            np.savez(file, X=X, id=t.ds.id[rows], patient=t.ds.patient[rows], fold=t.ds.fold[rows], y=t.raw[rows].astype(np.float32),
+                     labels=np.array([t.ds.label_names[c] for c in t.columns]))
+            print(f'{file}: {X.shape[0]:,} x {X.shape[1]}')
+    return []
+
+
+ANALYSES = {'robustness': robustness, 'efficiency': efficiency, 'cka': similarity, 'calibration': calibration, 'embeddings': embeddings}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
 
 def open_run(path):
     """The checkpoint of a run folder, with its path and hash. Prints what was loaded."""
@@ -445,23 +1170,32 @@ def open_run(path):
         raise Stop(str(e))
     try:
         c |= dict(path=str(path), hash=hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest(), patients=set(c['patients']))
-        encoder = load_encoder(c)
+        c['net'] = load_encoder(c)
     except (RuntimeError, KeyError, TypeError) as e:
         raise Stop(f'{file} is no checkpoint of train.py, or of another version of it: {" ".join(str(e).split())[:200]}')
     if c['step'] < c['args']['steps']:
         print(f'{file} is of an unfinished run, {c["step"]} of {c["args"]["steps"]} steps: go on with python train.py --resume --out {path}')
     print(f'{file}: the {c["objective"]} student after {c["step"]:,} steps on {c["data"]}, seed {c["seed"]}, '
-          f'{sum(p.numel() for p in encoder.parameters()):,} parameters in {len(c["encoder"])} tensors, all matched')
+          f'{sum(p.numel() for p in c["net"].parameters()):,} parameters in {len(c["encoder"])} tensors, all matched')
     return c
 
 
-def alike(runs):
-    """Stops unless the runs differ in nothing but their seeds, since they are averaged."""
-    free = ('seed', 'log_every', 'save_every', 'probe_every', 'probe_records', 'tokenizer')
-    unlike = [k for k in (runs[0]['args'] if runs else ()) if k not in free and len({str(r['args'].get(k)) for r in runs}) > 1]
-    if unlike or len({r['step'] for r in runs}) > 1 or len({r['seed'] for r in runs}) < len(runs):
-        raise Stop('several runs are averaged, so they must be alike but for their seeds; these '
-                   + (f'differ in {", ".join(unlike)}' if unlike else 'share a seed, or are not equally far') + ': evaluate them one by one')
+def show_tasks():
+    """Every task of the papers, whether its data is prepared, the command that prepares it; then what else is prepared."""
+    metas = {}
+    for file in sorted(Path('datasets').glob('[!.]*/meta.json')):
+        try:
+            metas[file.parent.name] = json.loads(file.read_text())
+            metas[file.parent.name]['tasks'], metas[file.parent.name]['records']
+        except (ValueError, KeyError, TypeError):
+            metas.pop(file.parent.name, None)
+            print(f'datasets/{file.parent.name}: damaged, prepare it again')
+    print('task                  labels  scored by  data')
+    for name, task in TASKS.items():
+        state = f'{metas[task.data]["records"]:,} records in datasets/{task.data}' if task.data in metas else f'not prepared: {task.prepare}'
+        print(f'{name:21s} {task.classes or "":>6}  {task.metric:9s}  {state}')
+    for name, m in metas.items():
+        print(f'datasets/{name}: {m["records"]:,} records; label sets ' + ', '.join(f'{t} ({len(c)})' for t, c in m['tasks'].items()))
 
 
 def labels(text):
@@ -474,59 +1208,126 @@ def labels(text):
     return int(value) if value > 1 else value
 
 
+def jobs_of(a):
+    """(dataset, tasks that share one training on it) of everything that was asked for."""
+    out = {}
+    for name in a.task or [None]:
+        target = TASKS.get(name)
+        for data in a.data or ([target.data] if target else ['synthetic', 'sample'] if not a.task else []):
+            out.setdefault((data, (target.trained, target.least, target.folds) if target else name), []).append(name)
+    if not out:
+        raise Stop(f'--task {" ".join(a.task)} is no task of the papers (see --list): name the dataset that has it with --data')
+    return [(data, [n for n in names if n]) for (data, _), names in out.items()]
+
+
+def write_csv(path, rows):
+    """Rows, whose keys may differ, under the union of their keys."""
+    with open(path, 'w', newline='') as f:
+        writer = csv.DictWriter(f, list(dict.fromkeys(k for r in rows for k in r)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_markdown(path, rows, pairs):
+    """The table of arms, and of their differences, as markdown."""
+    lines = ['| data, task | mode | labels | arm | metric | value | minus reference |', '|---|---|---|---|---|---|---|']
+    for r in {(r['data'], r['task'], r['mode'], r['labels'], r['arm'], r['metric']): r for r in rows}.values():
+        d = ['{:+.3f}'.format(float(v)) for v in r['minus_reference'].split()]
+        lines.append(f'| {r["data"]}, {r["task"]} | {r["mode"]} | {r["labels"]} | {r["arm"]} | {r["metric"]} | {r["mean"]:.3f} [{r["low"]:.3f}, {r["high"]:.3f}] | '
+                     + (f'{d[0]} [{d[1]}, {d[2]}]' if d else '') + ' |')
+    if pairs:
+        lines += ['', '| data, task | mode | labels | a | b | a - b | p, Holm | a is |', '|---|---|---|---|---|---|---|---|']
+        lines += [f'| {r["data"]}, {r["task"]} | {r["mode"]} | {r["labels"]} | {r["a"]} | {r["b"]} | {r["difference"]:+.3f} [{r["low"]:+.3f}, {r["high"]:+.3f}] | '
+                  f'{r["p_holm"]:.3f} | {r["verdict"]} |' for r in pairs]
+    Path(path).write_text('\n'.join(lines) + '\n')
+
+
+def parse(argv=None):
+    """The arguments, checked."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('runs', nargs='*', help='run folders (default: the newest in out/); those alike but for seeds are averaged, others compared')
+    p.add_argument('--data', nargs='+', help='prepared datasets (default: the task\'s, else synthetic and sample)')
+    p.add_argument('--task', nargs='+', help='tasks of the papers (--list) or label sets of the data (default: the first of findings, super, snomed, dx2020, label)')
+    p.add_argument('--mode', nargs='+', choices=['linear', 'frozen', 'finetune', 'scratch', 'knn', 'prototypes'], default=['linear'])
+    p.add_argument('--protocol', choices=list(PROTOCOLS), default='quick', help='released: 100 epochs of random crops as in 2605.12241; sc: the probe of 2605.17276')
+    p.add_argument('--labels', nargs='+', type=labels, help='numbers of labelled records, or fractions up to 1 '
+                   '(default: 100 300 1000 all for a linear probe on synthetic data, else all)')
+    p.add_argument('--draws', type=int, default=3, help='draws of few labels')
+    p.add_argument('--analyse', nargs='+', choices=list(ANALYSES), default=[], help='in place of the table')
+    p.add_argument('--cohort', nargs='+', default=[], help='robustness: datasets to ask the fitted probes about')
+    p.add_argument('--list', action='store_true', help='show all tasks and the prepared datasets')
+    p.add_argument('--device')
+    g = p.add_argument_group('training, where the protocol shall not decide')
+    g.add_argument('--epochs', type=int, help='quick: 20 of frozen, 3 of finetune; scratch takes twice as many')
+    g.add_argument('--batch', type=int)
+    g.add_argument('--lr', type=float, help='of the head')
+    g.add_argument('--scratch', action=argparse.BooleanOptionalAction, help='train from scratch too (default: on synthetic data with one pretraining, and beside finetune)')
+    g = p.add_argument_group('post-training (2509.12991), parts of --mode finetune')
+    g.add_argument('--preview', action='store_true', default=None, help='the head starts as the linear probe')
+    g.add_argument('--drop-path', type=float, help='stochastic depth, growing to this at the last block')
+    g.add_argument('--dropout', type=float)
+    g.add_argument('--layer-decay', type=float, help='rate of each layer below the head, as a multiple of the one above')
+    g.add_argument('--ablate', action='store_true', help='plain fine-tuning, each part alone (' + ', '.join(f'{k} {v}' for k, v in POST.items()) + '), all of them')
+    g = p.add_argument_group('statistics')
+    g.add_argument('--bootstrap', choices=['patients', 'bayesian'], default='patients', help='bayesian: no rare class ever vanishes from a resample')
+    g.add_argument('--benchmark-convention', action='store_true', help='a class without positives counts, as .5')
+    g.add_argument('--margin', type=float, default=.005, help='difference that would not matter: within it two arms are equivalent')
+    g.add_argument('--allow', nargs='+', choices=['overlap', 'contract'], default=[], help='go on although test patients were pretrained on, or under another contract')
+    a = p.parse_args(argv)
+    for name, low, high in (('draws', 1, 1000), ('epochs', 1, 10000), ('batch', 1, 65536), ('lr', 1e-9, 10), ('drop_path', 0, .99), ('dropout', 0, .99),
+                            ('layer_decay', .01, 1), ('margin', 0, 1)):
+        if getattr(a, name) is not None and not low <= getattr(a, name) <= high:
+            raise Stop(f'--{name.replace("_", "-")} must lie between {low:g} and {high:g}')
+    if a.ablate and a.mode != ['finetune']:
+        raise Stop('--ablate takes fine-tuning apart: add --mode finetune')
+    if 'finetune' not in a.mode and any(v is not None for v in (a.preview, a.drop_path, a.dropout, a.layer_decay)):
+        raise Stop('--preview, --drop-path, --dropout and --layer-decay belong to --mode finetune')
+    if a.cohort and 'robustness' not in a.analyse:
+        raise Stop('--cohort belongs to --analyse robustness')
+    return a
+
+
 def main(argv=None):
     """The command line: see the top of the file."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('runs', nargs='*', help='run folders (default: the newest in out/)')
-    p.add_argument('--against', nargs='+', default=[], metavar='RUN', help='as many run folders to compare with, seed by seed, in place of random encoders')
-    p.add_argument('--data', nargs='+', default=['synthetic', 'sample'], help='prepared datasets')
-    p.add_argument('--task', help='label set to predict (default: the first of findings, super, snomed, dx2020, label)')
-    p.add_argument('--mode', choices=['linear', 'frozen', 'finetune', 'scratch'], default='linear')
-    p.add_argument('--labels', nargs='+', type=labels, help='numbers of labelled records, or fractions up to 1 '
-                   '(default: 100 300 1000 all on synthetic data, else all)')
-    p.add_argument('--draws', type=int, default=3, help='draws of few labels')
-    p.add_argument('--epochs', type=int, default=3, help='of frozen and finetune; scratch takes twice as many')
-    p.add_argument('--scratch', action=argparse.BooleanOptionalAction, help='train from scratch too (default: on synthetic data, unless --against)')
-    p.add_argument('--device')
-    p.add_argument('--list', action='store_true', help='show prepared datasets and their tasks')
-    a = p.parse_args(argv)
+    a = parse(argv)
     if a.list:
-        for meta in sorted(Path('datasets').glob('[!.]*/meta.json')):
-            try:
-                m = json.loads(meta.read_text())
-                print(f'{meta.parent.name}: {m["records"]:,} records; ' + ', '.join(f'{t} ({len(c)})' for t, c in m['tasks'].items()))
-            except (ValueError, KeyError, TypeError):
-                print(f'{meta.parent.name}: damaged, prepare it again')
-        return
+        return show_tasks()
     found = [f for f in sorted(Path('out').glob('*/ckpt.pt'), key=lambda f: f.stat().st_mtime) if a.runs or load(f).get('step')]
     if not a.runs and not found:
         raise Stop('no run in out/: pretrain one with python train.py')
-    if a.draws < 1 or a.epochs < 1:
-        raise Stop('--draws and --epochs must be 1 or more')
     runs = [open_run(r) for r in a.runs or [found[-1].parent]]
-    against = [open_run(r) for r in a.against]
-    alike(runs), alike(against)
-    if against and (len(against) != len(runs) or against[0]['contract'] != runs[0]['contract']):
-        raise Stop('--against needs as many runs as are evaluated, with the same contract and window')
-    out, rows, device = Path(runs[0]['path']), [], pick_device(a.device)
-    for data in a.data:
-        made = data.startswith('synthetic')
-        counts = a.labels or ([100, 300, 1000, 'all'] if made and a.mode == 'linear' else ['all'])
-        rows += evaluate_task(runs, against, data, a.task, a.mode, counts, a.draws, a.epochs, made and not against if a.scratch is None else a.scratch, out, device)
+    families, device, out = grouped(runs), pick_device(a.device), Path(runs[0]['path'])
+    wished, rows, classes, pairs = a.scratch, [], [], []
+    for data, names in jobs_of(a):
+        t, made = Task(data, names, runs, device, a.allow, .5 if a.benchmark_convention else None), data.startswith('synthetic')
+        for analysis in a.analyse:
+            found = ANALYSES[analysis](families, t, a, out)
+            if found:
+                write_csv(out / f'{analysis}_{slug(data, *t.names)}.csv', found)
+        for mode in a.mode if not a.analyse else ():
+            a.scratch = (mode == 'finetune' and not a.ablate) or (made and len(families) == 1 and not a.ablate and mode in ('linear', 'frozen')) if wished is None else wished
+            counts = a.labels or ([100, 300, 1000, 'all'] if made and mode == 'linear' and len(families) == 1 else ['all'])
+            for kept, new in zip((rows, classes, pairs), evaluate_task(families, t, mode, counts, a, out)):
+                kept += new
+    if a.analyse:
+        return print(f'\ntables and figures are in {out}/: {", ".join(sorted(f.name for n in a.analyse for f in out.glob(f"{n}_*")))}')
     if not rows:
         raise Stop('nothing was scored')
-    name = [d.replace(',', '+') for d in a.data] if a.data != ['synthetic', 'sample'] else []
-    name = '_'.join([*name, *([a.task] if a.task else []), a.mode, *(f'against_{Path(r["path"]).name}' for r in against[:1])])
-    with open(out / f'results_{name}.csv', 'w', newline='') as f:
-        writer = csv.DictWriter(f, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    name = [*(a.data or []), *(a.task or []), *a.mode, *(['ablation'] if a.ablate else []), *([a.protocol] if a.protocol != 'quick' else []),
+            *(['against'] + [Path(g[0]['path']).name for g in list(families.values())[1:4]] if len(families) > 1 else [])]
+    name = slug(*name)
+    write_csv(out / f'results_{name}.csv', rows)
+    write_csv(out / f'classes_{name}.csv', classes)
+    write_markdown(out / f'results_{name}.md', rows, pairs)
+    if pairs:
+        write_csv(out / f'pairs_{name}.csv', pairs)
     draw_curve(rows, out / ('labels.png' if name == 'linear' else f'labels_{name}.png'))
-    print(f'\ntables and figures are in {out}/: {", ".join(sorted(f.name for f in out.glob("*.png")))}, results_{name}.csv, results_*.json')
+    print(f'\ntables and figures are in {out}/: {", ".join(sorted(f.name for f in out.glob("*.png")))}, results_{name}.csv and .md, classes_{name}.csv'
+          + (f', pairs_{name}.csv' if pairs else '') + ', results_*.json')
 
 
 if __name__ == '__main__':
     try:
         main()
     except KeyboardInterrupt:
-        raise Stop('stopped')
+        raise Stop('stopped; what was finished is kept in out/scores, so the same command goes on from there')

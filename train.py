@@ -150,8 +150,7 @@ def online_probe(encoder, ds, samples, device, most):
     if not y.shape[1]:
         return math.nan
     X, at = embed(encoder, ds, rows, samples, device, 'probe', first=True), np.arange(len(rows))
-    scores = linear_probe(X, y, at[:n * 4 // 5], at[n * 4 // 5:n], at[n:])
-    table = auroc(scores, y[n:])
+    table = auroc(linear_probe(X, y, at[:n * 4 // 5], at[n * 4 // 5:n])[0](X[at[n:]]), y[n:])
     return float(macro(table)[0]) if np.isfinite(table).any() else math.nan
 
 
@@ -248,7 +247,7 @@ def train(a, out, checkpoint=None):
         raise Stop(f'no training record of {a.data} lasts {a.window} s: prepare longer ones or lower --window')
     if a.backbone == 'beat' and not ds.peak_count[rows].any():
         raise Stop(f'{a.data} has no R-peaks: prepare it without --no-peaks')
-    columns, tokenizer, patients = [], None, {str(p) for p in ds.patient[rows]}
+    columns, tokenizer, patients = [], None, {str(p) for p in [*ds.patient[rows], *ds.id[rows]]}
     if a.objective == 'supervised':
         a.task = a.task or first_task(ds)
         columns = ds.columns(a.task)

@@ -145,7 +145,7 @@ def test_released_rates_and_input(here):
     assert [float(r['lr']) for r in rows(here / 'out/released/log.csv')] == [3e-3, 3e-3]
 
 
-real = objectives.JEPA.forward
+
 
 
 def test_teacher_copies_statistics_that_have_seen_data(here):
