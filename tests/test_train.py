@@ -138,14 +138,12 @@ def test_released_rates_and_input(here):
     assert any(p is objective.hidden for p in groups[1]['params'])
     seen = []
     with pytest.MonkeyPatch.context() as patch:
+        real = objectives.JEPA.forward
         patch.setattr(objectives.JEPA, 'forward', lambda self, batch: (seen.append(batch['x']), real(self, batch))[1])
         train.main('--objective jepa --as_released lr,norm --steps 2 --batch 4 --log-every 1 --probe-every 0 --out out/released'.split())
     x = data.Dataset('synthetic').batch(data.Dataset('synthetic').split()[0], 600, 4, 0, 0)['x']
     assert torch.equal(seen[0], objectives.released_input(x))
     assert [float(r['lr']) for r in rows(here / 'out/released/log.csv')] == [3e-3, 3e-3]
-
-
-
 
 
 def test_teacher_copies_statistics_that_have_seen_data(here):
