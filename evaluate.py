@@ -254,12 +254,15 @@ class Tokens:
         encoder, self.crops, self.length, self.samples = encoder.to(device).eval(), ds.crops, ds.length, samples
         owner, start = ds.crops(rows, samples)
         self.at, self.file, self.h, self.count = dict(zip(zip(owner.tolist(), start.tolist()), range(len(owner)))), tempfile.TemporaryFile(), None, None
+        self.mean = np.zeros((len(ds), encoder.dim))             # what `embed` gives
         size = max(1, 128 * 600 // samples)
         for i in tqdm(range(0, len(owner), size), desc='tokens', leave=False, disable=None):
             with torch.no_grad(), precision(device):
                 h, pad = encoder(to_device(ds.collate(owner[i:i + size], start[i:i + size], samples), device))
+                mean = pool(h, pad)
+                np.add.at(self.mean, owner[i:i + size], mean.double().cpu().numpy() / (ds.length[owner[i:i + size]] // samples)[:, None])
                 if pooled:
-                    h, pad = pool(h, pad)[:, None], None
+                    h, pad = mean[:, None], None
             if self.h is None:
                 longest = h.shape[1] if pad is None else 1 + 12 * encoder.stem.most          # beats: as many as there is room for
                 self.h = np.memmap(self.file, dtype, 'w+', shape=(len(owner), longest, h.shape[2]))
@@ -667,6 +670,7 @@ class Task:
         if self.tokens[0] != (id(encoder), mode):
             self.tokens = None, None                             # the old file goes before the new one comes
             self.tokens = (id(encoder), mode), self.timed(lambda: Tokens(encoder, self.ds, self.rows(), self.samples, self.device, mode == 'linear'), self.rows())
+            self.embeddings.setdefault(id(encoder), (encoder, self.tokens[1].mean))
         return self.tokens[1]
 
     def fitted(self, encoder, plan, arm, count='all', seed=0, draw=0):
@@ -1304,7 +1308,7 @@ def main(argv=None):
             found = ANALYSES[analysis](families, t, a, out)
             if found:
                 write_csv(out / f'{analysis}_{slug(data, *t.names)}.csv', found)
-        for mode in a.mode if not a.analyse else ():
+        for mode in sorted(a.mode, key='frozen'.__ne__) if not a.analyse else ():            # its pass over the data serves the others
             a.scratch = (mode == 'finetune' and not a.ablate) or (made and len(families) == 1 and not a.ablate and mode in ('linear', 'frozen')) if wished is None else wished
             counts = a.labels or ([100, 300, 1000, 'all'] if made and mode == 'linear' and len(families) == 1 else ['all'])
             for kept, new in zip((rows, classes, pairs), evaluate_task(families, t, mode, counts, a, out)):
