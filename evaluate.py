@@ -561,6 +561,18 @@ def digest(*things):
 SOURCE = digest(*(np.frombuffer((Path(__file__).parent / f).read_bytes(), np.uint8) for f in ('data.py', 'models.py', 'evaluate.py')))
 
 
+def shape(run):
+    """What runs share whose random encoders are the same."""
+    return json.dumps([run['config'], run['net'].crop], sort_keys=True)
+
+
+def fresh(run):
+    """A new encoder of a run's shape, with its crop."""
+    encoder = Encoder(Config(**run['config']))
+    encoder.crop = run['net'].crop
+    return encoder
+
+
 @dataclass
 class Arm:
     """What is scored: encoders, one per pretraining seed, and what is done with them. reference: the arm it is compared with."""
@@ -582,19 +594,18 @@ class Task:
         self.ds, self.device, self.empty = Dataset(data), device, empty
         self.names = names or [first_task(self.ds)]
         trained = target.trained if target else self.names[0]
-        columns, contract = self.ds.columns(trained), Contract.read(runs[0]['contract'])
+        columns = self.ds.columns(trained)
         for r in runs:
             if (differs := Contract.read(r['contract']).differs(self.ds.contract)) and 'contract' not in allow:
                 raise Stop(f'{r["path"]} was trained under another contract than datasets/{data} ({differs}): prepare the data with '
                            f'--fs {r["contract"]["fs"]} --filter {r["contract"]["filter"]} --norm {r["contract"]["norm"]}, or --allow contract')
-        self.samples = round(contract.window * contract.fs)
         y = np.array(self.ds.labels[:, columns])
         self.numbers = (np.isfinite(y) & ~np.isin(y, (0, 1))).any(0)
         common = self.numbers | ((y > 0).sum(0) >= (target.least if target else 1))
         columns, y, self.numbers = [c for c, keep in zip(columns, common) if keep], y[:, common], self.numbers[common]
         if not columns:
             raise Stop(f'{data}, task {self.names[0]}: no label is positive in {target.least if target else 1} of its {len(self.ds):,} records, as its rule asks')
-        rows = np.flatnonzero((self.ds.length >= self.samples) & np.isfinite(y).any(1))
+        rows = np.flatnonzero((self.ds.length >= max(r['net'].crop for r in runs)) & np.isfinite(y).any(1))           # the same for all
         seen = set().union(*(r['patients'] for r in runs))
         self.plans, self.folded = plans(self.ds, rows, seen, target and target.folds, 'overlap' in allow)
         self.test = np.concatenate([p[2] for p in self.plans])
@@ -628,13 +639,13 @@ class Task:
     def random_encoders(self, run, count):
         """`count` fresh encoders of a run's shape whose BatchNorm has seen eight batches: of the training records that the run was
         pretrained on where they are prepared, else of this dataset's."""
-        made = self.fresh.setdefault(json.dumps(run['config'], sort_keys=True), [])
+        made, samples = self.fresh.setdefault(shape(run), []), run['net'].crop
         ds = Dataset(run['data']) if all(Path('datasets', name).is_dir() for name in run['data'].split(',')) else self.ds
         rows = ds.split()[0]
-        rows = rows[ds.length[rows] >= self.samples]
+        rows = rows[ds.length[rows] >= samples]
         for i in range(len(made), count):
             torch.manual_seed(10_000 + i)
-            made.append(see_data(Encoder(Config(**run['config'])), (ds.batch(rows, self.samples, min(64, len(rows)), i, s) for s in range(8))))
+            made.append(see_data(fresh(run), (ds.batch(rows, samples, min(64, len(rows)), i, s) for s in range(8))))
         return made[:count]
 
     def scaled(self, plan):
@@ -659,7 +670,7 @@ class Task:
         """Embeddings of all rows that any plan needs, once per encoder: (len(ds), D)."""
         if id(encoder) not in self.embeddings:
             rows, X = self.rows(), np.zeros((len(self.ds), encoder.dim))
-            X[rows] = self.timed(lambda: embed(encoder, self.ds, rows, self.samples, self.device, name), rows)
+            X[rows] = self.timed(lambda: embed(encoder, self.ds, rows, encoder.crop, self.device, name), rows)
             self.embeddings[id(encoder)] = encoder, X
         return self.embeddings[id(encoder)][1]
 
@@ -669,7 +680,7 @@ class Task:
             return self.ds
         if self.tokens[0] != (id(encoder), mode):
             self.tokens = None, None                             # the old file goes before the new one comes
-            self.tokens = (id(encoder), mode), self.timed(lambda: Tokens(encoder, self.ds, self.rows(), self.samples, self.device, mode == 'linear'), self.rows())
+            self.tokens = (id(encoder), mode), self.timed(lambda: Tokens(encoder, self.ds, self.rows(), encoder.crop, self.device, mode == 'linear'), self.rows())
             self.embeddings.setdefault(id(encoder), (encoder, self.tokens[1].mean))
         return self.tokens[1]
 
@@ -688,11 +699,11 @@ class Task:
             bias = predict(np.zeros((1, encoder.dim)))
             start = np.r_[predict(np.eye(encoder.dim)) - bias, bias]
         source = self.source(encoder, arm.mode, arm.recipe)
-        return *fit(encoder, source, y, train, val, plan[2], self.samples, arm.mode, arm.recipe, self.device, 1000 * seed + draw, self.numbers, arm.epochs, start), val
+        return *fit(encoder, source, y, train, val, plan[2], encoder.crop, arm.mode, arm.recipe, self.device, 1000 * seed + draw, self.numbers, arm.epochs, start), val
 
     def output(self, encoder, arm, count, seed, draw):
         """Scores and margins (n, K) on the test records of all plans, from out/scores where they are known."""
-        how = [SOURCE, self.ds.hash, self.columns, arm.mode, dataclasses.asdict(arm.recipe), arm.epochs, count, seed, draw, self.samples, encoder.config.__dict__]
+        how = [SOURCE, self.ds.hash, self.columns, arm.mode, dataclasses.asdict(arm.recipe), arm.epochs, count, seed, draw, encoder.crop, encoder.config.__dict__]
         file = Path('out/scores', digest(how, *encoder.state_dict().values(), *itertools.chain(*self.plans)) + '.npz')
         if file.exists():
             return tuple(np.load(file)[k] for k in ('scores', 'margins'))
@@ -745,12 +756,12 @@ def arms_of(families, mode, recipe, epochs, ablate, scratch, t):
     """The arms of one table: from scratch, random encoders and the pretrainings, or the parts of post-training one by one."""
     arms, shapes = {}, {}
     for name, runs in families.items():
-        shapes.setdefault(json.dumps(runs[0]['config'], sort_keys=True), []).append((name, runs))
+        shapes.setdefault(shape(runs[0]), []).append((name, runs))
     for members in shapes.values():
         runs, tail = members[0][1], '' if len(shapes) == 1 else f' ({members[0][0]})'
         if scratch or mode == 'scratch':
             torch.manual_seed(0)
-            arms['from scratch' + tail] = Arm('from scratch' + tail, [Encoder(Config(**r['config'])) for r in runs], 'scratch', recipe, epochs and 2 * epochs, runs)
+            arms['from scratch' + tail] = Arm('from scratch' + tail, [fresh(r) for r in runs], 'scratch', recipe, epochs and 2 * epochs, runs)
         if mode == 'scratch':
             continue
         if not ablate:
@@ -974,7 +985,7 @@ def robustness(families, t, a, out):
         def outputs(change=None):
             found = []
             for e, predict in zip(arm.encoders, probes):
-                X = embed(e, Changed(t.ds, change), t.test, t.samples, t.device) if change else t.embedding(e)[t.test]
+                X = embed(e, Changed(t.ds, change), t.test, e.crop, t.device) if change else t.embedding(e)[t.test]
                 found.append(np.concatenate([f(X[t.group == i]) for i, f in enumerate(predict)]))
             return found
         plain = outputs()
@@ -990,11 +1001,11 @@ def robustness(families, t, a, out):
             other = Dataset(name)
             at = [other.label_names.index(t.ds.label_names[t.columns[c]]) if t.ds.label_names[t.columns[c]] in other.label_names else None for c in columns]
             common = [i for i, c in enumerate(at) if c is not None]
-            known = np.flatnonzero((other.length >= t.samples) & ~np.isin(other.patient, t.ds.patient))
+            known = np.flatnonzero((other.length >= max(e.crop for arm in arms.values() for e in arm.encoders)) & ~np.isin(other.patient, t.ds.patient))
             if not common or other.contract.differs(t.ds.contract) or not len(known) or t.numbers.any():
                 raise Stop(f'--cohort {name}: a dataset of other patients, with the same contract and some of the same yes/no labels is needed')
             y = np.array(other.labels[known][:, [at[i] for i in common]], float)
-            found = [[probe[-1](embed(e, other, known, t.samples, t.device))[:, [columns[i] for i in common]]] for e, probe in zip(arm.encoders, probes)]
+            found = [[probe[-1](embed(e, other, known, e.crop, t.device))[:, [columns[i] for i in common]]] for e, probe in zip(arm.encoders, probes)]
             show(arm.name, f'cohort {name}', len(known), Score(found, y, other.patient[known]))
     return rows
 
@@ -1098,7 +1109,7 @@ def similarity(families, t, a, out):
     stages = {}
     for name, arm in arms.items():
         for i, e in enumerate(arm.encoders[:2]):                 # two seeds: how alike they are is the ceiling
-            for l, X in enumerate(layer_features(e, t.ds, rows, t.samples, t.device)):
+            for l, X in enumerate(layer_features(e, t.ds, rows, e.crop, t.device)):
                 stages[f'{name}, {i}', f'layer {l}' if l else 'stem'] = X
     table = np.array([[cka(X, Y) for Y in stages.values()] for X in stages.values()])
     fig, ax = figure(figsize=(1.5 + .22 * len(table), 1.2 + .22 * len(table)), layout='constrained')
@@ -1151,7 +1162,7 @@ def embeddings(families, t, a, out):
     for runs in families.values():
         for r in runs:
             file = Path(r['path'], f'embeddings_{slug(t.ds.name)}.npz')
-            X = embed(r['net'], t.ds, rows, t.samples, t.device).astype(np.float32)
+            X = embed(r['net'], t.ds, rows, r['net'].crop, t.device).astype(np.float32)
             np.savez(file, X=X, id=t.ds.id[rows], patient=t.ds.patient[rows], fold=t.ds.fold[rows], y=t.raw[rows].astype(np.float32),
                      labels=np.array([t.ds.label_names[c] for c in t.columns]))
             print(f'{file}: {X.shape[0]:,} x {X.shape[1]}')
@@ -1175,6 +1186,7 @@ def open_run(path):
     try:
         c |= dict(path=str(path), hash=hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest(), patients=set(c['patients']))
         c['net'] = load_encoder(c)
+        c['net'].crop = round(c['contract']['window'] * c['contract']['fs'])                  # samples that it is shown at a time
     except (RuntimeError, KeyError, TypeError) as e:
         raise Stop(f'{file} is no checkpoint of train.py, or of another version of it: {" ".join(str(e).split())[:200]}')
     if c['step'] < c['args']['steps']:
