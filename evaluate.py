@@ -144,7 +144,7 @@ def interval(points, boot, level=.95):
     for means in (points.mean(1), points.mean(0)):
         if len(means) > 1:
             squares += (scipy.stats.t.ppf(.5 + level / 2, len(means) - 1) * means.std(ddof=1)) ** 2 / len(means)
-    low, high = np.percentile(boot, [50 - 50 * level, 50 + 50 * level])
+    low, high = np.percentile(boot[np.isfinite(boot)], [50 - 50 * level, 50 + 50 * level])     # without resamples that no class survived
     return mean, mean - np.hypot(mean - low, squares ** .5), mean + np.hypot(high - mean, squares ** .5)
 
 
@@ -591,6 +591,8 @@ class Task:
 
     def __init__(self, data, names, runs, device, allow=(), empty=None):
         target = TASKS.get((names or [''])[0])
+        if target and data == target.data and not Path('datasets', data).exists():
+            raise Stop(f'task {names[0]} needs datasets/{data}: {target.prepare}')
         self.ds, self.device, self.empty = Dataset(data), device, empty
         self.names = names or [first_task(self.ds)]
         trained = target.trained if target else self.names[0]
@@ -601,10 +603,11 @@ class Task:
                            f'--fs {r["contract"]["fs"]} --filter {r["contract"]["filter"]} --norm {r["contract"]["norm"]}, or --allow contract')
         y = np.array(self.ds.labels[:, columns])
         self.numbers = (np.isfinite(y) & ~np.isin(y, (0, 1))).any(0)
-        common = self.numbers | ((y > 0).sum(0) >= (target.least if target else 1))
+        least = target.least if target else 1
+        common = self.numbers | (((y > 0).sum(0) >= least) & ((y == 0).sum(0) >= least))
         columns, y, self.numbers = [c for c, keep in zip(columns, common) if keep], y[:, common], self.numbers[common]
         if not columns:
-            raise Stop(f'{data}, task {self.names[0]}: no label is positive in {target.least if target else 1} of its {len(self.ds):,} records, as its rule asks')
+            raise Stop(f'{data}, task {self.names[0]}: too few positives: none of its labels is positive, and negative, in {least} of {len(self.ds):,} records')
         rows = np.flatnonzero((self.ds.length >= max(r['net'].crop for r in runs)) & np.isfinite(y).any(1))           # the same for all
         seen = set().union(*(r['patients'] for r in runs))
         self.plans, self.folded = plans(self.ds, rows, seen, target and target.folds, 'overlap' in allow)
@@ -1329,7 +1332,8 @@ def main(argv=None):
         return print(f'\ntables and figures are in {out}/: {", ".join(sorted(f.name for n in a.analyse for f in out.glob(f"{n}_*")))}')
     if not rows:
         raise Stop('nothing was scored')
-    name = [*(a.data or []), *(a.task or []), *a.mode, *(['ablation'] if a.ablate else []), *([a.protocol] if a.protocol != 'quick' else []),
+    tasks = a.task or []
+    name = [*(a.data or []), *(tasks if len(tasks) < 4 else (tasks[0], 'to', tasks[-1])), *a.mode, *(['ablation'] if a.ablate else []), *([a.protocol] if a.protocol != 'quick' else []),
             *(['against'] + [Path(g[0]['path']).name for g in list(families.values())[1:4]] if len(families) > 1 else [])]
     name = slug(*name)
     write_csv(out / f'results_{name}.csv', rows)
