@@ -77,11 +77,12 @@ def average_precision(score, y, group=None, weight=None):
         w, positive = weight[:, known], y[known, k] > 0
         if not positive.any() or positive.all():
             continue
-        last = np.flatnonzero(np.r_[s[1:] != s[:-1], True])      # of each block of equal scores
-        found, asked = np.cumsum(w * positive, 1)[:, last], np.cumsum(w, 1)[:, last]
+        block = np.cumsum(np.r_[True, s[1:] != s[:-1]]) - 1      # equal scores make one
+        last = np.flatnonzero(np.r_[block[1:] != block[:-1], True])[block[positive]]         # rank at which a positive's block ends
+        asked, found = np.cumsum(w, 1)[:, last], np.cumsum(w[:, positive], 1)
+        found = found[:, np.searchsorted(np.flatnonzero(positive), last, 'right') - 1]
         with np.errstate(invalid='ignore'):
-            precision_ = np.where(asked > 0, found / asked, 0.)
-            out[:, k] = (np.diff(found, axis=1, prepend=0) * precision_).sum(1) / found[:, -1]
+            out[:, k] = (w[:, positive] * np.where(asked > 0, found / asked, 0.)).sum(1) / w[:, positive].sum(1)
     return out
 
 
@@ -131,33 +132,37 @@ def resample_patients(patient, resamples=1000, seed=0, bayesian=False):
 def macro(table, empty=None):
     """Mean over the classes that have both labels: (R, K) -> (R,). empty: what the others count as; .5 is the convention of the
     benchmark of 2509.25095, which pulls macro AUROC and its interval down."""
-    return np.nanmean(table, axis=1) if empty is None else np.where(np.isnan(table), empty, table).mean(1)
+    known = np.isfinite(table) if empty is None else np.ones(table.shape, bool)
+    with np.errstate(invalid='ignore'):
+        return np.where(np.isfinite(table), table, empty or 0.).sum(1) / known.sum(1)
 
 
 def interval(points, boot, level=.95):
-    """Interval of the mean over runs. points (S, draws): macro value per seed and label draw; boot (R,): bootstrap of their
-    mean, resampling patients.
+    """Interval of the mean over runs. points (S, draws): macro value per seed and label draw; boot (R,): bootstrap of their mean,
+    resampling patients; resamples in which no class had both labels are NaN and left out.
 
-    Independent sources of variance add in squares: the patients (bootstrap percentiles), the seeds and the label draws (Student t
-    over the means of each, where there is more than one). Returns (mean, low, high)."""
+    Independent sources of variance add in squares: the patients (bootstrap percentiles; their tails are taken for normal beyond what R
+    resamples can tell), the seeds and the label draws (Student t over the means of each, where there is more than one). Returns (mean,
+    low, high)."""
     mean, squares = points.mean(), 0.
     for means in (points.mean(1), points.mean(0)):
         if len(means) > 1:
             squares += (scipy.stats.t.ppf(.5 + level / 2, len(means) - 1) * means.std(ddof=1)) ** 2 / len(means)
-    low, high = np.percentile(boot[np.isfinite(boot)], [50 - 50 * level, 50 + 50 * level])     # without resamples that no class survived
-    return mean, mean - np.hypot(mean - low, squares ** .5), mean + np.hypot(high - mean, squares ** .5)
+    reach = min(level, 1 - 2 / len(boot))
+    stretch = scipy.stats.norm.ppf(.5 + level / 2) / scipy.stats.norm.ppf(.5 + reach / 2) if reach < level else 1.
+    low, high = (np.nanpercentile(boot, [50 - 50 * reach, 50 + 50 * reach]) - mean) * stretch
+    grown = lambda d: min(d, 0.) + np.hypot(max(d, 0.), squares ** .5)                       # a percentile may lie on the mean's other side
+    return mean, mean - grown(-low), mean + grown(high)
 
 
 def p_value(points, boot):
-    """Two-sided p: 1 - the highest level whose interval excludes 0, by bisection; no less than 2 / R, what R resamples can tell."""
-    low, high = 2 / len(boot), 1.                                # of p
+    """Two-sided p: 1 - the highest level whose interval excludes 0, by bisection of log p; 1e-9 at least."""
     excludes = lambda p: np.prod(interval(points, boot, 1 - p)[1:]) > 0
-    if excludes(low):
-        return low
-    for _ in range(30):
+    low, high = math.log(1e-9), 0.
+    for _ in range(40):
         middle = (low + high) / 2
-        low, high = (low, middle) if excludes(middle) else (middle, high)
-    return high
+        low, high = (low, middle) if excludes(math.exp(middle)) else (middle, high)
+    return math.exp(high)
 
 
 def holm(p):
@@ -214,8 +219,8 @@ def compare(scores, margin=.005):
                          equivalent=-margin < low and high < margin))
     for row, p in zip(rows, holm([r['p'] for r in rows])):
         gain = 'better' if sign * row['difference'] > 0 else 'worse'
-        row |= dict(p_holm=p, verdict=gain if p < .05 else f'equivalent within {margin:g}' if row.pop('equivalent') else "can't tell")
-        row.pop('equivalent', None)
+        row |= dict(p_holm=p, verdict=gain if p < .05 else f'equivalent within {margin:g}' if row['equivalent'] else "can't tell")
+        del row['equivalent']
     beaten = {n: sum((r['a'] == n and r['verdict'] == 'worse') or (r['b'] == n and r['verdict'] == 'better') for r in rows) for n in scores}
     return rows, {n: 1 + k for n, k in beaten.items()}
 
@@ -326,9 +331,9 @@ def ridge(X, Y, l2):
     return out
 
 
-def linear_probe(X, Y, train, val, numbers=None):
+def linear_probe(X, Y, train, val, numbers=None, refit=True):
     """Linear probe on embeddings X (n, D): standardised on the labelled records, L2 chosen on `val` by macro AUROC (by BCE where no class
-    has both labels there), for numbers by MAE, refitted on train and val together."""
+    has both labels there), for numbers by MAE, refitted on train and val together unless told not to."""
     numbers = np.zeros(Y.shape[1], bool) if numbers is None else numbers
 
     def fitted(rows, l2):
@@ -339,20 +344,27 @@ def linear_probe(X, Y, train, val, numbers=None):
                 w[:, mine] = solve(Z, Y[rows][:, mine], penalty)
         return lambda features: (features - mean) / std @ w[:-1] + w[-1]
 
-    best = [(-np.inf, None, None)] * 2
+    best = [None, None]
     for l2 in L2:                                                # from strong to weak: of equals the strongest
         z, y = fitted(train, (l2, l2))(X[val]), Y[val]
-        for i, mine in enumerate((~numbers, numbers)):
-            if mine.any():
-                best[i] = max(best[i], (-np.nanmean(mae(z[:, mine], y[:, mine])) if i else probe_value(z[:, mine], y[:, mine]), l2, z), key=lambda b: b[0])
-    z = np.where(numbers, best[1][2] if numbers.any() else 0, best[0][2] if not numbers.all() else 0)
-    return fitted(np.concatenate([train, val]), (best[0][1], best[1][1])), z
+        for i, (mine, value) in enumerate(((~numbers, probe_value), (numbers, number_value))):
+            v = value(z[:, mine], y[:, mine])
+            if best[i] is None or v > best[i][0]:
+                best[i] = v, l2, z
+    rows = np.concatenate([train, val]) if refit else train
+    return fitted(rows, (best[0][1], best[1][1])), np.where(numbers, best[1][2], best[0][2])
 
 
 def probe_value(z, y):
-    """Macro AUROC, or minus the BCE where no class has both labels."""
+    """Macro AUROC, or minus the BCE where no class has both labels; 0 where nothing is known."""
     table, known = auroc(z, y), np.isfinite(y)
-    return macro(table)[0] if np.isfinite(table).any() else -(np.logaddexp(0, z) - np.where(known, y, 0) * z)[known].mean()
+    return macro(table)[0] if np.isfinite(table).any() else -(np.logaddexp(0, z) - np.where(known, y, 0) * z)[known].sum() / max(1, known.sum())
+
+
+def number_value(z, y):
+    """Minus the MAE, averaged over the numbers that are known of any record; 0 where none is."""
+    error = mae(z, y)
+    return -macro(error)[0] if np.isfinite(error).any() else 0.
 
 
 def training_free(X, Y, train, val, how, k=20):
@@ -480,11 +492,9 @@ def fit(encoder, source, y, train, val, test, samples, mode, recipe, device, see
             torch.nn.utils.clip_grad_norm_(learns, recipe.clip)
             optimiser.step()
             optimiser.zero_grad()
-        z, value = predict(val), 0.
-        if not numbers.all():
-            value += probe_value(scipy.special.logit(z[:, ~numbers].clip(1e-12, 1 - 1e-12)), y[val][:, ~numbers])
-        if numbers.any():
-            value -= np.nanmean(mae(z[:, numbers], y[val][:, numbers]))
+        z = predict(val)
+        value = (probe_value(scipy.special.logit(z[:, ~numbers].clip(1e-12, 1 - 1e-12)), y[val][:, ~numbers])
+                 + number_value(z[:, numbers], y[val][:, numbers]))
         if not best[0] >= value:
             best, since = (value, copy.deepcopy((head.state_dict(), None if still else encoder.state_dict())), z), 0
         elif recipe.patience and (since := since + 1) >= recipe.patience:
@@ -561,18 +571,6 @@ def digest(*things):
 SOURCE = digest(*(np.frombuffer((Path(__file__).parent / f).read_bytes(), np.uint8) for f in ('data.py', 'models.py', 'evaluate.py')))
 
 
-def shape(run):
-    """What runs share whose random encoders are the same."""
-    return json.dumps([run['config'], run['net'].crop], sort_keys=True)
-
-
-def fresh(run):
-    """A new encoder of a run's shape, with its crop."""
-    encoder = Encoder(Config(**run['config']))
-    encoder.crop = run['net'].crop
-    return encoder
-
-
 @dataclass
 class Arm:
     """What is scored: encoders, one per pretraining seed, and what is done with them. reference: the arm it is compared with."""
@@ -583,6 +581,18 @@ class Arm:
     epochs: int = None
     runs: list = ()
     reference: str = ''
+
+
+def shape(run):
+    """What a random encoder or one trained from scratch shares with a run."""
+    return json.dumps([run['config'], run['contract']['window']], sort_keys=True)
+
+
+def fresh(run):
+    """A new encoder of a run's shape."""
+    encoder = Encoder(Config(**run['config']))
+    encoder.window = run['contract']['window']
+    return encoder
 
 
 class Task:
@@ -601,6 +611,7 @@ class Task:
             if (differs := Contract.read(r['contract']).differs(self.ds.contract)) and 'contract' not in allow:
                 raise Stop(f'{r["path"]} was trained under another contract than datasets/{data} ({differs}): prepare the data with '
                            f'--fs {r["contract"]["fs"]} --filter {r["contract"]["filter"]} --norm {r["contract"]["norm"]}, or --allow contract')
+        self.samples = max(round(r['contract']['window'] * contract.fs) for r in runs)       # records long enough for all
         y = np.array(self.ds.labels[:, columns])
         self.numbers = (np.isfinite(y) & ~np.isin(y, (0, 1))).any(0)
         least = target.least if target else 1
@@ -608,15 +619,15 @@ class Task:
         columns, y, self.numbers = [c for c, keep in zip(columns, common) if keep], y[:, common], self.numbers[common]
         if not columns:
             raise Stop(f'{data}, task {self.names[0]}: too few positives: none of its labels is positive, and negative, in {least} of {len(self.ds):,} records')
-        rows = np.flatnonzero((self.ds.length >= max(r['net'].crop for r in runs)) & np.isfinite(y).any(1))           # the same for all
+        rows = np.flatnonzero((self.ds.length >= self.samples) & np.isfinite(y).any(1))
         seen = set().union(*(r['patients'] for r in runs))
         self.plans, self.folded = plans(self.ds, rows, seen, target and target.folds, 'overlap' in allow)
         self.test = np.concatenate([p[2] for p in self.plans])
         self.group = np.concatenate([np.full(len(p[2]), i) for i, p in enumerate(self.plans)])
-        scored = self.numbers | np.isfinite(auroc(np.zeros((len(self.test), y.shape[1])), y[self.test], self.group)[0])
+        scored = np.where(self.numbers, np.isfinite(y[self.test]).any(0), np.isfinite(auroc(np.zeros((len(self.test), y.shape[1])), y[self.test], self.group)[0]))
         self.unscored = [self.ds.label_names[c] for c, s in zip(columns, scored) if not s]
         keep = scored | (empty is not None)
-        self.columns, self.numbers, self.raw = [c for c, k in zip(columns, keep) if k], self.numbers[keep], y[:, keep].astype(float)
+        self.columns, self.numbers, self.raw = [c for c, k in zip(columns, keep) if k], self.numbers[keep], y[:, keep]
         if not scored.any():
             raise Stop(f'{data}, task {self.names[0]}: no class has both labels among the {len(self.test)} test records; take more, or an '
                        f'encoder pretrained on other data, so that every fold can be tested on')
@@ -642,7 +653,7 @@ class Task:
     def random_encoders(self, run, count):
         """`count` fresh encoders of a run's shape whose BatchNorm has seen eight batches: of the training records that the run was
         pretrained on where they are prepared, else of this dataset's."""
-        made, samples = self.fresh.setdefault(shape(run), []), run['net'].crop
+        made, samples = self.fresh.setdefault(shape(run), []), round(run['contract']['window'] * self.ds.contract.fs)
         ds = Dataset(run['data']) if all(Path('datasets', name).is_dir() for name in run['data'].split(',')) else self.ds
         rows = ds.split()[0]
         rows = rows[ds.length[rows] >= samples]
@@ -655,9 +666,13 @@ class Task:
         """Labels (len(ds), K), numbers to mean 0 and SD 1 of the plan's training records."""
         if not self.numbers.any():
             return self.raw
-        y, train = self.raw.copy(), self.raw[plan[0]][:, self.numbers]
+        y, train = self.raw.copy(), self.raw[plan[0]][:, self.numbers].astype(float)
         y[:, self.numbers] = (y[:, self.numbers] - np.nanmean(train, 0)) / np.nanstd(train, 0).clip(1e-9)
         return y
+
+    def crop(self, encoder):
+        """Samples that an encoder sees at once: its pretraining's window."""
+        return round(encoder.window * self.ds.contract.fs)
 
     def rows(self):
         return np.unique(np.concatenate([r for p in self.plans for r in p]))
@@ -673,7 +688,7 @@ class Task:
         """Embeddings of all rows that any plan needs, once per encoder: (len(ds), D)."""
         if id(encoder) not in self.embeddings:
             rows, X = self.rows(), np.zeros((len(self.ds), encoder.dim))
-            X[rows] = self.timed(lambda: embed(encoder, self.ds, rows, encoder.crop, self.device, name), rows)
+            X[rows] = self.timed(lambda: embed(encoder, self.ds, rows, self.crop(encoder), self.device, name), rows)
             self.embeddings[id(encoder)] = encoder, X
         return self.embeddings[id(encoder)][1]
 
@@ -683,7 +698,7 @@ class Task:
             return self.ds
         if self.tokens[0] != (id(encoder), mode):
             self.tokens = None, None                             # the old file goes before the new one comes
-            self.tokens = (id(encoder), mode), self.timed(lambda: Tokens(encoder, self.ds, self.rows(), encoder.crop, self.device, mode == 'linear'), self.rows())
+            self.tokens = (id(encoder), mode), self.timed(lambda: Tokens(encoder, self.ds, self.rows(), self.crop(encoder), self.device, mode == 'linear'), self.rows())
             self.embeddings.setdefault(id(encoder), (encoder, self.tokens[1].mean))
         return self.tokens[1]
 
@@ -691,22 +706,23 @@ class Task:
         """One training: (scores on val, on test), and the labelled val rows."""
         train, val = draw_labels(*plan[:2], count, draw)
         y, free = self.scaled(plan), arm.mode in ('knn', 'prototypes')
+        if arm.mode == 'prototypes' and self.numbers.any():
+            raise Stop(f'{self.ds.name}, task {self.names[0]}: prototypes are of yes/no labels, and some of these are numbers')
         if free or (arm.mode == 'linear' and arm.recipe == PROTOCOLS['quick']):
             X = self.embedding(encoder, arm.name)
             predict, z = training_free(X, y, train, val, arm.mode) if free else linear_probe(X, y, train, val, self.numbers)
             return z, predict(X[plan[2]]), val
         start = None
         if arm.mode == 'finetune' and arm.recipe.preview:
-            X, rows = self.embedding(encoder, arm.name), np.concatenate([train, val])
-            predict, _ = linear_probe(X, y, train, val, self.numbers)
+            predict, _ = linear_probe(self.embedding(encoder, arm.name), y, train, val, self.numbers, refit=False)           # val still chooses the epoch
             bias = predict(np.zeros((1, encoder.dim)))
             start = np.r_[predict(np.eye(encoder.dim)) - bias, bias]
         source = self.source(encoder, arm.mode, arm.recipe)
-        return *fit(encoder, source, y, train, val, plan[2], encoder.crop, arm.mode, arm.recipe, self.device, 1000 * seed + draw, self.numbers, arm.epochs, start), val
+        return *fit(encoder, source, y, train, val, plan[2], self.crop(encoder), arm.mode, arm.recipe, self.device, 1000 * seed + draw, self.numbers, arm.epochs, start), val
 
     def output(self, encoder, arm, count, seed, draw):
         """Scores and margins (n, K) on the test records of all plans, from out/scores where they are known."""
-        how = [SOURCE, self.ds.hash, self.columns, arm.mode, dataclasses.asdict(arm.recipe), arm.epochs, count, seed, draw, encoder.crop, encoder.config.__dict__]
+        how = [SOURCE, self.ds.hash, self.columns, arm.mode, dataclasses.asdict(arm.recipe), arm.epochs, count, seed, draw, self.crop(encoder), encoder.config.__dict__]
         file = Path('out/scores', digest(how, *encoder.state_dict().values(), *itertools.chain(*self.plans)) + '.npz')
         if file.exists():
             return tuple(np.load(file)[k] for k in ('scores', 'margins'))
@@ -988,7 +1004,7 @@ def robustness(families, t, a, out):
         def outputs(change=None):
             found = []
             for e, predict in zip(arm.encoders, probes):
-                X = embed(e, Changed(t.ds, change), t.test, e.crop, t.device) if change else t.embedding(e)[t.test]
+                X = embed(e, Changed(t.ds, change), t.test, t.crop(e), t.device) if change else t.embedding(e)[t.test]
                 found.append(np.concatenate([f(X[t.group == i]) for i, f in enumerate(predict)]))
             return found
         plain = outputs()
@@ -1004,11 +1020,11 @@ def robustness(families, t, a, out):
             other = Dataset(name)
             at = [other.label_names.index(t.ds.label_names[t.columns[c]]) if t.ds.label_names[t.columns[c]] in other.label_names else None for c in columns]
             common = [i for i, c in enumerate(at) if c is not None]
-            known = np.flatnonzero((other.length >= max(e.crop for arm in arms.values() for e in arm.encoders)) & ~np.isin(other.patient, t.ds.patient))
+            known = np.flatnonzero((other.length >= t.samples) & ~np.isin(other.patient, t.ds.patient))
             if not common or other.contract.differs(t.ds.contract) or not len(known) or t.numbers.any():
                 raise Stop(f'--cohort {name}: a dataset of other patients, with the same contract and some of the same yes/no labels is needed')
             y = np.array(other.labels[known][:, [at[i] for i in common]], float)
-            found = [[probe[-1](embed(e, other, known, e.crop, t.device))[:, [columns[i] for i in common]]] for e, probe in zip(arm.encoders, probes)]
+            found = [[probe[-1](embed(e, other, known, t.crop(e), t.device))[:, [columns[i] for i in common]]] for e, probe in zip(arm.encoders, probes)]
             show(arm.name, f'cohort {name}', len(known), Score(found, y, other.patient[known]))
     return rows
 
@@ -1112,7 +1128,7 @@ def similarity(families, t, a, out):
     stages = {}
     for name, arm in arms.items():
         for i, e in enumerate(arm.encoders[:2]):                 # two seeds: how alike they are is the ceiling
-            for l, X in enumerate(layer_features(e, t.ds, rows, e.crop, t.device)):
+            for l, X in enumerate(layer_features(e, t.ds, rows, t.crop(e), t.device)):
                 stages[f'{name}, {i}', f'layer {l}' if l else 'stem'] = X
     table = np.array([[cka(X, Y) for Y in stages.values()] for X in stages.values()])
     fig, ax = figure(figsize=(1.5 + .22 * len(table), 1.2 + .22 * len(table)), layout='constrained')
@@ -1165,7 +1181,7 @@ def embeddings(families, t, a, out):
     for runs in families.values():
         for r in runs:
             file = Path(r['path'], f'embeddings_{slug(t.ds.name)}.npz')
-            X = embed(r['net'], t.ds, rows, r['net'].crop, t.device).astype(np.float32)
+            X = embed(r['net'], t.ds, rows, t.crop(r['net']), t.device).astype(np.float32)
             np.savez(file, X=X, id=t.ds.id[rows], patient=t.ds.patient[rows], fold=t.ds.fold[rows], y=t.raw[rows].astype(np.float32),
                      labels=np.array([t.ds.label_names[c] for c in t.columns]))
             print(f'{file}: {X.shape[0]:,} x {X.shape[1]}')
@@ -1189,7 +1205,7 @@ def open_run(path):
     try:
         c |= dict(path=str(path), hash=hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest(), patients=set(c['patients']))
         c['net'] = load_encoder(c)
-        c['net'].crop = round(c['contract']['window'] * c['contract']['fs'])                  # samples that it is shown at a time
+        c['net'].window = c['contract']['window']
     except (RuntimeError, KeyError, TypeError) as e:
         raise Stop(f'{file} is no checkpoint of train.py, or of another version of it: {" ".join(str(e).split())[:200]}')
     if c['step'] < c['args']['steps']:
