@@ -611,7 +611,7 @@ class Task:
             if (differs := Contract.read(r['contract']).differs(self.ds.contract)) and 'contract' not in allow:
                 raise Stop(f'{r["path"]} was trained under another contract than datasets/{data} ({differs}): prepare the data with '
                            f'--fs {r["contract"]["fs"]} --filter {r["contract"]["filter"]} --norm {r["contract"]["norm"]}, or --allow contract')
-        self.samples = max(round(r['contract']['window'] * contract.fs) for r in runs)       # records long enough for all
+        self.samples = max(round(r['contract']['window'] * self.ds.contract.fs) for r in runs)       # records long enough for all
         y = np.array(self.ds.labels[:, columns])
         self.numbers = (np.isfinite(y) & ~np.isin(y, (0, 1))).any(0)
         least = target.least if target else 1
