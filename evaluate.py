@@ -417,7 +417,8 @@ class Recipe:
 PROTOCOLS = {'quick': Recipe(), 'released': Recipe(dict.fromkeys(('linear', 'frozen', 'finetune', 'scratch'), 100), 64, scratch=1., schedule='constant',
                                                     clip=math.inf, cached=False),
              'sc': Recipe(dict.fromkeys(('linear', 'frozen', 'finetune', 'scratch'), 200), 64, scratch=1., weight_decay=0., schedule='constant', patience=5)}
-POST = dict(preview=True, path=.2, dropout=.05, decay=.75)       # post-training's parts (2509.12991; decay: MTECG, 2309.07136)
+# post-training's parts (2509.12991, whose values are known from a replication only; the decay of MTECG, 2309.07136, is not known: .75 is ours)
+POST = dict(preview=True, path=.5, dropout=.05, schedule='cosine', decay=.75)
 
 
 def loss_of(logits, target, numbers):
@@ -777,7 +778,9 @@ def arms_of(families, mode, recipe, epochs, ablate, scratch, t):
     for name, runs in families.items():
         shapes.setdefault(shape(runs[0]), []).append((name, runs))
     for members in shapes.values():
-        runs, tail = members[0][1], '' if len(shapes) == 1 else f' ({members[0][0]})'
+        runs = members[0][1]
+        c, window = runs[0]['config'], runs[0]['contract']['window']
+        tail = '' if len(shapes) == 1 else f' ({c["backbone"]} {c["dim"]}x{c["layers"]}{" causal" * c["causal"]}, {window:g} s)'
         if scratch or mode == 'scratch':
             torch.manual_seed(0)
             arms['from scratch' + tail] = Arm('from scratch' + tail, [fresh(r) for r in runs], 'scratch', recipe, epochs and 2 * epochs, runs)
@@ -790,7 +793,7 @@ def arms_of(families, mode, recipe, epochs, ablate, scratch, t):
             encoders = [r['net'] for r in runs]
             variants = {'': recipe}
             if ablate:
-                plain = dataclasses.replace(recipe, preview=False, path=0., dropout=None, decay=None)
+                plain = dataclasses.replace(recipe, preview=False, path=0., dropout=None, schedule='constant', decay=None)
                 variants = {'plain': plain, **{f'+ {k}': dataclasses.replace(plain, **{k: v}) for k, v in POST.items()}, 'all parts': dataclasses.replace(plain, **POST)}
             for extra, r in variants.items():
                 full = f'{name if len(families) > 1 or not extra else ""} {extra}'.strip()
@@ -806,7 +809,7 @@ def evaluate_task(families, t, mode, counts, a, out):
     print(f'\n{t.ds.name}, {mode}: {len(t.test):,} test records of {t.patients or "unknown"} patients, {len(t.columns)} labels'
           + (f' ({len(t.unscored)} without both values: {", ".join(t.unscored[:6])}{" ..." if len(t.unscored) > 6 else ""})' if t.unscored else '')
           + (f'; {len(t.plans)} folds, each record predicted by a probe that never saw its patient, pairs counted within folds' if t.folded else ''))
-    recipe = dataclasses.replace(PROTOCOLS[a.protocol], **{k: v for k, v in dict(lr=a.lr, batch=a.batch, preview=a.preview, path=a.drop_path, dropout=a.dropout,
+    recipe = dataclasses.replace(PROTOCOLS[a.protocol], **{k: v for k, v in dict(lr=a.lr, batch=a.batch, preview=a.preview, path=a.drop_path, dropout=a.dropout, schedule=a.schedule,
                                                                                 decay=a.layer_decay).items() if v is not None})
     counts = [int(c * t.available) if isinstance(c, float) and c < 1 else 'all' if c == 1 else c for c in counts]
     arms = arms_of(families, mode, recipe, a.epochs, a.ablate, a.scratch, t)
@@ -1301,6 +1304,7 @@ def parse(argv=None):
     g.add_argument('--preview', action='store_true', default=None, help='the head starts as the linear probe')
     g.add_argument('--drop-path', type=float, help='stochastic depth, growing to this at the last block')
     g.add_argument('--dropout', type=float)
+    g.add_argument('--schedule', choices=['cosine', 'constant'], help='of any training')
     g.add_argument('--layer-decay', type=float, help='rate of each layer below the head, as a multiple of the one above')
     g.add_argument('--ablate', action='store_true', help='plain fine-tuning, each part alone (' + ', '.join(f'{k} {v}' for k, v in POST.items()) + '), all of them')
     g = p.add_argument_group('statistics')
