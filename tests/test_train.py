@@ -136,16 +136,13 @@ def test_released_rates_and_input(here):
     assert [g['peak'] for g in groups] == pytest.approx([3e-3, 3e-4, 3e-5])
     assert sum(p.numel() for g in groups for p in g['params']) == sum(p.numel() for p in objective.parameters() if p.requires_grad)
     assert any(p is objective.hidden for p in groups[1]['params'])
-    seen = []
+    seen, real = [], objectives.JEPA.forward
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(objectives.JEPA, 'forward', lambda self, batch: (seen.append(batch['x']), real(self, batch))[1])
         train.main('--objective jepa --as_released lr,norm --steps 2 --batch 4 --log-every 1 --probe-every 0 --out out/released'.split())
     x = data.Dataset('synthetic').batch(data.Dataset('synthetic').split()[0], 600, 4, 0, 0)['x']
     assert torch.equal(seen[0], objectives.released_input(x))
     assert [float(r['lr']) for r in rows(here / 'out/released/log.csv')] == [3e-3, 3e-3]
-
-
-
 
 
 def test_teacher_copies_statistics_that_have_seen_data(here):
