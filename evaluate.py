@@ -141,14 +141,14 @@ def interval(points, boot, level=.95):
     """Interval of the mean over runs. points (S, draws): macro value per seed and label draw; boot (R,): bootstrap of their mean,
     resampling patients; resamples in which no class had both labels are NaN and left out.
 
-    Independent sources of variance add in squares: the patients (bootstrap percentiles; their tails are taken for normal beyond what R
-    resamples can tell), the seeds and the label draws (Student t over the means of each, where there is more than one). Returns (mean,
+    Independent sources of variance add in squares: the patients (bootstrap percentiles; beyond the outermost ten
+    resamples the tails are taken for normal), the seeds and the label draws (Student t over the means of each, where there is more than one). Returns (mean,
     low, high)."""
     mean, squares = points.mean(), 0.
     for means in (points.mean(1), points.mean(0)):
         if len(means) > 1:
             squares += (scipy.stats.t.ppf(.5 + level / 2, len(means) - 1) * means.std(ddof=1)) ** 2 / len(means)
-    reach = min(level, 1 - 2 / len(boot))
+    reach = min(level, 1 - 20 / len(boot))                       # ten resamples lie beyond on either side
     stretch = scipy.stats.norm.ppf(.5 + level / 2) / scipy.stats.norm.ppf(.5 + reach / 2) if reach < level else 1.
     low, high = (np.nanpercentile(boot, [50 - 50 * reach, 50 + 50 * reach]) - mean) * stretch
     grown = lambda d: min(d, 0.) + np.hypot(max(d, 0.), squares ** .5)                       # a percentile may lie on the mean's other side
