@@ -12,7 +12,7 @@ Modes, as in arXiv 2605.12241: linear (mean pooling, frozen encoder), frozen (at
 learns), scratch; and training-free knn and prototypes. Beside each pretraining stand random encoders of its shape, whose BatchNorm has
 seen data. Finished scores are kept in out/scores, so a command that was stopped goes on where it was.
 """
-import argparse, copy, csv, dataclasses, hashlib, itertools, json, math, sys, tempfile, time
+import argparse, copy, csv, dataclasses, hashlib, itertools, json, math, shutil, sys, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,14 +141,14 @@ def interval(points, boot, level=.95):
     """Interval of the mean over runs. points (S, draws): macro value per seed and label draw; boot (R,): bootstrap of their mean,
     resampling patients; resamples in which no class had both labels are NaN and left out.
 
-    Independent sources of variance add in squares: the patients (bootstrap percentiles; their tails are taken for normal beyond what R
-    resamples can tell), the seeds and the label draws (Student t over the means of each, where there is more than one). Returns (mean,
+    Independent sources of variance add in squares: the patients (bootstrap percentiles; beyond the outermost ten
+    resamples the tails are taken for normal), the seeds and the label draws (Student t over the means of each, where there is more than one). Returns (mean,
     low, high)."""
     mean, squares = points.mean(), 0.
     for means in (points.mean(1), points.mean(0)):
         if len(means) > 1:
             squares += (scipy.stats.t.ppf(.5 + level / 2, len(means) - 1) * means.std(ddof=1)) ** 2 / len(means)
-    reach = min(level, 1 - 2 / len(boot))
+    reach = min(level, 1 - 20 / len(boot))                       # ten resamples lie beyond on either side
     stretch = scipy.stats.norm.ppf(.5 + level / 2) / scipy.stats.norm.ppf(.5 + reach / 2) if reach < level else 1.
     low, high = (np.nanpercentile(boot, [50 - 50 * reach, 50 + 50 * reach]) - mean) * stretch
     grown = lambda d: min(d, 0.) + np.hypot(max(d, 0.), squares ** .5)                       # a percentile may lie on the mean's other side
@@ -270,6 +270,10 @@ class Tokens:
                     h, pad = mean[:, None], None
             if self.h is None:
                 longest = h.shape[1] if pad is None else 1 + 12 * encoder.stem.most          # beats: as many as there is room for
+                need, free = len(owner) * longest * h.shape[2] * np.dtype(dtype).itemsize, shutil.disk_usage(tempfile.gettempdir()).free
+                if need > .9 * free:
+                    raise Stop(f'{ds.name}: the tokens take {need / 1e9:,.1f} GB, {tempfile.gettempdir()} has {free / 1e9:,.1f}: set TMPDIR to a '
+                               'larger disk, or take --protocol released, which keeps none')
                 self.h = np.memmap(self.file, dtype, 'w+', shape=(len(owner), longest, h.shape[2]))
                 self.count = np.zeros(len(owner), int)
             for j, tokens in enumerate(h.float().cpu().numpy()):
@@ -621,8 +625,8 @@ class Task:
         if not columns:
             raise Stop(f'{data}, task {self.names[0]}: too few positives: none of its labels is positive, and negative, in {least} of {len(self.ds):,} records')
         rows = np.flatnonzero((self.ds.length >= self.samples) & np.isfinite(y).any(1))
-        seen = set().union(*(r['patients'] for r in runs))
-        self.plans, self.folded = plans(self.ds, rows, seen, target and target.folds, 'overlap' in allow)
+        self.seen = set().union(*(r['patients'] for r in runs))
+        self.plans, self.folded = plans(self.ds, rows, self.seen, target and target.folds, 'overlap' in allow)
         self.test = np.concatenate([p[2] for p in self.plans])
         self.group = np.concatenate([np.full(len(p[2]), i) for i, p in enumerate(self.plans)])
         scored = np.where(self.numbers, np.isfinite(y[self.test]).any(0), np.isfinite(auroc(np.zeros((len(self.test), y.shape[1])), y[self.test], self.group)[0]))
@@ -765,7 +769,7 @@ def grouped(runs):
         raise Stop('compared pretrainings need the same seeds, since differences are taken seed by seed; here: '
                    + '; '.join(f'{Path(g[0]["path"]).name} ... {", ".join(str(r["seed"]) for r in g)}' for g in found))
     names = [''] * len(found)
-    for key in ('objective', 'backbone', 'size', *(k for k in found[0][0]['args'] if k not in free), 'step'):
+    for key in ('objective', 'backbone', 'size', *(k for k in dict.fromkeys(k for g in found for k in g[0]['args']) if k not in free), 'step'):
         values = [str(g[0]['args'].get(key, g[0].get(key))) for g in found]
         if len(set(zip(names, values))) > len(set(names)):
             names = [f'{n} {v if key in ("objective", "backbone", "size") else f"{key}={v}"}'.strip() for n, v in zip(names, values)]
@@ -851,8 +855,7 @@ def report(t, task, arms, scores, count, a, several):
     names, rows = [t.ds.label_names[t.columns[c]] for c in t.parts[task]], []
     for name, score in scores.items():
         arm, reference = arms[name], scores.get(arms[name].reference)
-        bounds = (0, 1) if main == 'AUROC' else (0, np.inf)
-        mean, low, high = np.clip(score.interval(), *bounds)     # Student's t may reach beyond
+        mean, low, high = np.clip(score.interval(), 0, np.inf if main == 'MAE' else 1)          # Student's t may reach beyond
         text, epochs = '', '' if arm.mode in ('knn', 'prototypes') or (arm.mode == 'linear' and a.protocol == 'quick') else arm.epochs or arm.recipe.epochs[arm.mode]
         if reference and reference is not score:
             d = score.minus(reference)
@@ -863,7 +866,7 @@ def report(t, task, arms, scores, count, a, several):
                       patients=t.patients, classes=len(names), runs=len(arm.encoders))
         for metric in score.point:
             d = score.minus(reference, metric) if reference and reference is not score else ()
-            mean, low, high = score.interval(metric)
+            mean, low, high = np.clip(score.interval(metric), 0, np.inf if metric == 'MAE' else 1)     # Student's t may reach beyond
             for i, points in enumerate(score.point[metric]):
                 seed = arm.runs[i]['seed'] if arm.runs else i
                 rows.append({**common, 'metric': f'macro {metric}', 'mean': mean, 'low': low, 'high': high,
@@ -903,8 +906,8 @@ def draw_arms(scores, ranks, title, path):
 
 def draw_pca(arms, t, path):
     """First two principal components of the standardised embeddings, coloured by the two most frequent classes."""
-    rows = t.rows()
-    common = np.argsort(-np.nansum(np.where(t.numbers, 0, t.raw[rows]), 0))[:2]
+    rows = np.random.default_rng(0).permutation(t.rows())[:5000]
+    common = [c for c in np.argsort(-np.nansum(np.where(t.numbers, 0, t.raw[rows]), 0))[:2] if not t.numbers[c]]
     fig, axes = figure(1, len(arms), figsize=(5 * len(arms), 4.6), layout='constrained', squeeze=False)
     for ax, (name, X) in zip(axes[0], arms):
         X = (X[rows] - X[rows].mean(0)) / (X[rows].std(0) + 1e-6)
@@ -920,14 +923,14 @@ def draw_pca(arms, t, path):
 
 def draw_curve(rows, path):
     """The main metric against the number of labels, one panel per dataset, task and mode."""
-    key = lambda r: (r['data'], r['task'], r['mode'] if r['arm'] != 'from scratch' else None)
+    key = lambda r: (r['data'], r['task'], None if r['mode'] == 'scratch' else r['mode'], r['metric'])
     rows = [r for r in rows if r['metric'] in ('macro AUROC', 'macro MAE')]
     panels = [k for k in dict.fromkeys(key(r) for r in rows) if k[2] and len({r['labels'] for r in rows if key(r) == k}) > 1]
     if not panels:
         return
     fig, axes = figure(1, len(panels), figsize=(5.5 * len(panels), 4), layout='constrained', squeeze=False)
     for ax, panel in zip(axes[0], panels):
-        mine = [r for r in rows if key(r) in (panel, (*panel[:2], None))]
+        mine = [r for r in rows if key(r) in (panel, (*panel[:2], None, panel[3]))]
         ticks = list(dict.fromkeys(r['labels'] for r in mine))
         for arm in dict.fromkeys(r['arm'] for r in mine):
             found = list({r['labels']: r for r in mine if r['arm'] == arm}.values())
@@ -1023,9 +1026,9 @@ def robustness(families, t, a, out):
             other = Dataset(name)
             at = [other.label_names.index(t.ds.label_names[t.columns[c]]) if t.ds.label_names[t.columns[c]] in other.label_names else None for c in columns]
             common = [i for i, c in enumerate(at) if c is not None]
-            known = np.flatnonzero((other.length >= t.samples) & ~np.isin(other.patient, t.ds.patient))
+            known = np.flatnonzero((other.length >= t.samples) & ~overlap(other, t.seen | {*t.ds.patient.tolist(), *t.ds.id.tolist()}))
             if not common or other.contract.differs(t.ds.contract) or not len(known) or t.numbers.any():
-                raise Stop(f'--cohort {name}: a dataset of other patients, with the same contract and some of the same yes/no labels is needed')
+                raise Stop(f'--cohort {name}: a dataset of patients seen neither here nor in pretraining, with the same contract and some of the same yes/no labels is needed')
             y = np.array(other.labels[known][:, [at[i] for i in common]], float)
             found = [[probe[-1](embed(e, other, known, t.crop(e), t.device))[:, [columns[i] for i in common]]] for e, probe in zip(arm.encoders, probes)]
             show(arm.name, f'cohort {name}', len(known), Score(found, y, other.patient[known]))
@@ -1036,6 +1039,12 @@ def one_per_patient(ds, rows, seed=42):
     """One record of each patient, drawn by lot."""
     rows = np.random.default_rng(seed).permutation(rows)
     return np.sort(rows[np.unique(ds.patient[rows], return_index=True)[1]])
+
+
+def balance(t, rows):
+    """What subsets of records keep in balance (len(rows), columns): labels, the lack of any, sex and age group."""
+    y, age, sex = np.nan_to_num(t.raw[rows][:, ~t.numbers]) > 0, t.ds.age[rows], t.ds.sex[rows]
+    return np.c_[y, ~y.any(1), sex == 1, sex == 0, age < 40, (age >= 40) & (age < 60), (age >= 60) & (age < 80), age >= 80]
 
 
 def label_law(n, error):
@@ -1060,8 +1069,7 @@ def efficiency(families, t, a, out):
     for k in range(8):
         draws = [(train, val)] if k == 0 else []
         for d in range(a.draws if k else 0):
-            mine = [part[stratify(np.nan_to_num(t.raw[part]) > 0, folds=2 ** k, seed=d) == 0] for part in (train, val)]
-            draws.append(mine)
+            draws.append([part[stratify(balance(t, part), folds=2 ** k, seed=d) == 0] for part in (train, val)])
         n = round(np.mean([len(p) + len(q) for p, q in draws]))
         if n < 10 or min(len(q) for _, q in draws) < 2:
             break
@@ -1077,7 +1085,7 @@ def efficiency(families, t, a, out):
     for i, (name, points) in enumerate(found.items()):
         n, error = np.array([p[0] for p in points], float), np.array([1 - p[1].interval()[0] if p[1].main == 'AUROC' else p[1].interval()[0] for p in points])
         ax.loglog(n, error, 'o', color=f'C{i}', label=name)
-        if len(n) >= 5:
+        if len(n) >= 5 and error.min() > 0:
             C, alpha, floor = laws[name] = label_law(n, error)
             ax.loglog(n, C * n ** -alpha + floor, color=f'C{i}')
             print(f'  {name}: error = {C:.3g} n^-{alpha:.2f} + {floor:.3f}' + (' (an exponent or floor at its bound: not identified)' if alpha < 1e-3 or floor < 1e-6 or
@@ -1218,6 +1226,17 @@ def open_run(path):
     return c
 
 
+def newest():
+    """The folder of the last checkpoint in out/ that has learnt."""
+    for file in sorted(Path('out').glob('*/ckpt.pt'), key=lambda f: -f.stat().st_mtime):
+        try:
+            if load(file).get('step'):
+                return file.parent
+        except (ValueError, AttributeError) as e:
+            print(f'passing over {file}: {e}')
+    raise Stop('no run in out/: pretrain one with python train.py')
+
+
 def show_tasks():
     """Every task of the papers, whether its data is prepared, the command that prepares it; then what else is prepared."""
     metas = {}
@@ -1251,10 +1270,10 @@ def jobs_of(a):
     out = {}
     for name in a.task or [None]:
         target = TASKS.get(name)
-        for data in a.data or ([target.data] if target else ['synthetic', 'sample'] if not a.task else []):
+        if name and not target and not a.data:
+            raise Stop(f'--task {name} is no task of the papers (see --list): name the dataset that has it with --data')
+        for data in a.data or ([target.data] if target else ['synthetic', 'sample']):
             out.setdefault((data, (target.trained, target.least, target.folds) if target else name), []).append(name)
-    if not out:
-        raise Stop(f'--task {" ".join(a.task)} is no task of the papers (see --list): name the dataset that has it with --data')
     return [(data, [n for n in names if n]) for (data, _), names in out.items()]
 
 
@@ -1331,10 +1350,7 @@ def main(argv=None):
     a = parse(argv)
     if a.list:
         return show_tasks()
-    found = [f for f in sorted(Path('out').glob('*/ckpt.pt'), key=lambda f: f.stat().st_mtime) if a.runs or load(f).get('step')]
-    if not a.runs and not found:
-        raise Stop('no run in out/: pretrain one with python train.py')
-    runs = [open_run(r) for r in a.runs or [found[-1].parent]]
+    runs = [open_run(r) for r in a.runs or [newest()]]
     families, device, out = grouped(runs), pick_device(a.device), Path(runs[0]['path'])
     wished, rows, classes, pairs = a.scratch, [], [], []
     for data, names in jobs_of(a):

@@ -136,7 +136,7 @@ def test_released_rates_and_input(here):
     assert [g['peak'] for g in groups] == pytest.approx([3e-3, 3e-4, 3e-5])
     assert sum(p.numel() for g in groups for p in g['params']) == sum(p.numel() for p in objective.parameters() if p.requires_grad)
     assert any(p is objective.hidden for p in groups[1]['params'])
-    seen = []
+    seen, real = [], objectives.JEPA.forward
     with pytest.MonkeyPatch.context() as patch:
         real = objectives.JEPA.forward
         patch.setattr(objectives.JEPA, 'forward', lambda self, batch: (seen.append(batch['x']), real(self, batch))[1])
