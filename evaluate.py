@@ -576,7 +576,7 @@ def digest(*things):
 SOURCE = digest(*(np.frombuffer((Path(__file__).parent / f).read_bytes(), np.uint8) for f in ('data.py', 'models.py', 'evaluate.py')))
 
 
-@dataclass
+@dataclass(eq=False)
 class Arm:
     """What is scored: encoders, one per pretraining seed, and what is done with them. reference: the arm it is compared with."""
     name: str
@@ -817,11 +817,15 @@ def evaluate_task(families, t, mode, counts, a, out):
                                                                                 decay=a.layer_decay).items() if v is not None})
     counts = [int(c * t.available) if isinstance(c, float) and c < 1 else 'all' if c == 1 else c for c in counts]
     arms = arms_of(families, mode, recipe, a.epochs, a.ablate, a.scratch, t)
-    for count in counts:
-        if count != 'all' and not 10 <= count <= t.available:
-            print(f'{str(count):>8s}  left out: between 10 and {t.available:,} labelled records can be drawn')
-            continue
-        scores = {name: t.score(arm, count, a.draws, a.bootstrap == 'bayesian') for name, arm in arms.items() if count == 'all' or arm.mode == mode}
+    for count in [c for c in counts if c != 'all' and not 10 <= c <= t.available]:
+        print(f'{count:8d}  left out: between 10 and {t.available:,} labelled records can be drawn')
+    asked = [(count, [arm for arm in arms.values() if count == 'all' or arm.mode == mode]) for count in counts if count == 'all' or 10 <= count <= t.available]
+    for arm in arms.values():                                    # encoder by encoder, while its tokens are at hand; `score` reads what is kept
+        for seed, encoder in enumerate(arm.encoders):
+            for count, draw in [(c, d) for c, those in asked if arm in those for d in range(1 if c == 'all' else a.draws)]:
+                t.output(encoder, arm, count, seed, draw)
+    for count, those in asked:
+        scores = {arm.name: t.score(arm, count, a.draws, a.bootstrap == 'bayesian') for arm in those}
         for task in t.parts:
             mine = {name: s[task] for name, s in scores.items()}
             rows += report(t, task, arms, mine, count, a, several)
