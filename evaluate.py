@@ -605,12 +605,12 @@ class Task:
         self.ds, self.device, self.empty = Dataset(data), device, empty
         self.names = names or [first_task(self.ds)]
         trained = target.trained if target else self.names[0]
-        columns, contract = self.ds.columns(trained), Contract.read(runs[0]['contract'])
+        columns = self.ds.columns(trained)
         for r in runs:
             if (differs := Contract.read(r['contract']).differs(self.ds.contract)) and 'contract' not in allow:
                 raise Stop(f'{r["path"]} was trained under another contract than datasets/{data} ({differs}): prepare the data with '
                            f'--fs {r["contract"]["fs"]} --filter {r["contract"]["filter"]} --norm {r["contract"]["norm"]}, or --allow contract')
-        self.samples = max(round(r['contract']['window'] * contract.fs) for r in runs)       # records long enough for all
+        self.samples = max(self.crop(r['net']) for r in runs)    # records long enough for all
         y = np.array(self.ds.labels[:, columns])
         self.numbers = (np.isfinite(y) & ~np.isin(y, (0, 1))).any(0)
         common = self.numbers | ((y > 0).sum(0) >= (target.least if target else 1))
@@ -651,7 +651,7 @@ class Task:
     def random_encoders(self, run, count):
         """`count` fresh encoders of a run's shape whose BatchNorm has seen eight batches: of the training records that the run was
         pretrained on where they are prepared, else of this dataset's."""
-        made, samples = self.fresh.setdefault(shape(run), []), round(run['contract']['window'] * self.ds.contract.fs)
+        made, samples = self.fresh.setdefault(shape(run), []), self.crop(run['net'])
         ds = Dataset(run['data']) if all(Path('datasets', name).is_dir() for name in run['data'].split(',')) else self.ds
         rows = ds.split()[0]
         rows = rows[ds.length[rows] >= samples]
@@ -670,7 +670,7 @@ class Task:
 
     def crop(self, encoder):
         """Samples that an encoder sees at once: its pretraining's window."""
-        return round(encoder.window * self.ds.contract.fs)
+        return round(encoder.window * encoder.config.fs)
 
     def rows(self):
         return np.unique(np.concatenate([r for p in self.plans for r in p]))
