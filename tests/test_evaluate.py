@@ -827,18 +827,18 @@ def test_the_newest_run_is_found_past_damage(tmp_path, monkeypatch, here, run):
 
 
 def test_evaluate_writes_its_results(here, run, capsys):
-    evaluate.main([run, '--labels', '100', 'all', '--draws', '1', '--epochs', '1'])
+    evaluate.main([run, '--data', 'few', 'sample', '--labels', '40', 'all', '--draws', '1', '--epochs', '1', '--scratch'])
     text = capsys.readouterr().out
-    for word in ('from scratch', 'random encoder', 'pretrained', 'findings: ', 'sample, linear: 500 test records of 466 patients', 'super: 5 labels', 'one pretraining seed'):
+    for word in ('from scratch', 'random encoder', 'pretrained', 'findings: ', 'few, linear: 150 test records of', 'sample, linear: 500 test records of 466 patients', 'super: 5 labels', 'one pretraining seed'):
         assert word in text
     result = json.loads((here / run / 'results_sample_super_linear_all_0.json').read_text())
     assert result['n'] == 500 and result['patients'] == 466 and result['low'] < result['point'] < result['high']
     assert result['classes'] == len(result['names']) == len(result['per_class']['AUROC']) == 5 and result['contract']['fs'] == 240
     mean, low, high = map(float, result['minus_reference'].split())
     assert low < mean < high and result['labels'] == 'all' and result['checkpoint'] == open_run(run)['hash']
-    for name in ('results_linear.csv', 'results_linear.md', 'classes_linear.csv', 'labels.png', 'pca_sample.png', 'pca_synthetic.png'):
+    for name in ('results_few_sample_linear.csv', 'results_few_sample_linear.md', 'classes_few_sample_linear.csv', 'labels_few_sample_linear.png', 'pca_sample.png', 'pca_few.png'):
         assert (here / run / name).stat().st_size > 100
-    table = list(csv.DictReader(open(here / run / 'results_linear.csv')))
+    table = list(csv.DictReader(open(here / run / 'results_few_sample_linear.csv')))
     assert {r['metric'] for r in table} == {'macro AUROC', 'macro AUPRC', 'macro F1'} and all(0 <= float(r['low']) <= float(r['mean']) <= float(r['high']) <= 1 for r in table)
 
 
@@ -931,7 +931,8 @@ def test_protocols_run(here, run, protocol):
                                              ('embeddings', ['embeddings_sample.npz'])])
 def test_analyses(here, run, analysis, files, capsys):
     name = files[0].split('_')[1].split('.')[0]
-    evaluate.main([run, '--data', name, '--analyse', analysis, '--draws', '1', *(['--task', 'code'] if name != 'sample' else [])])
+    evaluate.main([run, '--data', name, '--analyse', analysis, '--draws', '1', *(['--task', 'code'] if name != 'sample' else []),
+                   *(['--cohort', 'synthetic'] if analysis == 'robustness' else [])])
     assert all((here / run / f).stat().st_size > 100 for f in files)
     out = capsys.readouterr().out
     if analysis == 'embeddings':
@@ -944,7 +945,8 @@ def test_analyses(here, run, analysis, files, capsys):
         runs = [open_run(run)]
         plain = Task('few', ['code'], runs, CPU).score(Arm('pretrained', [runs[0]['net']], 'linear', PROTOCOLS['quick']))['code'].interval()[0]
         mine = {r['condition']: r for r in rows if r['arm'] == 'pretrained'}
-        assert float(mine['unchanged']['mean']) == pytest.approx(plain) and {'lead I only', 'women', 'through 100 Hz', 'noise at 0 dB'} < set(mine)
+        assert float(mine['unchanged']['mean']) == pytest.approx(plain) and {'lead I only', 'women', 'through 100 Hz', 'noise at 0 dB', 'cohort synthetic'} < set(mine)
+        assert int(mine['cohort synthetic']['n']) == 640 - sum(Dataset('synthetic').fold <= 8)                # pretrained on the rest
         assert int(mine['women']['n']) + int(mine['men']['n']) == 150 and float(mine['through 100 Hz']['minus_unchanged'].split()[0]) != 0
     if analysis == 'efficiency':
         counts = [int(r['labels']) for r in rows if r['arm'] == 'pretrained']
