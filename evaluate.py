@@ -616,7 +616,7 @@ class Task:
             if (differs := Contract.read(r['contract']).differs(self.ds.contract)) and 'contract' not in allow:
                 raise Stop(f'{r["path"]} was trained under another contract than datasets/{data} ({differs}): prepare the data with '
                            f'--fs {r["contract"]["fs"]} --filter {r["contract"]["filter"]} --norm {r["contract"]["norm"]}, or --allow contract')
-        self.samples = max(round(r['contract']['window'] * self.ds.contract.fs) for r in runs)       # records long enough for all
+        self.samples = max(self.crop(r['net']) for r in runs)    # records long enough for all
         y = np.array(self.ds.labels[:, columns])
         self.numbers = (np.isfinite(y) & ~np.isin(y, (0, 1))).any(0)
         least = target.least if target else 1
@@ -658,7 +658,7 @@ class Task:
     def random_encoders(self, run, count):
         """`count` fresh encoders of a run's shape whose BatchNorm has seen eight batches: of the training records that the run was
         pretrained on where they are prepared, else of this dataset's."""
-        made, samples = self.fresh.setdefault(shape(run), []), round(run['contract']['window'] * self.ds.contract.fs)
+        made, samples = self.fresh.setdefault(shape(run), []), self.crop(run['net'])
         ds = Dataset(run['data']) if all(Path('datasets', name).is_dir() for name in run['data'].split(',')) else self.ds
         rows = ds.split()[0]
         rows = rows[ds.length[rows] >= samples]
@@ -677,7 +677,7 @@ class Task:
 
     def crop(self, encoder):
         """Samples that an encoder sees at once: its pretraining's window."""
-        return round(encoder.window * self.ds.contract.fs)
+        return round(encoder.window * encoder.config.fs)
 
     def rows(self):
         return np.unique(np.concatenate([r for p in self.plans for r in p]))
@@ -992,8 +992,15 @@ def at_rate(fs, to):
 def robustness(families, t, a, out):
     """Linear probes fitted on unchanged records, then asked about changed ones, about groups of patients, and about another cohort (--cohort) with the
     same labels. Returns rows for the CSV file."""
+    fs, task, rows, cohorts = t.ds.contract.fs, t.names[0], [], {}
+    for name in a.cohort:
+        other = Dataset(name)
+        at = {c: t.ds.label_names[t.columns[c]] for c in t.parts[task] if t.ds.label_names[t.columns[c]] in other.label_names}
+        known = np.flatnonzero((other.length >= t.samples) & ~overlap(other, t.seen | {*t.ds.patient.tolist(), *t.ds.id.tolist()}))
+        if not at or other.contract.differs(t.ds.contract) or not len(known) or t.numbers.any():
+            raise Stop(f'--cohort {name}: a dataset of patients seen neither here nor in pretraining, with the same contract and some of the same yes/no labels is needed')
+        cohorts[name] = other, known, list(at), np.array(other.labels[known][:, [other.label_names.index(n) for n in at.values()]], float)
     arms = arms_of(families, 'linear', PROTOCOLS['quick'], None, False, False, t)
-    fs, task, rows = t.ds.contract.fs, t.names[0], []
     changes = {f'noise at {s} dB': noisy(s) for s in (20, 10, 0)} | {'limb leads only': without(*range(6, 12)), 'lead I only': without(*range(1, 12)),
                                                                      'arm electrodes swapped': swap_arms, 'through 100 Hz': at_rate(fs, 100)}
     age, sex, columns = t.ds.age[t.test], t.ds.sex[t.test], t.parts[task]
@@ -1026,15 +1033,8 @@ def robustness(families, t, a, out):
             y = t.y[mine][:, columns]
             if mine.sum() >= 20 and np.isfinite(auroc(np.zeros(y.shape), y, t.group[mine])[0]).any() or (t.numbers[columns].all() and mine.any()):
                 show(arm.name, condition, int(mine.sum()), score_of(plain, mine))
-        for name in a.cohort:
-            other = Dataset(name)
-            at = [other.label_names.index(t.ds.label_names[t.columns[c]]) if t.ds.label_names[t.columns[c]] in other.label_names else None for c in columns]
-            common = [i for i, c in enumerate(at) if c is not None]
-            known = np.flatnonzero((other.length >= t.samples) & ~overlap(other, t.seen | {*t.ds.patient.tolist(), *t.ds.id.tolist()}))
-            if not common or other.contract.differs(t.ds.contract) or not len(known) or t.numbers.any():
-                raise Stop(f'--cohort {name}: a dataset of patients seen neither here nor in pretraining, with the same contract and some of the same yes/no labels is needed')
-            y = np.array(other.labels[known][:, [at[i] for i in common]], float)
-            found = [[probe[-1](embed(e, other, known, t.crop(e), t.device))[:, [columns[i] for i in common]]] for e, probe in zip(arm.encoders, probes)]
+        for name, (other, known, common, y) in cohorts.items():
+            found = [[probe[-1](embed(e, other, known, t.crop(e), t.device))[:, common]] for e, probe in zip(arm.encoders, probes)]
             show(arm.name, f'cohort {name}', len(known), Score(found, y, other.patient[known]))
     return rows
 

@@ -21,7 +21,7 @@ from data import TASKS, Dataset, Stop
 from evaluate import (POST, PROTOCOLS, Arm, Recipe, Score, Task, Tokens, at_rate, auroc, average_precision, cka, compare, draw_labels, embed, f1, fit, grouped,
                       holm, hsic, interval, jobs_of, label_law, linear_probe, logistic, loss_of, macro, mae, noisy, one_per_patient, open_run, overlap, p_value,
                       per_record, plans, rates, resample_patients, ridge, swap_arms, thresholds, training_free, without)
-from models import AttentionPool, Config, Encoder, load
+from models import AttentionPool, Config, Encoder, load, see_data, sized
 
 CPU = torch.device('cpu')
 TINY = Config(dim=16, layers=1)
@@ -361,6 +361,16 @@ class Short:
         return rows, np.zeros(len(rows), int)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def small(world):
+    """datasets/few: 150 synthetic records with many findings in three folds, and no more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(world)
+        data.prepare('few', data.synthetic(150, seed=5, prevalence=4.), extra_tasks=data.SYNTHETIC_TASKS, workers=1)
+        index = dict(np.load('datasets/few/index.npz'))
+        np.savez('datasets/few/index.npz', **{**index, 'fold': index['fold'] % 3})
+
+
 @pytest.fixture(scope='module')
 def few(world):
     """The synthetic set with records of one crop, rows of three folds and labels of two classes and one number."""
@@ -479,7 +489,6 @@ def test_loss_is_the_released_joint_one():
 @pytest.mark.parametrize('backbone', ['s4', 's4d', 'transformer', 'net1d', 'resnet', 'beat', 'vit'])
 def test_rates(backbone):
     """Every tensor that learns once, at its rate: finetune 1, .1, .01; scratch all alike; layer by layer decay^(L + 1 - l)."""
-    from models import sized
     encoder, head = Encoder(sized(backbone, 'tiny')), torch.nn.Linear(3, 2)
     L, recipe = len(encoder.blocks), Recipe(lr=1e-3, scratch=5.)
     part = {id(p): 'head' for p in head.parameters()} | {id(p): 0 for p in encoder.stem.parameters()} | {id(p): L for p in encoder.norm.parameters()}
@@ -573,6 +582,14 @@ def test_label_draws():
 
 # --- tasks
 
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch):
+    """Random encoders see one batch, not eight, and are one where three would stand beside a single run."""
+    three = Task.random_encoders
+    monkeypatch.setattr(Task, 'random_encoders', lambda self, run, count: three(self, run, count if count < 3 else 1))
+    monkeypatch.setattr(evaluate, 'see_data', lambda encoder, batches: see_data(encoder, itertools.islice(batches, 1)))
+
+
 @pytest.fixture(scope='module')
 def run(world):
     """A run of two steps."""
@@ -584,10 +601,10 @@ def run(world):
 
 @pytest.fixture(scope='module')
 def others(world, run):
-    """Runs to compare with: another seed, another depth with both seeds, another objective with a longer window."""
+    """Runs to compare with: another seed, another depth with both seeds, a longer window."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(world)
-        for flags in ('--seed 1 --out out/second', '--layers 2 --out out/deep0', '--layers 2 --seed 1 --out out/deep1', '--objective cmsc --out out/cmsc'):
+        for flags in ('--seed 1 --out out/second', '--layers 2 --out out/deep0', '--layers 2 --seed 1 --out out/deep1', '--window 5 --out out/wide'):
             train.main(f'--layers 1 --steps 2 --batch 4 --probe-every 0 {flags}'.split())
     return run
 
@@ -615,44 +632,46 @@ def test_two_tasks_share_one_training(here, run):
 
 
 def test_too_few_positives_are_one_line(here, run, monkeypatch):
-    monkeypatch.setitem(TASKS, 'ptbxl_rare', replace(TASKS['ptbxl_all'], least=400))
-    with pytest.raises(Stop, match='no label is positive in 400 of its 500 records') as stop:
+    monkeypatch.setitem(TASKS, 'ptbxl_rare', replace(TASKS['ptbxl_all'], least=500))
+    with pytest.raises(Stop, match='no label is positive in 500 of its 500 records') as stop:
         Task('sample', ['ptbxl_rare'], [open_run(run)], CPU)
-    monkeypatch.setitem(TASKS, 'ptbxl_some', replace(TASKS['ptbxl_all'], scored='rhythm', least=350))
-    with pytest.raises(Stop) as other:
+    monkeypatch.setitem(TASKS, 'ptbxl_some', replace(TASKS['ptbxl_all'], scored='form', least=350))
+    with pytest.raises(Stop, match='too few positives here for any of its labels') as other:
         Task('sample', ['ptbxl_some'], [open_run(run)], CPU)
     assert '\n' not in str(stop.value) + str(other.value)
 
 
 def test_numbers_are_standardised_by_their_training_records(here, run):
     runs = [open_run(run)]
-    t = Task('synthetic', ['target'], runs, CPU)
-    (train_, val, test), = t.plans
-    ds = Dataset('synthetic')
+    t = Task('few', ['target'], runs, CPU)
+    (train_, val, test), ds = t.plans[0], Dataset('few')
     raw = np.array(ds.labels[:, t.columns], float)
     assert t.numbers.all() and len(t.columns) == 6
-    assert np.allclose(t.scaled(t.plans[0]), (raw - np.nanmean(raw[train_], 0)) / np.nanstd(raw[train_], 0), atol=1e-4)
-    constant = Score([[np.zeros((len(test), 6))]], t.y, t.patient, numbers=t.numbers)
+    assert np.allclose(t.scaled(t.plans[0]), (raw - np.nanmean(raw[train_], 0)) / np.nanstd(raw[train_], 0), atol=1e-4, equal_nan=True)
+    constant = Score([[np.zeros((len(t.test), 6))]], t.y, t.patient, numbers=t.numbers)
     assert .7 < constant.point['MAE'][0, 0] < .9                 # the normal distribution's is .798
     score = t.score(Arm('pretrained', [runs[0]['net']], 'linear', PROTOCOLS['quick']))['target']
-    assert score.main == 'MAE' and score.minus(constant)[2] < 0  # a probe beats the mean beyond doubt
+    assert score.main == 'MAE' and score.minus(constant)[0] < 0  # a probe beats the mean
     with pytest.raises(Stop, match='prototypes are of yes/no labels'):
         t.score(Arm('pretrained', [runs[0]['net']], 'prototypes', PROTOCOLS['quick']))
 
 
-def test_the_benchmarks_convention_counts_classes_without_positives(here, run):
+def test_the_benchmarks_convention_counts_classes_without_positives(here, run, monkeypatch):
+    """Of the last fold's 50 records, some forms have no positive."""
     runs = [open_run(run)]
+    monkeypatch.setattr(evaluate, 'plans', lambda *given: (plans(*given)[0][-1:], False))
     plain, all_ = (Task('sample', ['form'], runs, CPU, empty=e) for e in (None, .5))
     assert plain.unscored and len(all_.columns) == len(plain.columns) + len(plain.unscored)
     arm = Arm('pretrained', [runs[0]['net']], 'linear', PROTOCOLS['quick'])
-    few, many = plain.score(arm)['form'], all_.score(arm)['form']
-    assert many.point['AUROC'][0, 0] == pytest.approx((few.point['AUROC'][0, 0] * len(plain.columns) + .5 * len(plain.unscored)) / len(all_.columns), abs=1e-9)
+    table = auroc(all_.output(arm.encoders[0], arm, 'all', 0, 0)[0], all_.y)[0]
+    assert np.isnan(table).sum() == len(plain.unscored)
+    assert all_.score(arm)['form'].point['AUROC'][0, 0] == pytest.approx((np.nansum(table) + .5 * len(plain.unscored)) / len(table), abs=1e-9)
 
 
 def test_the_preview_has_not_seen_validation(here, run, monkeypatch):
     """The head that fine-tuning starts with gives the converged probe's outputs, and labels of validation records do not reach it."""
     runs, caught = [open_run(run)], []
-    t = Task('synthetic', ['code'], runs, CPU)
+    t = Task('few', ['code'], runs, CPU)
     monkeypatch.setattr(evaluate, 'fit', lambda *given: (caught.append(given[-1]), (None, None))[1])
     arm, e = Arm('pretrained', [runs[0]['net']], 'finetune', replace(PROTOCOLS['quick'], preview=True)), runs[0]['net']
     t.fitted(e, t.plans[0], arm)
@@ -668,11 +687,11 @@ def test_the_preview_has_not_seen_validation(here, run, monkeypatch):
 def test_scores_are_kept_and_recipes_not_confused(here, run, monkeypatch):
     runs = [open_run(run)]
     arm = lambda **how: Arm('pretrained', [runs[0]['net']], 'frozen', replace(PROTOCOLS['quick'], **how), 1)
-    t = Task('synthetic', ['code'], runs, CPU)
-    t.plans = [[part[:40] for part in t.plans[0]]]
+    t = Task('few', ['code'], runs, CPU)
+    t.plans = t.plans[:1]
     first = t.output(runs[0]['net'], arm(), 'all', 0, 0)
     monkeypatch.setattr(Task, 'fitted', lambda *given: pytest.fail('trained again'))
-    again = Task('synthetic', ['code'], [open_run(run)], CPU)
+    again = Task('few', ['code'], [open_run(run)], CPU)
     again.plans = t.plans
     assert all(np.array_equal(a, b) for a, b in zip(first, again.output(open_run(run)['net'], arm(), 'all', 0, 0)))
     other = copy.deepcopy(runs[0]['net'])
@@ -683,9 +702,10 @@ def test_scores_are_kept_and_recipes_not_confused(here, run, monkeypatch):
             t.output(encoder, recipe, *rest)
 
 
-def test_random_encoders_have_the_runs_shape(here, others):
-    runs = [open_run(r) for r in ('out/short', 'out/cmsc')]
-    t = Task('synthetic', ['code'], runs, CPU)
+def test_random_encoders_have_the_runs_shape(here, others, monkeypatch):
+    monkeypatch.setattr(evaluate, 'see_data', see_data)
+    runs = [open_run(r) for r in ('out/short', 'out/wide')]
+    t = Task('few', ['code'], runs, CPU)
     (a, b), (c,) = t.random_encoders(runs[0], 2), t.random_encoders(runs[1], 1)
     assert a.config == runs[0]['net'].config and c.config == runs[1]['net'].config and t.random_encoders(runs[0], 2)[0] is a
     assert not torch.equal(next(a.parameters()), next(b.parameters())) and a.stem[1].num_batches_tracked == 8
@@ -760,11 +780,11 @@ def test_one_record_of_each_patient():
 
 def test_subsets_keep_records_without_labels(here, run):
     """Of records without any label, of women and of the old a half keeps the half."""
-    t = Task('synthetic', ['findings'], [open_run(run)], CPU)
+    t = Task('few', ['code'], [open_run(run)], CPU)
     rows = t.plans[0][0]
     table = evaluate.balance(t, rows)
     half = data.stratify(table, folds=2, seed=0) == 0
-    assert table.any(1).all() and abs(half.sum() - len(rows) / 2) <= 2 and table[:, len(t.columns)].sum() > 20
+    assert table.any(1).all() and abs(half.sum() - len(rows) / 2) <= 2 and table[:, len(t.columns)].sum() > 10
     assert (np.abs(table[half].sum(0) - table.sum(0) / 2) <= 2).all()
 
 
@@ -809,24 +829,25 @@ def test_the_newest_run_is_found_past_damage(tmp_path, monkeypatch, here, run):
 
 
 def test_evaluate_writes_its_results(here, run, capsys):
-    evaluate.main([run, '--labels', '100', 'all', '--draws', '2', '--epochs', '1'])
+    evaluate.main([run, '--data', 'few', '--labels', '40', 'all', '--draws', '1', '--epochs', '1', '--scratch'])
+    evaluate.main([run, '--data', 'sample'])
     text = capsys.readouterr().out
-    for word in ('from scratch', 'random encoder', 'pretrained', 'findings: ', 'sample, linear: 500 test records of 466 patients', 'super: 5 labels', 'one pretraining seed'):
+    for word in ('from scratch', 'random encoder', 'pretrained', 'findings: ', 'few, linear: 150 test records of', 'sample, linear: 500 test records of 466 patients', 'super: 5 labels', 'one pretraining seed'):
         assert word in text
     result = json.loads((here / run / 'results_sample_super_linear_all_0.json').read_text())
     assert result['n'] == 500 and result['patients'] == 466 and result['low'] < result['point'] < result['high']
     assert result['classes'] == len(result['names']) == len(result['per_class']['AUROC']) == 5 and result['contract']['fs'] == 240
     mean, low, high = map(float, result['minus_reference'].split())
     assert low < mean < high and result['labels'] == 'all' and result['checkpoint'] == open_run(run)['hash']
-    for name in ('results_linear.csv', 'results_linear.md', 'classes_linear.csv', 'labels.png', 'pca_sample.png', 'pca_synthetic.png'):
+    for name in ('results_few_linear.csv', 'results_few_linear.md', 'classes_few_linear.csv', 'labels_few_linear.png', 'pca_sample.png', 'pca_few.png'):
         assert (here / run / name).stat().st_size > 100
-    table = list(csv.DictReader(open(here / run / 'results_linear.csv')))
+    table = list(csv.DictReader(open(here / run / 'results_few_linear.csv')))
     assert {r['metric'] for r in table} == {'macro AUROC', 'macro AUPRC', 'macro F1'} and all(0 <= float(r['low']) <= float(r['mean']) <= float(r['high']) <= 1 for r in table)
 
 
 def test_two_runs_share_one_table(here, others, capsys):
-    evaluate.main([others + '/ckpt.pt', 'out/second', '--data', 'sample', '--task', 'rhythm'])
-    table = [r for r in csv.DictReader(open(here / others / 'results_sample_rhythm_linear.csv')) if r['metric'] == 'macro AUROC']
+    evaluate.main([others + '/ckpt.pt', 'out/second', '--data', 'few', '--task', 'findings'])
+    table = [r for r in csv.DictReader(open(here / others / 'results_few_findings_linear.csv')) if r['metric'] == 'macro AUROC']
     mine = [r for r in table if r['arm'] == 'pretrained']
     assert len(table) == 4 and {r['seed'] for r in mine} == {'0', '1'} and mine[0]['mean'] == mine[1]['mean']
     assert float(mine[0]['mean']) == pytest.approx(np.mean([float(r['point']) for r in mine]))
@@ -836,11 +857,11 @@ def test_two_runs_share_one_table(here, others, capsys):
 
 def test_pretrainings_are_compared(here, others, capsys):
     """Two depths with two seeds each: a table of pairs with verdicts, ranks, a figure; in every metric's direction."""
-    flags = [others, 'out/second', 'out/deep0', 'out/deep1', '--data', 'synthetic', '--task', 'code', 'target']
+    flags = [others, 'out/second', 'out/deep0', 'out/deep1', '--data', 'few', '--task', 'code', 'target']
     evaluate.main(flags)
     text = capsys.readouterr().out
     assert 'layers=1' in text and 'layers=2' in text and 'ranks (ties' in text and 'macro MAE' in text
-    name = 'synthetic_code_target_linear_against_deep0'
+    name = 'few_code_target_linear_against_deep0'
     pairs = list(csv.DictReader(open(here / others / f'pairs_{name}.csv')))
     assert len(pairs) == 12 and {r['task'] for r in pairs} == {'code', 'target'}             # 2 pretrainings and 2 random encoders of their shapes
     points = {(r['task'], r['arm']): float(r['mean']) for r in csv.DictReader(open(here / others / f'results_{name}.csv')) if r['metric'] in ('macro AUROC', 'macro MAE')}
@@ -851,28 +872,28 @@ def test_pretrainings_are_compared(here, others, capsys):
             assert (r['verdict'] == 'better') == (d > 0) ^ (r['task'] == 'target')
     markdown = (here / others / f'results_{name}.md').read_text()
     assert '| data, task | mode | labels | a | b |' in markdown and 'layers=2' in markdown
-    assert (here / others / 'arms_synthetic_code_linear_all.png').stat().st_size > 100
+    assert (here / others / 'arms_few_code_linear_all.png').stat().st_size > 100
     with pytest.raises(Stop, match='need the same seeds'):
         evaluate.main([others, 'out/second', 'out/deep0'])
 
 
 def test_windows_of_their_own(here, others):
-    """CPC's 2.5 s and CMSC's 5 s: each encoder sees what it was pretrained on, whichever comes first."""
+    """2.5 s and 5 s: each encoder sees what it was pretrained on, whichever comes first."""
     found = []
-    for order in (['out/short', 'out/cmsc'], ['out/cmsc', 'out/short']):
-        evaluate.main([*order, '--data', 'synthetic', '--task', 'code', '--mode', 'knn'])
-        name = f'results_synthetic_code_knn_against_{order[1].split("/")[1]}.csv'
+    for order in (['out/short', 'out/wide'], ['out/wide', 'out/short']):
+        evaluate.main([*order, '--data', 'few', '--task', 'code', '--mode', 'knn'])
+        name = f'results_few_code_knn_against_{order[1].split("/")[1]}.csv'
         found.append({r['arm']: r['mean'] for r in csv.DictReader(open(here / order[0] / name)) if r['metric'] == 'macro AUROC'})
-    assert found[0] == found[1] and {'cpc', 'cmsc'} < set(found[0])
+    assert found[0] == found[1] and {'window=2.5', 'window=5.0'} < set(found[0])
 
 
 def test_ablation_of_post_training(here, run, capsys):
-    evaluate.main([run, '--data', 'synthetic', '--task', 'code', '--mode', 'finetune', '--ablate', '--labels', '40', '--draws', '1', '--epochs', '1'])
-    table = list(csv.DictReader(open(here / run / 'results_synthetic_code_finetune_ablation.csv')))
+    evaluate.main([run, '--data', 'few', '--task', 'code', '--mode', 'finetune', '--ablate', '--labels', '40', '--draws', '1', '--epochs', '1'])
+    table = list(csv.DictReader(open(here / run / 'results_few_code_finetune_ablation.csv')))
     assert {r['arm'] for r in table} == {'plain', *(f'+ {k}' for k in POST), 'all parts'} and 'pairs' in capsys.readouterr().out
     assert len({r['point'] for r in table if r['metric'] == 'macro AUROC'}) >= 5             # each part does something (one block has no depth to drop)
     assert all((r['minus_reference'] == '') == (r['arm'] == 'plain') for r in table)
-    recipe = json.loads((here / run / 'results_synthetic_code_+-decay_finetune_40_0.json').read_text())['recipe']
+    recipe = json.loads((here / run / 'results_few_code_+-decay_finetune_40_0.json').read_text())['recipe']
     assert recipe['decay'] == POST['decay'] and not recipe['preview'] and recipe['path'] == 0
 
 
@@ -881,38 +902,40 @@ def test_other_tokens_are_evaluated(here, objective, backbone):
     """Encoders with padding, a CLS token or a coarse rate go through every mode."""
     run = f'out/{backbone}'
     train.main(f'--objective {objective} --steps 1 --batch 4 --probe-every 0 --out {run}'.split())
-    evaluate.main([run, '--data', 'synthetic', '--task', 'code', '--mode', 'linear', 'frozen', 'finetune', 'prototypes', '--labels', '30', '--draws', '1',
+    evaluate.main([run, '--data', 'few', '--task', 'code', '--mode', 'linear', 'frozen', 'finetune', 'prototypes', '--labels', '30', '--draws', '1',
                    '--epochs', '1', '--no-scratch'])
-    table = list(csv.DictReader(open(here / run / 'results_synthetic_code_linear_frozen_finetune_prototypes.csv')))
+    table = list(csv.DictReader(open(here / run / 'results_few_code_linear_frozen_finetune_prototypes.csv')))
     assert {(r['mode'], r['arm']) for r in table} == {(m, a) for m in ('linear', 'frozen', 'finetune', 'prototypes') for a in ('random encoder', 'pretrained')}
 
 
 @pytest.mark.parametrize('mode, arms', [('scratch', {'from scratch'}), ('finetune', {'from scratch', 'random encoder', 'pretrained'})])
 def test_trained_modes(here, run, mode, arms):
-    evaluate.main([run, '--data', 'synthetic', '--task', 'code', '--mode', mode, '--labels', '1', '--epochs', '1'])
-    table = [r for r in csv.DictReader(open(here / run / f'results_synthetic_code_{mode}.csv')) if r['metric'] == 'macro AUROC']
+    evaluate.main([run, '--data', 'few', '--task', 'code', '--mode', mode, '--labels', '1', '--epochs', '1'])
+    table = [r for r in csv.DictReader(open(here / run / f'results_few_code_{mode}.csv')) if r['metric'] == 'macro AUROC']
     assert {r['arm'] for r in table} == arms and all(0 < float(r['low']) < float(r['high']) <= 1 for r in table)
 
 
 def test_scratch_of_one_shape_is_one_arm(here, others, capsys):
     """Two pretrainings of one shape share what is trained from scratch, and there is nothing to compare it with."""
     train.main('--layers 1 --steps 3 --batch 4 --probe-every 0 --out out/longer'.split())
-    evaluate.main([others, 'out/longer', '--data', 'synthetic', '--task', 'code', '--mode', 'scratch', '--labels', '30', '--draws', '1', '--epochs', '1'])
+    evaluate.main([others, 'out/longer', '--data', 'few', '--task', 'code', '--mode', 'scratch', '--labels', '30', '--draws', '1', '--epochs', '1'])
     assert '1 from scratch' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('protocol', ['released', 'sc'])
 def test_protocols_run(here, run, protocol):
-    evaluate.main([run, '--data', 'synthetic', '--task', 'code', '--mode', 'linear', 'frozen', '--labels', '40', '--draws', '1', '--epochs', '2', '--protocol', protocol,
+    evaluate.main([run, '--data', 'few', '--task', 'code', '--mode', 'linear', 'frozen', '--labels', '40', '--draws', '1', '--epochs', '2', '--protocol', protocol,
                    '--no-scratch', '--bootstrap', 'bayesian', '--benchmark-convention'])
-    assert (here / run / f'results_synthetic_code_linear_frozen_{protocol}.csv').exists()
+    assert (here / run / f'results_few_code_linear_frozen_{protocol}.csv').exists()
 
 
-@pytest.mark.parametrize('analysis, files', [('robustness', ['robustness_sample_super.csv']), ('efficiency', ['efficiency_synthetic_findings.csv', 'efficiency_synthetic_findings.png']),
-                                             ('cka', ['cka_sample_super.csv', 'cka_sample.png']), ('calibration', ['calibration_sample_super.csv', 'calibration_sample_super.png']),
+@pytest.mark.parametrize('analysis, files', [('robustness', ['robustness_few_code.csv']), ('efficiency', ['efficiency_synthetic_code.csv', 'efficiency_synthetic_code.png']),
+                                             ('cka', ['cka_few_code.csv', 'cka_few.png']), ('calibration', ['calibration_few_code.csv', 'calibration_few_code.png']),
                                              ('embeddings', ['embeddings_sample.npz'])])
 def test_analyses(here, run, analysis, files, capsys):
-    evaluate.main([run, '--data', files[0].split('_')[1].split('.')[0], '--analyse', analysis, '--draws', '1'])
+    name = files[0].split('_')[1].split('.')[0]
+    evaluate.main([run, '--data', name, '--analyse', analysis, '--draws', '1', *(['--task', 'code'] if name != 'sample' else []),
+                   *(['--cohort', 'synthetic'] if analysis == 'robustness' else [])])
     assert all((here / run / f).stat().st_size > 100 for f in files)
     out = capsys.readouterr().out
     if analysis == 'embeddings':
@@ -922,10 +945,12 @@ def test_analyses(here, run, analysis, files, capsys):
     rows = list(csv.DictReader(open(here / run / files[0])))
     assert {r.get('arm') or r['model'].split(',')[0] for r in rows} == {'random encoder', 'pretrained'}
     if analysis == 'robustness':
-        plain = json.loads((here / run / 'results_sample_super_linear_all_0.json').read_text())['mean']
+        runs = [open_run(run)]
+        plain = Task('few', ['code'], runs, CPU).score(Arm('pretrained', [runs[0]['net']], 'linear', PROTOCOLS['quick']))['code'].interval()[0]
         mine = {r['condition']: r for r in rows if r['arm'] == 'pretrained'}
-        assert float(mine['unchanged']['mean']) == pytest.approx(plain) and {'lead I only', 'women', 'through 100 Hz', 'noise at 0 dB'} < set(mine)
-        assert int(mine['women']['n']) + int(mine['men']['n']) == 500 and float(mine['through 100 Hz']['minus_unchanged'].split()[0]) != 0
+        assert float(mine['unchanged']['mean']) == pytest.approx(plain) and {'lead I only', 'women', 'through 100 Hz', 'noise at 0 dB', 'cohort synthetic'} < set(mine)
+        assert int(mine['cohort synthetic']['n']) == 640 - sum(Dataset('synthetic').fold <= 8)                # pretrained on the rest
+        assert int(mine['women']['n']) + int(mine['men']['n']) == 150 and float(mine['through 100 Hz']['minus_unchanged'].split()[0]) != 0
     if analysis == 'efficiency':
         counts = [int(r['labels']) for r in rows if r['arm'] == 'pretrained']
         assert all(abs(a / 2 - b) <= 3 for a, b in zip(counts, counts[1:])) and len(counts) >= 4
@@ -949,11 +974,11 @@ def test_overlap_can_be_allowed(here, run, capsys):
 
 
 @pytest.mark.parametrize('flags, why', [
-    (['--labels', '5', '--data', 'synthetic'], 'nothing was scored'), (['--labels', '100000', '--data', 'sample'], 'nothing was scored'), (['--device', 'tpu'], 'cannot be used here'),
-    (['--data', 'nowhere'], "no dataset 'nowhere'"), (['--task', 'nothing', '--data', 'sample'], 'has no task'), (['--task', 'nothing'], 'is no task of the papers'),
+    (['--labels', '5', '--data', 'few'], 'nothing was scored'), (['--labels', '100000', '--data', 'few'], 'nothing was scored'), (['--device', 'tpu'], 'cannot be used here'),
+    (['--data', 'nowhere'], "no dataset 'nowhere'"), (['--task', 'nothing', '--data', 'few'], 'has no task'), (['--task', 'nothing'], 'is no task of the papers'),
     (['--task', 'ptbxl_all'], "no dataset 'ptbxl'"), (['--draws', '0'], '--draws must lie between 1'), (['--drop-path', '1'], '--drop-path'), (['--ablate'], 'add --mode finetune'),
     (['--preview'], 'belong to --mode finetune'), (['--cohort', 'sample'], 'belongs to --analyse robustness'),
-    (['--analyse', 'robustness', '--data', 'sample', '--cohort', 'synthetic'], 'some of the same yes/no labels')])
+    (['--analyse', 'robustness', '--data', 'few', '--cohort', 'sample'], 'some of the same yes/no labels')])
 def test_bad_requests_stop_with_one_line(here, run, flags, why):
     with pytest.raises(Stop if '--device' not in flags else SystemExit, match=why) as stop:
         evaluate.main([run, *flags])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import models
 from models import (CHUNK, SIZES, AttentionPool, Config, Encoder, MeanPool, ResNetBlock, S4, S4Block, S4D, Stem, TransformerBlock, convolve, convolve_chunks,
-                    cut_beats, discretise, groups, learning_rate, legs, load, load_encoder, parameters, pool, rotate, save, see_data, sized, tied_dropout)
+                    cut_beats, discretise, drop_path, groups, learning_rate, legs, load, load_encoder, parameters, pool, regularise, rotate, save, see_data, sized, tied_dropout)
 
 
 def make_s4(causal, seed=0, dim=6):
@@ -292,6 +292,41 @@ def test_dropout_is_tied_over_tokens():
     assert set(y.unique().tolist()) == {0, 1.25} and abs((y == 0).float().mean() - .2) < .03
     x = torch.randn(2, 3, 4)
     assert torch.equal(tied_dropout(x, .2, False, 1), x)
+
+
+def test_stochastic_depth_keeps_the_expectation():
+    """A branch goes or comes whole, record by record, with its mean kept: within four standard errors over 20,000 draws."""
+    torch.manual_seed(0)
+    p, x = .3, torch.tensor([2., -1.]).expand(20_000, 5, 2)
+    y = drop_path(x, p, True)
+    assert torch.equal(y, y[:, :1].expand_as(y)) and torch.allclose(y[:, 0], x[:, 0] / (1 - p) * (y[:, 0, :1] != 0))
+    error = x[0, 0].abs() * (p / (1 - p) / 20_000) ** .5         # a draw's variance is x^2 p / (1 - p)
+    assert ((y[:, 0].mean(0) - x[0, 0]).abs() < 4 * error).all() and abs((y[:, 0, 0] == 0).float().mean() - p) < 4 * (p * (1 - p) / 20_000) ** .5
+    assert drop_path(x, p, False) is x and drop_path(x, 0., True) is x
+
+
+@pytest.mark.parametrize('backbone', ['s4', 's4d', 'transformer', 'net1d', 'resnet', 'beat', 'vit'])
+def test_stochastic_depth_grows_over_the_blocks(backbone):
+    torch.manual_seed(0)
+    encoder, batch = Encoder(sized(backbone, 'tiny', layers=None if backbone in ('net1d', 'resnet') else 4)), dict(x=torch.randn(2, 12, 600), peaks=torch.tensor([[100, 300, 500]] * 2))
+    plain = encoder.eval()(batch)[0]
+    regularise(encoder, .4, 0.)
+    paths = [b.path for b in encoder.blocks if hasattr(b, 'path')]
+    assert paths == pytest.approx([.4 * i / (len(paths) - 1) for i in range(len(paths))]) and len(paths) >= 3
+    assert torch.equal(encoder(batch)[0], plain)                 # not in eval mode
+    regularise(encoder)
+    assert [b.path for b in encoder.blocks if hasattr(b, 'path')] == paths
+    block, (z, _) = encoder.blocks[-1], encoder.tokens(batch)
+    for before in encoder.blocks[:-1]:
+        z = before(z, None)[0]
+
+    def learning(path, training):
+        """How many tensors of the last block get a gradient."""
+        block.path = path
+        block.zero_grad()
+        block.train(training)(z.detach(), None)[0].square().sum().backward()
+        return sum(q.grad is not None and bool(q.grad.abs().sum() > 0) for q in block.parameters())
+    assert learning(1., True) <= learning(0., True) / 2 and learning(1., False) == learning(0., False)      # every branch of it can go, in train mode
 
 
 def test_attention_pool_equals_explicit_attention():
