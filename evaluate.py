@@ -259,7 +259,7 @@ class Tokens:
         encoder, self.crops, self.length, self.samples = encoder.to(device).eval(), ds.crops, ds.length, samples
         owner, start = ds.crops(rows, samples)
         self.at, self.file, self.h, self.count = dict(zip(zip(owner.tolist(), start.tolist()), range(len(owner)))), tempfile.TemporaryFile(), None, None
-        self.mean = np.zeros((len(ds), encoder.dim))             # what `embed` gives
+        self.mean = np.zeros((len(ds.length), encoder.dim))      # what `embed` gives
         size = max(1, 128 * 600 // samples)
         for i in tqdm(range(0, len(owner), size), desc='tokens', leave=False, disable=None):
             with torch.no_grad(), precision(device):
@@ -879,7 +879,7 @@ def report(t, task, arms, scores, count, a, several):
                     result = dict(rows[-1], command=' '.join(sys.argv), checkpoint=arm.runs[i]['hash'], contract=arm.runs[i]['contract'],
                                   recipe=dataclasses.asdict(arm.recipe), names=names, left_out=t.unscored,
                                   per_class={m: dict(zip(names, score.per_class[m].tolist())) for m in score.per_class})
-                    file = f'results_{slug(t.ds.name, task, *([name] if a.ablate else []), arm.mode, count, seed)}.json'
+                    file = f'results_{slug(t.ds.name, task, *([name] if a.ablate else []), arm.mode, *([a.protocol] if a.protocol != "quick" else []), count, seed)}.json'
                     (Path(arm.runs[i]['path']) / file).write_text(json.dumps(result, indent=1))
     return rows
 

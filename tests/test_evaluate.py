@@ -633,7 +633,7 @@ def test_two_tasks_share_one_training(here, run):
 
 def test_too_few_positives_are_one_line(here, run, monkeypatch):
     monkeypatch.setitem(TASKS, 'ptbxl_rare', replace(TASKS['ptbxl_all'], least=500))
-    with pytest.raises(Stop, match='no label is positive in 500 of its 500 records') as stop:
+    with pytest.raises(Stop, match='too few positives: none of its labels is positive, and negative, in 500 of 500 records') as stop:
         Task('sample', ['ptbxl_rare'], [open_run(run)], CPU)
     monkeypatch.setitem(TASKS, 'ptbxl_some', replace(TASKS['ptbxl_all'], scored='form', least=350))
     with pytest.raises(Stop, match='too few positives here for any of its labels') as other:
@@ -784,6 +784,8 @@ def test_subsets_keep_records_without_labels(here, run):
     rows = t.plans[0][0]
     table = evaluate.balance(t, rows)
     half = data.stratify(table, folds=2, seed=0) == 0
+    t.ds.age, t.ds.sex = np.full((2, len(t.ds)), np.nan)         # where neither age nor sex is known, the lack of labels still places a record
+    assert evaluate.balance(t, rows).any(1).all()
     assert table.any(1).all() and abs(half.sum() - len(rows) / 2) <= 2 and table[:, len(t.columns)].sum() > 10
     assert (np.abs(table[half].sum(0) - table.sum(0) / 2) <= 2).all()
 
@@ -965,18 +967,18 @@ def test_list(here, run, capsys):
 
 
 def test_overlap_can_be_allowed(here, run, capsys):
-    train.main('--steps 1 --batch 4 --layers 1 --probe-every 0 --data sample --out out/onsample'.split())
-    evaluate.main(['out/onsample', '--data', 'sample', '--mode', 'knn'])
+    train.main('--steps 1 --batch 4 --layers 1 --probe-every 0 --data few --out out/onfew'.split())
+    evaluate.main(['out/onfew', '--data', 'few', '--mode', 'knn'])
     assert 'test folds are left out' in capsys.readouterr().out
-    evaluate.main(['out/onsample', '--data', 'sample', '--mode', 'knn', '--allow', 'overlap'])
+    evaluate.main(['out/onfew', '--data', 'few', '--mode', 'knn', '--allow', 'overlap'])
     out = capsys.readouterr().out
-    assert 'test records are of patients seen in pretraining, allowed' in out and '500 test records' in out
+    assert 'test records are of patients seen in pretraining, allowed' in out and '150 test records' in out
 
 
 @pytest.mark.parametrize('flags, why', [
     (['--labels', '5', '--data', 'few'], 'nothing was scored'), (['--labels', '100000', '--data', 'few'], 'nothing was scored'), (['--device', 'tpu'], 'cannot be used here'),
     (['--data', 'nowhere'], "no dataset 'nowhere'"), (['--task', 'nothing', '--data', 'few'], 'has no task'), (['--task', 'nothing'], 'is no task of the papers'),
-    (['--task', 'ptbxl_all'], "no dataset 'ptbxl'"), (['--draws', '0'], '--draws must lie between 1'), (['--drop-path', '1'], '--drop-path'), (['--ablate'], 'add --mode finetune'),
+    (['--task', 'ptbxl_all'], 'task ptbxl_all needs datasets/ptbxl: python data.py ptbxl'), (['--draws', '0'], '--draws must lie between 1'), (['--drop-path', '1'], '--drop-path'), (['--ablate'], 'add --mode finetune'),
     (['--preview'], 'belong to --mode finetune'), (['--cohort', 'sample'], 'belongs to --analyse robustness'),
     (['--analyse', 'robustness', '--data', 'few', '--cohort', 'sample'], 'some of the same yes/no labels')])
 def test_bad_requests_stop_with_one_line(here, run, flags, why):
