@@ -253,19 +253,20 @@ def embed(encoder, ds, rows, samples, device, name='embedding', first=False):
 class Tokens:
     """A frozen encoder's tokens of all consecutive crops of `rows`, made in one pass and kept in half precision in a file without a name
     that vanishes with the process. Serves `per_record` and `fit` in the Dataset's place: its batches hold h (B, L, D) and pad instead
-    of x. pooled: only the mean over tokens, L = 1."""
+    of x. pooled: only the mean over tokens, L = 1. mean and square: of each record's tokens, (len(ds), D)."""
 
     def __init__(self, encoder, ds, rows, samples, device, pooled=False, dtype=np.float16):
         encoder, self.crops, self.length, self.samples = encoder.to(device).eval(), ds.crops, ds.length, samples
         owner, start = ds.crops(rows, samples)
         self.at, self.file, self.h, self.count = dict(zip(zip(owner.tolist(), start.tolist()), range(len(owner)))), tempfile.TemporaryFile(), None, None
-        self.mean = np.zeros((len(ds.length), encoder.dim))      # what `embed` gives
+        self.mean, self.square = np.zeros((2, len(ds.length), encoder.dim))                  # the first is what `embed` gives
         size = max(1, 128 * 600 // samples)
         for i in tqdm(range(0, len(owner), size), desc='tokens', leave=False, disable=None):
             with torch.no_grad(), precision(device):
                 h, pad = encoder(to_device(ds.collate(owner[i:i + size], start[i:i + size], samples), device))
                 mean = pool(h, pad)
-                np.add.at(self.mean, owner[i:i + size], mean.double().cpu().numpy() / (ds.length[owner[i:i + size]] // samples)[:, None])
+                for total, part in ((self.mean, mean), (self.square, pool(h.float() ** 2, pad))):
+                    np.add.at(total, owner[i:i + size], part.double().cpu().numpy() / (ds.length[owner[i:i + size]] // samples)[:, None])
                 if pooled:
                     h, pad = mean[:, None], None
             if self.h is None:
@@ -405,7 +406,10 @@ class Recipe:
     epochs: dict = dataclasses.field(default_factory=lambda: dict(linear=20, frozen=20, finetune=3, scratch=6))
     batch: int = 32
     lr: float = 1e-3                                             # of the head
-    scratch: float = 5.                                          # rate of training from scratch, in lr
+    frozen: float = 10.                                          # rate of attention pooling, in lr
+    steps: int = 500                                             # at the least, where records are few
+    scratch: float = 5.                                          # that of training from scratch
+    standardise: bool = True                                     # tokens of frozen encoders, by mean and SD over the training records
     weight_decay: float = 1e-3
     schedule: str = 'cosine'
     patience: int = 0                                            # epochs without a better validation before it stops; 0: never
@@ -418,9 +422,9 @@ class Recipe:
 
 
 # released: 2605.12241's code; sc: the probe of 2605.17276, whose rate and batch are lost (1e-3 and 64 are our choice)
-PROTOCOLS = {'quick': Recipe(), 'released': Recipe(dict.fromkeys(('linear', 'frozen', 'finetune', 'scratch'), 100), 64, scratch=1., schedule='constant',
-                                                    clip=math.inf, cached=False),
-             'sc': Recipe(dict.fromkeys(('linear', 'frozen', 'finetune', 'scratch'), 200), 64, scratch=1., weight_decay=0., schedule='constant', patience=5)}
+MODES, PAPERS = ('linear', 'frozen', 'finetune', 'scratch'), dict(batch=64, frozen=1., scratch=1., steps=0, standardise=False, schedule='constant')
+PROTOCOLS = {'quick': Recipe(), 'released': Recipe(dict.fromkeys(MODES, 100), clip=math.inf, cached=False, **PAPERS),
+             'sc': Recipe(dict.fromkeys(MODES, 200), weight_decay=0., patience=5, **PAPERS)}
 # post-training's parts (2509.12991, whose values are known from a replication only; the decay of MTECG, 2309.07136, is not known: .75 is ours)
 POST = dict(preview=True, path=.5, dropout=.05, schedule='cosine', decay=.75)
 
@@ -441,7 +445,7 @@ def rates(encoder, head, mode, recipe):
     lr, L = recipe.lr, len(encoder.blocks)
     middle = nn.ModuleList([encoder.blocks, encoder.norm])
     parts = {'finetune': [(head, lr), (middle, lr / 10), (encoder.stem, lr / 100)],
-             'scratch': [(m, lr * recipe.scratch) for m in (head, middle, encoder.stem)]}.get(mode, [(head, lr)])
+             'scratch': [(m, lr * recipe.scratch) for m in (head, middle, encoder.stem)]}.get(mode, [(head, lr * (recipe.frozen if mode == 'frozen' else 1))])
     if mode == 'finetune' and recipe.decay:
         layers = [encoder.stem, *encoder.blocks[:-1], nn.ModuleList([encoder.blocks[-1], encoder.norm]), head]
         parts = [(m, lr * recipe.decay ** (L + 1 - l)) for l, m in enumerate(layers)]
@@ -456,7 +460,7 @@ def fit(encoder, source, y, train, val, test, samples, mode, recipe, device, see
     torch.manual_seed(seed)
     rng, cached, still = np.random.default_rng(seed), isinstance(source, Tokens), mode in ('linear', 'frozen')
     numbers = np.zeros(y.shape[1], bool) if numbers is None else numbers
-    kinds, epochs = torch.from_numpy(numbers).to(device), epochs or recipe.epochs[mode]
+    kinds = torch.from_numpy(numbers).to(device)
     head = (AttentionPool if mode == 'frozen' else MeanPool)(encoder.dim, y.shape[1]).to(device)
     encoder = encoder.to(device) if still else copy.deepcopy(encoder).to(device).requires_grad_(True)
     if not still:
@@ -468,10 +472,16 @@ def fit(encoder, source, y, train, val, test, samples, mode, recipe, device, see
     learns = [p for g in optimiser.param_groups for p in g['params']]
     size = min(recipe.batch, len(train))
     per_epoch, best, since = len(train) // size, (-math.inf, None), 0
+    epochs = epochs or max(recipe.epochs[mode], -(-recipe.steps // per_epoch) if still else 0)
+
+    shift, scale = 0., 1.
+    if cached and recipe.standardise:
+        shift, square = (torch.from_numpy(m[train].mean(0)).float().to(device) for m in (source.mean, source.square))
+        scale = (square - shift ** 2).clamp(min=1e-12).rsqrt()
 
     def output(batch):
         if cached:
-            return head(batch['h'], batch['pad']).float()
+            return head((batch['h'] - shift) * scale, batch['pad']).float()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not still):
             h, pad = encoder(batch)
         return head(h, pad).float()

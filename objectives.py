@@ -179,7 +179,7 @@ class CPC(nn.Module):
     the targets are not detached: the stem learns through them too. Loss: cross-entropy, mean over positions and crops;
     ln 129 = 4.86 with a zeroed head. (The released code sums over the 286 positions instead.)
     """
-    window, causal, backbones = 2.5, True, {'s4': 1e-2, 's4d': 1e-2, 'transformer': 1e-2, 'net1d': 1e-2}
+    window, causal, backbones = 2.5, True, {'s4': 1e-2, 's4d': 1e-2, 'transformer': 1e-2, 'net1d': 3e-3}
     options, released = ('horizon', 'negatives'), ('lr',)
 
     def __init__(self, encoder, steps=800, horizon=14, negatives=128):
@@ -213,7 +213,7 @@ class JEPA(nn.Module):
     """Joint-embedding prediction: from a visible context, predict an EMA teacher's features of hidden blocks (I-JEPA, Assran et al.
     2023, 2301.08243, for a sequence). Loss: smooth L1 (beta 1), mean over blocks, tokens and features, targets standardised;
     about .42 with a zeroed head. A rising loss can be healthy: the targets move."""
-    window, causal, backbones = 2.5, False, {'s4': 3e-3, 's4d': 3e-3, 'transformer': 3e-3, 'net1d': 3e-3}
+    window, causal, backbones = 2.5, False, {'s4': 3e-3, 's4d': 3e-3, 'transformer': 1e-2, 'net1d': 1e-2}
     options, released = ('target_norm', 'half_life', 'momentum', 'teacher_mode'), ('ema', 'mask', 'lr', 'norm')
 
     def __init__(self, encoder, steps=800, target_norm='instance', released=(), **teacher):
@@ -282,7 +282,7 @@ class DinoSR(nn.Module):
     outputs idle). Codes are EMA means (decay .9) of the features assigned to them, all tokens counting; unassigned codes keep their
     place. Loss: cross-entropy, mean over hidden tokens and codebooks; ln 256 = 5.55 with a zeroed head. A loss near 0 with few codes
     used is collapse."""
-    window, causal, backbones = 2.5, False, {'s4': 1e-3, 's4d': 1e-3, 'transformer': 1e-3, 'net1d': 1e-3}
+    window, causal, backbones = 2.5, False, {'s4': 1e-3, 's4d': 1e-3, 'transformer': 1e-3, 'net1d': 1e-2}
     options, released = ('span_ms', 'hide', 'target_norm', 'half_life', 'momentum', 'teacher_mode'), ('ema', 'mask', 'lr', 'codebook', 'norm')
 
     def __init__(self, encoder, steps=800, span_ms=83, hide=.49, codes=256, decay=.9, target_norm='instance', released=(), **teacher):
@@ -358,7 +358,7 @@ class HuBERT(nn.Module):
     Prototypes: k-means++ on the first batch, then EMA (.99) of the features assigned to them, unit length. Teacher temperature .15 to
     .07, student's .5 to .1, cosine over 200 steps. Loss per codebook: .75 KL at hidden + .25 KL at visible tokens + .001 entropy of
     the prediction; summed over codebooks."""
-    window, causal, backbones = 2.5, False, {'s4': 1e-2, 's4d': 1e-2, 'transformer': 1e-2, 'net1d': 1e-2}
+    window, causal, backbones = 2.5, False, {'s4': 1e-2, 's4d': 3e-3, 'transformer': 1e-2, 'net1d': 1e-2}
     options, released = ('span_ms', 'hide', 'target_norm', 'half_life', 'momentum', 'teacher_mode'), ('ema', 'mask', 'lr', 'norm')
     sizes = (128, 256)
 

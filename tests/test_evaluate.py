@@ -635,7 +635,7 @@ def test_too_few_positives_are_one_line(here, run, monkeypatch):
     monkeypatch.setitem(TASKS, 'ptbxl_rare', replace(TASKS['ptbxl_all'], least=500))
     with pytest.raises(Stop, match='too few positives: none of its labels is positive, and negative, in 500 of 500 records') as stop:
         Task('sample', ['ptbxl_rare'], [open_run(run)], CPU)
-    monkeypatch.setitem(TASKS, 'ptbxl_some', replace(TASKS['ptbxl_all'], scored='form', least=350))
+    monkeypatch.setitem(TASKS, 'ptbxl_some', replace(TASKS['ptbxl_all'], scored='form', least=100))
     with pytest.raises(Stop, match='too few positives here for any of its labels') as other:
         Task('sample', ['ptbxl_some'], [open_run(run)], CPU)
     assert '\n' not in str(stop.value) + str(other.value)
