@@ -713,7 +713,8 @@ class Task:
             return self.ds
         if self.tokens[0] != (id(encoder), mode):
             self.tokens = None, None                             # the old file goes before the new one comes
-            self.tokens = (id(encoder), mode), self.timed(lambda: Tokens(encoder, self.ds, self.rows(), self.crop(encoder), self.device, mode == 'linear'), self.rows())
+            make = lambda: Tokens(encoder, self.ds, self.rows(), self.crop(encoder), self.device, mode == 'linear')
+            self.tokens = (id(encoder), mode), self.timed(make, self.rows())
             self.embeddings.setdefault(id(encoder), (encoder, self.tokens[1].mean))
         return self.tokens[1]
 
@@ -733,11 +734,13 @@ class Task:
             bias = predict(np.zeros((1, encoder.dim)))
             start = np.r_[predict(np.eye(encoder.dim)) - bias, bias]
         source = self.source(encoder, arm.mode, arm.recipe)
-        return *fit(encoder, source, y, train, val, plan[2], self.crop(encoder), arm.mode, arm.recipe, self.device, 1000 * seed + draw, self.numbers, arm.epochs, start), val
+        return *fit(encoder, source, y, train, val, plan[2], self.crop(encoder), arm.mode, arm.recipe, self.device, 1000 * seed + draw,
+                    self.numbers, arm.epochs, start), val
 
     def output(self, encoder, arm, count, seed, draw):
         """Scores and margins (n, K) on the test records of all plans, from out/scores where they are known."""
-        how = [SOURCE, self.ds.hash, self.columns, arm.mode, dataclasses.asdict(arm.recipe), arm.epochs, count, seed, draw, self.crop(encoder), encoder.config.__dict__]
+        how = [SOURCE, self.ds.hash, self.columns, arm.mode, dataclasses.asdict(arm.recipe), arm.epochs, count, seed, draw, self.crop(encoder),
+               dataclasses.asdict(encoder.config)]
         file = Path('out/scores', digest(how, *encoder.state_dict().values(), *itertools.chain(*self.plans)) + '.npz')
         if file.exists():
             return tuple(np.load(file)[k] for k in ('scores', 'margins'))
@@ -823,8 +826,8 @@ def evaluate_task(families, t, mode, counts, a, out):
     print(f'\n{t.ds.name}, {mode}: {len(t.test):,} test records of {t.patients or "unknown"} patients, {len(t.columns)} labels'
           + (f' ({len(t.unscored)} without both values: {", ".join(t.unscored[:6])}{" ..." if len(t.unscored) > 6 else ""})' if t.unscored else '')
           + (f'; {len(t.plans)} folds, each record predicted by a probe that never saw its patient, pairs counted within folds' if t.folded else ''))
-    recipe = dataclasses.replace(PROTOCOLS[a.protocol], **{k: v for k, v in dict(lr=a.lr, batch=a.batch, preview=a.preview, path=a.drop_path, dropout=a.dropout, schedule=a.schedule,
-                                                                                decay=a.layer_decay).items() if v is not None})
+    given = dict(lr=a.lr, batch=a.batch, preview=a.preview, path=a.drop_path, dropout=a.dropout, schedule=a.schedule, decay=a.layer_decay)
+    recipe = dataclasses.replace(PROTOCOLS[a.protocol], **{k: v for k, v in given.items() if v is not None})
     counts = [int(c * t.available) if isinstance(c, float) and c < 1 else 'all' if c == 1 else c for c in counts]
     arms = arms_of(families, mode, recipe, a.epochs, a.ablate, a.scratch, t)
     for count in [c for c in counts if c != 'all' and not 10 <= c <= t.available]:
@@ -865,17 +868,17 @@ def report(t, task, arms, scores, count, a, several):
     """Print one table and write one JSON file per run (none for random encoders); returns rows for the CSV file."""
     main = next(iter(scores.values())).main
     others = [m for m in next(iter(scores.values())).point if m != main]
-    print(f'  {task}: {len(t.parts[task])} labels\n{"labels":>8s}  {"arm":30s} macro {main:6s} 95 % interval  ' + ''.join(f'  {m:6s}' for m in others) + '  minus reference')
-    names, rows = [t.ds.label_names[t.columns[c]] for c in t.parts[task]], []
+    names, rows, wide = [t.ds.label_names[t.columns[c]] for c in t.parts[task]], [], max(map(len, scores)) + 2
+    print(f'  {task}: {len(names)} labels\n{"labels":>8s}  {"arm":{wide}s}macro {main:7s}95 % interval   ' + ''.join(f'{m:7s}' for m in others) + 'minus its reference')
     for name, score in scores.items():
         arm, reference = arms[name], scores.get(arms[name].reference)
         mean, low, high = np.clip(score.interval(), 0, np.inf if main == 'MAE' else 1)          # Student's t may reach beyond
-        text, epochs = '', '' if arm.mode in ('knn', 'prototypes') or (arm.mode == 'linear' and a.protocol == 'quick') else arm.epochs or arm.recipe.epochs[arm.mode]
+        closed = arm.mode in ('knn', 'prototypes') or (arm.mode == 'linear' and a.protocol == 'quick')
+        text, epochs = '', '' if closed else arm.epochs or arm.recipe.epochs[arm.mode]
         if reference and reference is not score:
             d = score.minus(reference)
             text = '{:+.3f} [{:+.3f}, {:+.3f}]'.format(*d) + (' *' if several and d[1] * d[2] > 0 else '')
-        print(f'{str(count):>8s}  {name + (f" ({epochs} epochs)" if epochs else ""):30s} {mean:.3f}        [{low:.3f}, {high:.3f}]'
-              + ''.join(f'  {score.point[m].mean():.3f} ' for m in others) + f'  {text}')
+        print(f'{str(count):>8s}  {name:{wide}s}{mean:.3f}        [{low:.3f}, {high:.3f}]  ' + ''.join(f'{score.point[m].mean():.3f}  ' for m in others) + text)
         common = dict(data=t.ds.name, task=task, arm=name, mode=arm.mode, protocol=a.protocol, epochs=epochs, draws=a.draws, labels=count, n=len(t.test),
                       patients=t.patients, classes=len(names), runs=len(arm.encoders))
         for metric in score.point:
@@ -1072,8 +1075,8 @@ def label_law(n, error):
 
 
 def efficiency(families, t, a, out):
-    """1 to 1 / 128 of the labelled records, one per patient, stratified, linear probe: points, fitted laws and the share of labels with which a pretraining
-    reaches what its reference has with all of n. Returns rows for the CSV file."""
+    """1 to 1 / 128 of the labelled records, one per patient, stratified, linear probe: points, fitted laws, and the share of labels with
+    which a pretraining reaches what its reference has with all of them. Returns rows for the CSV file."""
     arms, rows = arms_of(families, 'linear', PROTOCOLS['quick'], None, False, False, t), []
     task, (train, val, _) = t.names[0], t.plans[-1]
     train, val = one_per_patient(t.ds, train), one_per_patient(t.ds, val)
@@ -1088,7 +1091,8 @@ def efficiency(families, t, a, out):
         if n < 10 or min(len(q) for _, q in draws) < 2:
             break
         for name, arm in arms.items():
-            outputs = [[linear_probe(t.embedding(e, name), y, p, q, t.numbers)[0](t.embedding(e)[t.plans[-1][2]])[:, columns] for p, q in draws] for e in arm.encoders]
+            asked = lambda X, p, q: linear_probe(X, y, p, q, t.numbers)[0](X[t.plans[-1][2]])[:, columns]
+            outputs = [[asked(t.embedding(e, name), p, q) for p, q in draws] for e in arm.encoders]
             score = Score(outputs, t.y[test][:, columns], t.patient[test], numbers=t.numbers[columns])
             found[name].append((n, score))
             mean, low, high = score.interval()
@@ -1102,13 +1106,14 @@ def efficiency(families, t, a, out):
         if len(n) >= 5 and error.min() > 0:
             C, alpha, floor = laws[name] = label_law(n, error)
             ax.loglog(n, C * n ** -alpha + floor, color=f'C{i}')
-            print(f'  {name}: error = {C:.3g} n^-{alpha:.2f} + {floor:.3f}' + (' (an exponent or floor at its bound: not identified)' if alpha < 1e-3 or floor < 1e-6 or
-                                                                              floor > .999 * error.min() else ''))
-        if laws.get(arms[name].reference) and name in laws:
-            C, alpha, floor = laws[name]
-            reached = [(m, ((e - floor) / C) ** (-1 / max(alpha, 1e-9)) / m) for m, e in zip(n, (laws[arms[name].reference][0] * n ** -laws[arms[name].reference][1]
-                                                                                       + laws[arms[name].reference][2])) if e > floor]
-            print(f'  {name} reaches its reference\'s error with this share of its labels: ' + ', '.join(f'{r:.2f} (of {m:.0f})' for m, r in reached if np.isfinite(r)))
+            bound = alpha < 1e-3 or floor < 1e-6 or floor > .999 * error.min()
+            print(f'  {name}: error = {C:.3g} n^-{alpha:.2f} + {floor:.3f}' + (' (an exponent or floor at its bound: not identified)' if bound else ''))
+        if name in laws and arms[name].reference in laws:
+            (C, alpha, floor), (C0, alpha0, floor0) = laws[name], laws[arms[name].reference]
+            level = C0 * n ** -alpha0 + floor0                   # the reference's error with n labels
+            reached = [(m, ((v - floor) / C) ** (-1 / max(alpha, 1e-9)) / m) for m, v in zip(n, level) if v > floor]
+            print(f'  {name} reaches its reference\'s error with this share of the labels: '
+                  + ', '.join(f'{share:.2g} of {m:.0f}' for m, share in reached if np.isfinite(share)))
     ax.set(xlabel='labelled records', ylabel='1 - macro AUROC' if not t.numbers.all() else 'macro MAE', title=f'{t.ds.name}, {task}')
     ax.legend(fontsize=7)
     fig.savefig(out / f'efficiency_{slug(t.ds.name, task)}.png', dpi=120)
@@ -1374,7 +1379,8 @@ def main(argv=None):
             if found:
                 write_csv(out / f'{analysis}_{slug(data, *t.names)}.csv', found)
         for mode in sorted(a.mode, key='frozen'.__ne__) if not a.analyse else ():            # its pass over the data serves the others
-            a.scratch = (mode == 'finetune' and not a.ablate) or (made and len(families) == 1 and not a.ablate and mode in ('linear', 'frozen')) if wished is None else wished
+            usual = not a.ablate and (mode == 'finetune' or (made and len(families) == 1 and mode in ('linear', 'frozen')))
+            a.scratch = usual if wished is None else wished
             counts = a.labels or ([100, 300, 1000, 'all'] if made and mode == 'linear' and len(families) == 1 else ['all'])
             for kept, new in zip((rows, classes, pairs), evaluate_task(families, t, mode, counts, a, out)):
                 kept += new

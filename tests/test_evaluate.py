@@ -386,7 +386,7 @@ def few(world):
 
 @pytest.mark.parametrize('mode', ['linear', 'frozen'])
 def test_probe_on_kept_tokens_equals_the_probe_on_crops(few, mode):
-    (ds, rows, y, numbers), recipe = few, replace(PROTOCOLS['quick'], epochs=dict(linear=3, frozen=3), batch=16)
+    (ds, rows, y, numbers), recipe = few, replace(PROTOCOLS['quick'], epochs=dict(linear=3, frozen=3), batch=16, frozen=1., steps=0, standardise=False)
     torch.manual_seed(0)
     encoder, all_rows = Encoder(TINY).eval(), np.concatenate(rows)
     found = {}
@@ -396,6 +396,20 @@ def test_probe_on_kept_tokens_equals_the_probe_on_crops(few, mode):
         assert np.allclose(found['single'][i], found['crops'][i], atol=1e-4) and np.allclose(found['half'][i], found['crops'][i], atol=2e-3)
     other = fit(encoder, ds, y, *rows, 600, mode, recipe, CPU, 6, numbers)
     assert np.abs(other[1] - found['crops'][1]).max() > 1e-3     # another seed is told apart
+
+
+def test_quick_attention_pooling_standardises_tokens_by_the_training_records(few):
+    (ds, rows, y, numbers), recipe = few, replace(PROTOCOLS['quick'], epochs=dict(frozen=2), batch=16, steps=0)
+    torch.manual_seed(0)
+    encoder = Encoder(TINY).eval()
+    tokens, byhand = (Tokens(encoder, ds, np.concatenate(rows), 600, CPU, dtype=np.float32) for _ in range(2))
+    mine = np.concatenate([tokens.h[[tokens.at[r, 0]]][0] for r in rows[0].tolist()])        # all tokens of the training records
+    byhand.h[:] = (byhand.h - mine.mean(0)) / mine.std(0)
+    found = fit(encoder, tokens, y, *rows, 600, 'frozen', recipe, CPU, 5, numbers)
+    wanted = fit(encoder, byhand, y, *rows, 600, 'frozen', replace(recipe, standardise=False), CPU, 5, numbers)
+    assert np.allclose(found[1], wanted[1], atol=1e-4)
+    plain = fit(encoder, tokens, y, *rows, 600, 'frozen', replace(recipe, standardise=False), CPU, 5, numbers)
+    assert np.abs(plain[1] - wanted[1]).max() > 1e-3
 
 
 def test_kept_beat_tokens_equal_the_encoders(here):
