@@ -821,14 +821,14 @@ def arms_of(families, mode, recipe, epochs, ablate, scratch, t):
 def evaluate_task(families, t, mode, counts, a, out):
     """All arms on one dataset in one mode: prints tables, writes JSON files and figures, returns the rows of the CSV files: of scores, of
     classes, of comparisons."""
-    began, rows, classes, pairs = time.time(), [], [], []
+    began, rows, classes, pairs, t.encoded, t.seconds = time.time(), [], [], [], 0, 0.
     several = len(next(iter(families.values()))) > 1
     print(f'\n{t.ds.name}, {mode}: {len(t.test):,} test records of {t.patients or "unknown"} patients, {len(t.columns)} labels'
           + (f' ({len(t.unscored)} without both values: {", ".join(t.unscored[:6])}{" ..." if len(t.unscored) > 6 else ""})' if t.unscored else '')
           + (f'; {len(t.plans)} folds, each record predicted by a probe that never saw its patient, pairs counted within folds' if t.folded else ''))
     given = dict(lr=a.lr, batch=a.batch, preview=a.preview, path=a.drop_path, dropout=a.dropout, schedule=a.schedule, decay=a.layer_decay)
     recipe = dataclasses.replace(PROTOCOLS[a.protocol], **{k: v for k, v in given.items() if v is not None})
-    counts = [int(c * t.available) if isinstance(c, float) and c < 1 else 'all' if c == 1 else c for c in counts]
+    counts = list(dict.fromkeys(int(c * t.available) if isinstance(c, float) and c < 1 else 'all' if c == 1 else c for c in counts))
     arms = arms_of(families, mode, recipe, a.epochs, a.ablate, a.scratch, t)
     for count in [c for c in counts if c != 'all' and not 10 <= c <= t.available]:
         print(f'{count:8d}  left out: between 10 and {t.available:,} labelled records can be drawn')
@@ -846,13 +846,19 @@ def evaluate_task(families, t, mode, counts, a, out):
             if len(families) > 1 or a.ablate:
                 found, ranks = compare(mine, a.margin)
                 pairs += [dict(data=t.ds.name, task=task, mode=mode, labels=count, **r) for r in found]
+                shown = [r for r in found if all(arms[r[k]].runs for k in 'ab')]
+                for r in shown[:15]:
+                    print(f'  {r["a"]} minus {r["b"]}: {r["difference"]:+.3f} [{r["low"]:+.3f}, {r["high"]:+.3f}], {r["verdict"]}')
+                if len(shown) > 15:
+                    print(f'  and {len(shown) - 15} more pairs: see pairs_*.csv')
                 best = sorted(ranks, key=ranks.get)
                 print(f'  ranks (ties: no difference beyond doubt, Holm over {len(found)} pairs): ' + ', '.join(f'{ranks[n]} {n}' for n in best))
                 draw_arms(mine, ranks, f'{t.ds.name} {task}, {mode}, {count} labels', out / f'arms_{slug(t.ds.name, task, mode, count)}.png')
     if mode == 'linear' and rows:
         shown = [arm for arm in arms.values() if arm.mode == 'linear'][:4]
         draw_pca([(arm.name, t.embedding(arm.encoders[0])) for arm in shown], t, out / f'pca_{slug(t.ds.name)}.png')
-    print('  * the interval of the paired difference excludes 0' if several else
+    few = '; with two seeds intervals are very wide: three or more tell more' if len(next(iter(families.values()))) == 2 else ''
+    print('  * the interval of the paired difference excludes 0' + few if several else
           '  one pretraining seed: its variance is not in these intervals; give several runs to have it in them')
     speed = f'; {t.encoded:,} records encoded at {t.encoded / t.seconds:,.0f}/s' if t.seconds else ''
     print(f'  {time.time() - began:.0f} s{speed}; peak memory {peak_memory():,.0f} MB')
@@ -892,7 +898,8 @@ def report(t, task, arms, scores, count, a, several):
                     result = dict(rows[-1], command=' '.join(sys.argv), checkpoint=arm.runs[i]['hash'], contract=arm.runs[i]['contract'],
                                   recipe=dataclasses.asdict(arm.recipe), names=names, left_out=t.unscored,
                                   per_class={m: dict(zip(names, score.per_class[m].tolist())) for m in score.per_class})
-                    file = f'results_{slug(t.ds.name, task, *([name] if a.ablate else []), arm.mode, *([a.protocol] if a.protocol != "quick" else []), count, seed)}.json'
+                    special = [*([name] if name not in ('pretrained', 'from scratch') else []), arm.mode, *([a.protocol] if a.protocol != 'quick' else [])]
+                    file = f'results_{slug(t.ds.name, task, *special, count, seed)}.json'
                     (Path(arm.runs[i]['path']) / file).write_text(json.dumps(result, indent=1))
     return rows
 
@@ -1082,7 +1089,8 @@ def efficiency(families, t, a, out):
     train, val = one_per_patient(t.ds, train), one_per_patient(t.ds, val)
     y, test = t.scaled(t.plans[-1]), t.group == len(t.plans) - 1
     columns, found = t.parts[task], {name: [] for name in arms}
-    print(f'\n{t.ds.name}, {task}: {len(train) + len(val):,} labelled records, one per patient, halved seven times, {a.draws} stratified draws')
+    print(f'\n{t.ds.name}, {task}: {len(train) + len(val):,} labelled records, one per patient, halved seven times or while ten remain, '
+          f'{a.draws} stratified draws; {test.sum():,} test records')
     for k in range(8):
         draws = [(train, val)] if k == 0 else []
         for d in range(a.draws if k else 0):
@@ -1100,6 +1108,8 @@ def efficiency(families, t, a, out):
             rows.append(dict(data=t.ds.name, task=task, arm=name, labels=n, metric=f'macro {score.main}', mean=mean, low=low, high=high))
     fig, ax = figure(figsize=(6, 4.2), layout='constrained')
     laws = {}
+    if len(rows) < 5 * len(arms):
+        print('  fewer than five sizes have ten labelled records: no law is fitted')
     for i, (name, points) in enumerate(found.items()):
         n, error = np.array([p[0] for p in points], float), np.array([1 - p[1].interval()[0] if p[1].main == 'AUROC' else p[1].interval()[0] for p in points])
         ax.loglog(n, error, 'o', color=f'C{i}', label=name)
@@ -1279,7 +1289,7 @@ def labels(text):
     if text == 'all':
         return text
     value = float(text)
-    if not 0 < value < 1e9:
+    if not 0 < value < 1e9 or (value > 1 and value % 1):
         raise argparse.ArgumentTypeError('must be all, a fraction up to 1 or a number of records')
     return int(value) if value > 1 else value
 
@@ -1292,6 +1302,8 @@ def jobs_of(a):
         if name and not target and not a.data:
             raise Stop(f'--task {name} is no task of the papers (see --list): name the dataset that has it with --data')
         for data in a.data or ([target.data] if target else ['synthetic', 'sample']):
+            if Path(data, 'ckpt.pt').exists() or Path(data).name == 'ckpt.pt':
+                raise Stop(f'{data} is a run, no dataset: name the runs first, then the flags')
             out.setdefault((data, (target.trained, target.least, target.folds) if target else name), []).append(name)
     return [(data, [n for n in names if n]) for (data, _), names in out.items()]
 
@@ -1370,7 +1382,8 @@ def main(argv=None):
     if a.list:
         return show_tasks()
     runs = [open_run(r) for r in a.runs or [newest()]]
-    families, device, out = grouped(runs), pick_device(a.device), Path(runs[0]['path'])
+    families, device, out, began = grouped(runs), pick_device(a.device), Path(runs[0]['path']), time.time()
+    written = lambda *patterns: ', '.join(sorted(f.name for p in patterns for f in out.glob(p) if f.stat().st_mtime >= began - 1))
     wished, rows, classes, pairs = a.scratch, [], [], []
     for data, names in jobs_of(a):
         t, made = Task(data, names, runs, device, a.allow, .5 if a.benchmark_convention else None), data.startswith('synthetic')
@@ -1385,7 +1398,7 @@ def main(argv=None):
             for kept, new in zip((rows, classes, pairs), evaluate_task(families, t, mode, counts, a, out)):
                 kept += new
     if a.analyse:
-        return print(f'\ntables and figures are in {out}/: {", ".join(sorted(f.name for n in a.analyse for f in out.glob(f"{n}_*")))}')
+        return print(f'\ntables and figures are in {out}/: {written(*(f"{n}_*" for n in a.analyse))}')
     if not rows:
         raise Stop('nothing was scored')
     tasks = a.task or []
@@ -1398,7 +1411,7 @@ def main(argv=None):
     if pairs:
         write_csv(out / f'pairs_{name}.csv', pairs)
     draw_curve(rows, out / ('labels.png' if name == 'linear' else f'labels_{name}.png'))
-    print(f'\ntables and figures are in {out}/: {", ".join(sorted(f.name for f in out.glob("*.png")))}, results_{name}.csv and .md, classes_{name}.csv'
+    print(f'\ntables and figures are in {out}/: {written("*.png")}, results_{name}.csv and .md, classes_{name}.csv'
           + (f', pairs_{name}.csv' if pairs else '') + ', results_*.json')
 
 
