@@ -920,7 +920,7 @@ def draw_arms(scores, ranks, title, path):
     order = sorted(scores, key=lambda n: (ranks[n], -scores[n].interval()[0]), reverse=True)
     fig, ax = figure(figsize=(7, .34 * len(order) + 1.2), layout='constrained')
     for i, name in enumerate(order):
-        mean, low, high = scores[name].interval()
+        mean, low, high = np.clip(scores[name].interval(), 0, np.inf if scores[name].main == 'MAE' else 1)
         ax.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt='o', capsize=3, color='C7' if 'random' in name or 'scratch' in name else 'C0')
     ax.set_yticks(range(len(order)), [f'{n}  {ranks[n]}.' for n in order])
     ax.set(xlabel=f'macro {scores[order[0]].main}', title=title)
