@@ -424,7 +424,7 @@ class CMSC(nn.Module):
     10 s crop, and other records of the same patient, attract; all else in the batch repels. Mean-pooled features, a 2-layer map to
     128, unit length, temperature .1 (CLOCS's; the paper's is not known). Loss: -log softmax over the other 2 B - 1 views, mean over
     positives, then over views; ln(2 B - 1) with a zeroed head. The encoder sees 5 s, so 5 s is what it is evaluated on."""
-    window, views, causal, backbones = 10, 2, False, {'resnet': 1e-3, 'beat': 1e-3, 's4': 1e-3, 's4d': 1e-3, 'transformer': 1e-3, 'net1d': 1e-3}
+    window, views, causal, backbones = 10, 2, False, {'resnet': 1e-3, 'beat': 1e-3, 's4': 3e-3, 's4d': 1e-2, 'transformer': 1e-3, 'net1d': 1e-2}
     options, released = (), ()
 
     def __init__(self, encoder, steps=800, temperature=.1):
