@@ -291,6 +291,7 @@ def zzu(root):
 
 
 def need_h5py():
+    """Stops in one line where h5py is missing."""
     try:
         import h5py
     except ImportError:
@@ -312,6 +313,7 @@ def sph(root):
 
 
 def load_sph(record, path):
+    """Signal of one SPH record."""
     import h5py
     if not path.is_file():
         raise Defect('file missing')
@@ -335,6 +337,7 @@ def code15(root):
 
 @functools.lru_cache(32)                                         # once per file and worker
 def code15_part(path):
+    """(tracings (N, 4096, 12), {exam: row}) of one part."""
     import h5py
     file = h5py.File(path)
     return file['tracings'], {int(exam): i for i, exam in enumerate(file['exam_id'][:])}
@@ -380,6 +383,7 @@ def echonext(root):
 
 
 def load_echonext(record, path, row):
+    """Signal of one row of a split's waveforms."""
     if not path.is_file():
         raise Defect('file missing')
     record.x = np.load(path, mmap_mode='r')[row, 0]              # (N, 1, 2500, 12) in the file
@@ -423,6 +427,7 @@ def mimic(root, cardiac=2000, others=2000):
 
 
 def load_mimic(record, path):
+    """Signal of one MIMIC-IV-ECG record, clipped to 3 mV."""
     load_wfdb(record, path)
     record.x = np.clip(record.x, -3, 3)
 

@@ -197,7 +197,9 @@ class Score:
         self.main = next(iter(self.point))
 
     def interval(self, metric=None):
-        return interval(self.point[metric or self.main], self.boot[metric or self.main])
+        """(mean, low, high), within what the metric can be: Student's t may reach beyond."""
+        m = metric or self.main
+        return tuple(np.clip(interval(self.point[m], self.boot[m]), 0, np.inf if m == 'MAE' else 1))
 
     def minus(self, other, metric=None):
         return interval(*self.difference(other, metric))
@@ -377,8 +379,8 @@ def training_free(X, Y, train, val, how, k=20):
     records, weighted by similarity; prototypes: similarity to the mean of a class's positives less that to the mean of the others."""
     def fitted(rows):
         mean, std = X[rows].mean(0), X[rows].std(0) + 1e-6
-        unit = lambda features: (z := (features - mean) / std) / np.linalg.norm(z, axis=1, keepdims=True).clip(1e-12)
-        Z, y, known = unit(X[rows]), np.nan_to_num(Y[rows]), np.isfinite(Y[rows]).astype(float)
+        known, unit = np.isfinite(Y[rows]), lambda features: unit_rows((features - mean) / std)
+        Z, y = unit(X[rows]), np.where(known, Y[rows], 0)       # what is unknown has weight 0
 
         def knn(features):
             similar = unit(features) @ Z.T                       # (n, labelled)
@@ -394,6 +396,7 @@ def training_free(X, Y, train, val, how, k=20):
 
 
 def unit_rows(x):
+    """Rows of x (n, D) at length 1."""
     return x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12)
 
 
@@ -414,6 +417,7 @@ class Recipe:
     schedule: str = 'cosine'
     patience: int = 0                                            # epochs without a better validation before it stops; 0: never
     clip: float = 1.
+    solved: bool = True                                          # linear probes are solved, not trained by this recipe
     cached: bool = True                                          # frozen encoders see each record's consecutive crops once, not random ones
     preview: bool = False                                        # the head starts as the converged linear probe
     path: float = 0.                                             # stochastic depth at the last block
@@ -422,7 +426,8 @@ class Recipe:
 
 
 # released: 2605.12241's code; sc: the probe of 2605.17276, whose rate and batch are lost (1e-3 and 64 are our choice)
-MODES, PAPERS = ('linear', 'frozen', 'finetune', 'scratch'), dict(batch=64, frozen=1., scratch=1., steps=0, standardise=False, schedule='constant')
+MODES, PAPERS = ('linear', 'frozen', 'finetune', 'scratch'), dict(batch=64, frozen=1., scratch=1., steps=0, standardise=False, solved=False,
+                                                                             schedule='constant')
 PROTOCOLS = {'quick': Recipe(), 'released': Recipe(dict.fromkeys(MODES, 100), clip=math.inf, cached=False, **PAPERS),
              'sc': Recipe(dict.fromkeys(MODES, 200), weight_decay=0., patience=5, **PAPERS)}
 # post-training's parts (2509.12991, whose values are known from a replication only; the decay of MTECG, 2309.07136, is not known: .75 is ours)
@@ -724,7 +729,7 @@ class Task:
         y, free = self.scaled(plan), arm.mode in ('knn', 'prototypes')
         if arm.mode == 'prototypes' and self.numbers.any():
             raise Stop(f'{self.ds.name}, task {self.names[0]}: prototypes are of yes/no labels, and some of these are numbers')
-        if free or (arm.mode == 'linear' and arm.recipe == PROTOCOLS['quick']):
+        if free or (arm.mode == 'linear' and arm.recipe.solved):
             X = self.embedding(encoder, arm.name)
             predict, z = training_free(X, y, train, val, arm.mode) if free else linear_probe(X, y, train, val, self.numbers)
             return z, predict(X[plan[2]]), val
@@ -878,9 +883,11 @@ def report(t, task, arms, scores, count, a, several):
     print(f'  {task}: {len(names)} labels\n{"labels":>8s}  {"arm":{wide}s}macro {main:7s}95 % interval   ' + ''.join(f'{m:7s}' for m in others) + 'minus its reference')
     for name, score in scores.items():
         arm, reference = arms[name], scores.get(arms[name].reference)
-        mean, low, high = np.clip(score.interval(), 0, np.inf if main == 'MAE' else 1)          # Student's t may reach beyond
-        closed = arm.mode in ('knn', 'prototypes') or (arm.mode == 'linear' and a.protocol == 'quick')
+        mean, low, high = score.interval()
+        closed = arm.mode in ('knn', 'prototypes') or (arm.mode == 'linear' and arm.recipe.solved)
         text, epochs = '', '' if closed else arm.epochs or arm.recipe.epochs[arm.mode]
+        if arm.mode in ('linear', 'frozen') and arm.recipe.steps and epochs and not arm.epochs:
+            epochs = f'{epochs}, or {arm.recipe.steps} steps'
         if reference and reference is not score:
             d = score.minus(reference)
             text = '{:+.3f} [{:+.3f}, {:+.3f}]'.format(*d) + (' *' if several and d[1] * d[2] > 0 else '')
@@ -889,7 +896,7 @@ def report(t, task, arms, scores, count, a, several):
                       patients=t.patients, classes=len(names), runs=len(arm.encoders))
         for metric in score.point:
             d = score.minus(reference, metric) if reference and reference is not score else ()
-            mean, low, high = np.clip(score.interval(metric), 0, np.inf if metric == 'MAE' else 1)     # Student's t may reach beyond
+            mean, low, high = score.interval(metric)
             for i, points in enumerate(score.point[metric]):
                 seed = arm.runs[i]['seed'] if arm.runs else i
                 rows.append({**common, 'metric': f'macro {metric}', 'mean': mean, 'low': low, 'high': high,
@@ -920,7 +927,7 @@ def draw_arms(scores, ranks, title, path):
     order = sorted(scores, key=lambda n: (ranks[n], -scores[n].interval()[0]), reverse=True)
     fig, ax = figure(figsize=(7, .34 * len(order) + 1.2), layout='constrained')
     for i, name in enumerate(order):
-        mean, low, high = np.clip(scores[name].interval(), 0, np.inf if scores[name].main == 'MAE' else 1)
+        mean, low, high = scores[name].interval()
         ax.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt='o', capsize=3, color='C7' if 'random' in name or 'scratch' in name else 'C0')
     ax.set_yticks(range(len(order)), [f'{n}  {ranks[n]}.' for n in order])
     ax.set(xlabel=f'macro {scores[order[0]].main}', title=title)
@@ -941,6 +948,7 @@ def draw_pca(arms, t, path):
             ax.scatter(*(U[:, :2] * S[:2])[t.raw[rows, c] > 0].T, s=6, color=color, label=t.ds.label_names[t.columns[c]])
         share = S ** 2 / (S ** 2).sum()
         ax.set_title(f'{name}: {100 * share[:2].sum():.0f} % of variance, effective rank {np.exp(-(share * np.log(share + 1e-12)).sum()):.1f}', size=9)
+        ax.set(xlabel='first principal component', ylabel='second')
         ax.legend(fontsize=7)
     fig.savefig(path, dpi=120)
 
@@ -1067,7 +1075,7 @@ def one_per_patient(ds, rows, seed=42):
 
 def balance(t, rows):
     """What subsets of records keep in balance (len(rows), columns): labels, the lack of any, sex and age group."""
-    y, age, sex = np.nan_to_num(t.raw[rows][:, ~t.numbers]) > 0, t.ds.age[rows], t.ds.sex[rows]
+    y, age, sex = t.raw[rows][:, ~t.numbers] > 0, t.ds.age[rows], t.ds.sex[rows]
     return np.c_[y, ~y.any(1), sex == 1, sex == 0, age < 40, (age >= 40) & (age < 60), (age >= 60) & (age < 80), age >= 80]
 
 
@@ -1210,7 +1218,7 @@ def calibration(families, t, a, out):
     axes[0].plot([0, 1], [0, 1], ':', color='C7'), axes[0].set(xlabel='predicted probability', ylabel='share of positives', title=f'{t.ds.name}, {t.names[0]}')
     axes[1].plot([0, 1], [0, 1], ':', color='C7'), axes[1].set(xlabel='false positive rate', ylabel='true positive rate', title='all labels pooled')
     for ax in axes:
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=7, loc='upper left' if ax is axes[0] else 'lower right')
     fig.savefig(out / f'calibration_{slug(t.ds.name, t.names[0])}.png', dpi=120)
     return rows
 
@@ -1346,9 +1354,9 @@ def parse(argv=None):
     p.add_argument('--list', action='store_true', help='show all tasks and the prepared datasets')
     p.add_argument('--device')
     g = p.add_argument_group('training, where the protocol shall not decide')
-    g.add_argument('--epochs', type=int, help='quick: 20 of frozen, 3 of finetune; scratch takes twice as many')
+    g.add_argument('--epochs', type=int, help='quick: 20 of frozen, or as many as make 500 steps, 3 of finetune; scratch takes twice as many')
     g.add_argument('--batch', type=int)
-    g.add_argument('--lr', type=float, help='of the head')
+    g.add_argument('--lr', type=float, help='of the head (1e-3); quick: ten times as much for attention pooling, five times for training from scratch')
     g.add_argument('--scratch', action=argparse.BooleanOptionalAction, help='train from scratch too (default: on synthetic data with one pretraining, and beside finetune)')
     g = p.add_argument_group('post-training (2509.12991), parts of --mode finetune')
     g.add_argument('--preview', action='store_true', default=None, help='the head starts as the linear probe')

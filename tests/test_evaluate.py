@@ -655,6 +655,16 @@ def test_too_few_positives_are_one_line(here, run, monkeypatch):
     assert '\n' not in str(stop.value) + str(other.value)
 
 
+def test_flags_of_other_modes_leave_the_linear_probe_alone(here, run):
+    """Linear probes are solved under the quick protocol, whatever fine-tuning beside them is told."""
+    runs = [open_run(run)]
+    t = Task('few', ['code'], runs, CPU)
+    plain, other = (t.output(runs[0]['net'], Arm('pretrained', [runs[0]['net']], 'linear', recipe), 'all', 0, 0)[0]
+                    for recipe in (PROTOCOLS['quick'], replace(PROTOCOLS['quick'], lr=3e-3, batch=8, path=.5)))
+    assert np.array_equal(plain, other)
+    assert not PROTOCOLS['sc'].solved and not PROTOCOLS['released'].solved
+
+
 def test_numbers_are_standardised_by_their_training_records(here, run):
     runs = [open_run(run)]
     t = Task('few', ['target'], runs, CPU)
