@@ -868,7 +868,7 @@ class Dataset:
     """One or more prepared datasets ('ptbxl' or 'ptbxl,georgia') as one, signals on disk, everything else in memory.
 
     labels (N, K) float32 with NaN for unknown; id, patient, fold, age, sex, length (N,); tasks {name: columns}; contract.
-    `synthetic` and `sample` prepare themselves. Raises Stop where a dataset is missing, damaged or of another contract.
+    `synthetic`, `sample` and `shifted` (1,000 synthetic records of other patients, field and devices) prepare themselves. Raises Stop where a dataset is missing, damaged or of another contract.
     """
 
     def __init__(self, names):
@@ -937,6 +937,15 @@ class Dataset:
         if len(folds := np.unique(self.fold)) < 3:
             raise Stop(f'{self.name} has {len(folds)} folds: three are needed for train, validation and test')
         return [np.flatnonzero(m) for m in (self.fold < folds[-2], self.fold == folds[-2], self.fold == folds[-1])]
+
+    def nested(self, rows, records, seed):
+        """`records` of `rows`, whole patients (the last may be cut) in an order drawn from `seed`: a smaller set lies in every larger one.
+        Stops where there are fewer."""
+        if not 0 < records <= len(rows):
+            raise Stop(f'{self.name} has {len(rows):,} training records long enough: take 1 to {len(rows):,}, not {records:,}')
+        patients, owner = np.unique(self.patient[rows], return_inverse=True)
+        place = np.random.default_rng([seed, 3]).permutation(len(patients))[owner]
+        return np.sort(rows[np.argsort(place, kind='stable')[:records]])
 
     def crop(self, rows, starts, samples):
         """Crops of `samples` from records `rows`, beginning at `starts`: (B, 12, samples) float32 in the contract's unit."""
@@ -1584,7 +1593,9 @@ SYNTHETIC_TASKS = [('code', [f'findings/{n}' for n in FINDINGS[:6]]), ('unseen',
 DEFAULTS = {                                                     # these prepare themselves
     'sample': lambda: prepare('sample', ptbxl(HERE / 'sample/ptbxl'), source='sample', total=500),
     'synthetic': lambda: prepare('synthetic', synthetic(4000), source='synthetic --records 4000', extra_tasks=SYNTHETIC_TASKS,
-                                 workers=1, total=4000)}
+                                 workers=1, total=4000),
+    'shifted': lambda: prepare('shifted', synthetic(1000, 1, shifts=tuple(SHIFTS)), source='synthetic --records 1000 --seed 1 --shift all',
+                               extra_tasks=SYNTHETIC_TASKS, workers=1, total=1000)}
 MADE, READ = ('synthetic', 'sequences'), ('ptbxl', 'challenge', 'zzu', 'sph', 'code15', 'echonext', 'mimic', 'wfdb', 'array')
 TAKES = {'name': ('show',), 'record': ('show',), 'annotation': ('peaks',), 'root': (*READ, 'peaks'), 'no_peaks': (*READ, 'sample'),
          'download': ('ptbxl', 'challenge'), 'rate': ('ptbxl',), 'cohort': ('challenge',), 'least': ('mimic',),
@@ -1667,9 +1678,7 @@ def main(argv=None):
     if a.source == 'peaks':
         return check_peaks(a.root or '.', a.annotation)
     if a.source is None:
-        for make in DEFAULTS.values():
-            make()
-        return
+        return DEFAULTS['sample'](), DEFAULTS['synthetic']()
     if a.download:
         download(a.source, a.root, a.rate, a.cohort)
     if a.root and not Path(a.root).exists():

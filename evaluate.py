@@ -1317,11 +1317,13 @@ def jobs_of(a):
 
 
 def write_csv(path, rows):
-    """Rows, whose keys may differ, under the union of their keys."""
-    with open(path, 'w', newline='') as f:
+    """Rows, whose keys may differ, under the union of their keys; under a temporary name first: a kill leaves the old file or the new one."""
+    temporary = Path(path).with_name(Path(path).name + '.partial')
+    with open(temporary, 'w', newline='') as f:
         writer = csv.DictWriter(f, list(dict.fromkeys(k for r in rows for k in r)))
         writer.writeheader()
         writer.writerows(rows)
+    temporary.replace(path)
 
 
 def write_markdown(path, rows, pairs):

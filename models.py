@@ -27,6 +27,8 @@ SIZES = {
 SIZES['resnet'] |= {f'{l}x{d}': (d, l, 0, 0) for l, d in ((3, 24), (3, 48), (4, 64), (4, 90), (4, 128), (5, 226), (5, 320), (6, 452), (6, 640), (7, 1024))}
 SIZES['beat'] |= {f'{l}x{d}': (d, l, 4 * d, h) for l, d, h in ((1, 24, 1), (1, 48, 2), (1, 96, 2), (2, 128, 4), (3, 192, 4), (3, 256, 4), (4, 348, 4),
                                                                (5, 420, 8), (6, 512, 8), (8, 768, 8))}
+SIZES['s4'] |= {f'4x{d}': (d, 4, 0, 0) for d in (12, 24, 48, 88, 160, 288, 512, 928)}         # our own, threefold in parameters from 3K on
+SIZES['transformer'] |= {f'4x{d}': (d, 4, 4 * d, h) for d, h in ((8, 1), (14, 1), (24, 2), (44, 2), (80, 4), (144, 4), (256, 4), (464, 8))}
 DROPOUT = {'s4': .2, 's4d': .2, 'transformer': .1, 'net1d': 0., 'resnet': .2, 'beat': .1, 'vit': 0.}
 
 
@@ -703,18 +705,27 @@ def load_encoder(checkpoint):
     return encoder.eval()
 
 
+def flops(work):
+    """FLOPs of work()'s matrix products and convolutions, two a multiply-accumulate, as torch counts them: attention under the kernel that it
+    can count, and products in place, which it overlooks, too. FFTs and what is done element by element are left out."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    in_place = {torch.ops.aten.baddbmm_: lambda total, a, b, out_shape=None, **how: 2 * math.prod(a) * b[2]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter, sdpa_kernel(SDPBackend.MATH):
+        work()
+    return counter.get_total_flops()
+
+
 def measure(encoder, seconds=10., batch=4):
     """What an encoder costs and sees: forward MACs per record, tokens, milliseconds of a training step per record, receptive field as
     text. MACs are matrix products and convolutions as torch counts them; FFTs and what is done element by element are left out."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
     fs = encoder.config.fs
     T = round(seconds * fs)
     x = torch.randn(batch, encoder.config.leads, T)
     peaks = torch.arange(round(fs), T - round(fs), round(.8 * fs)).repeat(batch, 1)          # 75 beats a minute
     encoder.eval()
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        encoder(dict(x=x[:1], peaks=peaks[:1]))
+    with torch.no_grad():
+        count = flops(lambda: encoder(dict(x=x[:1], peaks=peaks[:1])))
     one = x[:1].clone().requires_grad_()
     h, _ = encoder(dict(x=one, peaks=peaks[:1]))
     h[0, h.shape[1] // 2].square().sum().backward()
@@ -728,7 +739,7 @@ def measure(encoder, seconds=10., batch=4):
         began = time.perf_counter()
         pool(*encoder(dict(x=x, peaks=peaks))).square().sum().backward()
         times.append(time.perf_counter() - began)
-    return counter.get_total_flops() / 2, h.shape[1], 1e3 * min(times[1:]) / batch, field
+    return count / 2, h.shape[1], 1e3 * min(times[1:]) / batch, field
 
 
 def main():

@@ -10,7 +10,7 @@
 The loop knows nothing of the objective it runs. Batches, dropout and negatives are drawn from (seed, step) alone, which makes
 resuming exact. Writes ckpt.pt, log.csv and loss.png to a fresh numbered folder in out/, or to --out.
 """
-import argparse, csv, math, sys, time
+import argparse, math, sys, time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from data import Contract, Dataset, Stop, figure
-from evaluate import auroc, embed, first_task, linear_probe, macro
-from models import SIZES, Config, Encoder, groups, learning_rate, load, parameters, pick_device, precision, save, see_data, sized, to_device
+from evaluate import auroc, embed, first_task, linear_probe, macro, write_csv
+from models import SIZES, Config, Encoder, flops, groups, learning_rate, load, parameters, pick_device, precision, save, see_data, sized, to_device
 from objectives import OBJECTIVES, VQBeat, health, released_input
 
 
@@ -34,6 +34,7 @@ def knobs():
                    help='tiny, small, base, released, or a rung of a ladder such as 5x320 (resnet) or 6x512 (beat); python models.py shows them')
     g.add_argument('--layers', type=int, help="of the backbone (default: the size's)")
     g.add_argument('--data', default='synthetic', help='prepared dataset, or several joined by commas; their training folds are used')
+    g.add_argument('--records', type=int, help='how many of the training records: whole patients in an order drawn from the seed, so that smaller sets lie in larger ones')
     g.add_argument('--window', type=float, help="crop in s (default: the objective's)")
     g = p.add_argument_group("the objective's own", 'each for the objectives that have it, see python objectives.py --pairs; its default otherwise')
     g.add_argument('--span-ms', type=float, help='length of masked spans in ms (83)')
@@ -154,16 +155,6 @@ def online_probe(encoder, ds, samples, device, most):
     return float(macro(table)[0]) if np.isfinite(table).any() else math.nan
 
 
-def write_log(path, rows):
-    """All rows of the log, under a temporary name first: a kill leaves the old log or the new one."""
-    temporary = path.with_name(path.name + '.partial')
-    with open(temporary, 'w', newline='') as f:
-        writer = csv.DictWriter(f, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
-
-
 def draw_loss(rows, path):
     """Loss, accuracy or other health, and online probe over the steps."""
     panels = ['loss', *list(rows[0])[4:-5], 'probe']
@@ -236,13 +227,16 @@ def describe(a, ds, device, objective, records, short, out):
           f'{"bf16 products, fp32 convolution" if device.type == "cuda" else "fp32"}, lr {a.lr:g}; writing to {out}/')
 
 
-def train(a, out, checkpoint=None):
-    """Pretrain as the arguments say; writes the run folder. checkpoint: where to go on from."""
+def train(a, out, checkpoint=None, until=None):
+    """Pretrain as the arguments say; writes the run folder and returns the objective. checkpoint: where to go on from; until: the step
+    after which to save and leave off, to be resumed as if nothing had happened."""
     ds, device = Dataset(a.data), pick_device(a.device)
     samples, seen = round(a.window * ds.contract.fs), a.window / getattr(OBJECTIVES[a.objective], 'views', 1)
     rows = ds.split()[0]
     short = int((ds.length[rows] < samples).sum())
     rows = rows[ds.length[rows] >= samples]
+    if a.records:
+        rows = ds.nested(rows, a.records, a.seed)
     if not len(rows):
         raise Stop(f'no training record of {a.data} lasts {a.window} s: prepare longer ones or lower --window')
     if a.backbone == 'beat' and not ds.peak_count[rows].any():
@@ -262,7 +256,8 @@ def train(a, out, checkpoint=None):
         return {**batch, 'x': released_input(batch['x'])} if 'norm' in a.as_released else batch
 
     torch.manual_seed(a.seed)
-    objective = build(a, ds.contract.fs, columns, tokenizer, [fetch(min(32, len(rows)), step) for step in range(8)]).to(device)
+    shown = [] if checkpoint else [fetch(min(32, len(rows)), step) for step in range(8)]      # a checkpoint's BatchNorm has seen them
+    objective = build(a, ds.contract.fs, columns, tokenizer, shown).to(device)
     if a.objective == 'cpc' and objective.horizon >= samples / ds.contract.fs * objective.encoder.tokens_per_second:
         raise Stop(f'{a.window} s at {ds.contract.fs} Hz are no more tokens than the horizon, {objective.horizon}: lower --horizon or raise --window')
     encoder, config, learned = objective.encoder, objective.encoder.config, [p for p in objective.parameters() if p.requires_grad]
@@ -296,7 +291,8 @@ def train(a, out, checkpoint=None):
         for old in (f for pattern in ('log.csv', 'results_*', 'loss.png', 'labels*.png', 'pca_*.png') for f in out.glob(pattern)):
             old.unlink()                                         # of the run that --force overwrites
         keep(0)
-    for step in range(first, a.steps):
+    stop = min(until or a.steps, a.steps)
+    for step in range(first, stop):
         objective.train()
         torch.manual_seed((a.seed * 1_000_003 + step) % 2 ** 63)                             # dropout and negatives of this step
         batch = to_device(fetch(a.batch, step), device)
@@ -326,19 +322,20 @@ def train(a, out, checkpoint=None):
                             seconds=round(spent, 2), crops_per_second=round((step + 1 - first) * a.batch / (time.time() - began), 1), device=str(device)))
             print(f'{step:7,d} {spent:8.1f} {loss.item():8.4f} {norm.item():8.3f}  ' + ' '.join(f'{k} {v:.3g}' for k, v in state.items())
                   + (f'  probe AUROC {probe:.3f}' if probing else '') + (f'  ! {alarm}' if alarm else ''), flush=True)
-        if last or (step + 1) % a.save_every == 0:
+        if step + 1 == stop or (step + 1) % a.save_every == 0:
             keep(step + 1)
-            write_log(out / 'log.csv', log)
+            write_csv(out / 'log.csv', log)
+    if stop < a.steps:
+        return objective
     draw_loss(log, out / 'loss.png')
     if late := [r for r in log[len(log) // 4:] if r['alarm']]:
         print(f'! {len(late)} of the last {len(log) - len(log) // 4} logged steps raised an alarm ({late[-1]["alarm"]}): the features have likely collapsed')
     print(f'{out}: ckpt.pt, log.csv, loss.png; evaluate it with python evaluate.py {out}' + ('' if a.data == 'synthetic' else f' --data {a.data}'))
+    return objective
 
 
 def benchmark(a, repeats=7):
     """Median time of a training step against its matrix products at the rate of a large product measured in turn with it."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
     device, T = pick_device(a.device), round(a.window * 240)
     torch.manual_seed(0)
     objective = build(a, 240, range(24), VQBeat(Encoder(sized('beat', a.size))) if a.objective == 'beats' else None).to(device)
@@ -367,16 +364,14 @@ def benchmark(a, repeats=7):
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):            # the kernel whose products are counted
-        step()
-    flops = counter.get_total_flops()
+    count = flops(step)
     for _ in range(3):                                           # the first steps also grow the heap
         step(), product()
     times = np.array([[seconds(step), seconds(product)] for _ in range(repeats)])
     rate = 4 * 2 * 9600 * 512 * 1024 / np.median(times[:, 1])
-    ideal = flops / rate
+    ideal = count / rate
     print(f'{a.objective} {a.backbone} {a.size}, batch {a.batch}, {device}, {torch.get_num_threads()} threads, medians of {repeats}')
-    print(f'matrix products of a step: {flops / 1e9:.1f} GFLOP, {flops / 6e9 / a.batch:.2f} GMAC forward per crop')
+    print(f'matrix products of a step: {count / 1e9:.1f} GFLOP, {count / 6e9 / a.batch:.2f} GMAC forward per crop')
     print(f'large matrix product: {rate / 1e9:.0f} GFLOP/s, so the products alone take {1e3 * ideal:.0f} ms')
     print(f'a training step takes {1e3 * np.median(times[:, 0]):.0f} ms, {np.median(times[:, 0]) / ideal:.2f} times that; '
           f'{a.batch / np.median(times[:, 0]):.0f} crops/s')
@@ -386,7 +381,7 @@ def main(argv=None):
     """The command line: see the top of the file."""
     parser = knobs()
     a = parser.parse_args(argv)
-    for name in ('steps', 'batch', 'layers', 'log_every', 'save_every'):
+    for name in ('steps', 'batch', 'layers', 'records', 'log_every', 'save_every'):
         if getattr(a, name) is not None and getattr(a, name) < 1:
             raise Stop(f'--{name.replace("_", "-")} must be 1 or more')
     for name in ('lr', 'clip', 'window', 'span_ms', 'half_life', 'codes', 'horizon', 'negatives', 'probe_records', 'hide', 'momentum'):

@@ -1,0 +1,220 @@
+"""Sweeps: what is counted, which runs are made, resuming, what is held out."""
+import argparse
+import csv
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import scaling
+import train
+from data import Dataset, Stop
+from models import SIZES, Encoder, flops, sized
+from objectives import OBJECTIVES
+
+
+def arguments(*flags):
+    p = argparse.ArgumentParser()
+    scaling.sweep_flags(p)
+    a = p.parse_args([str(f) for f in flags])
+    a.jobs = 1
+    return a
+
+
+def test_torchs_counter_counts_what_we_take_it_to():
+    """Two FLOPs a product, in place too, attention included; no norms, no FFTs."""
+    a, b = torch.zeros(3, 4, 5), torch.zeros(3, 5, 6)
+    assert flops(lambda: torch.zeros(3, 4, 6).baddbmm_(a, b)) == flops(lambda: a @ b) == 2 * 3 * 4 * 5 * 6
+    assert flops(lambda: torch.nn.Conv1d(12, 32, 17, 2, 8)(torch.zeros(1, 12, 1000))) == 2 * 32 * 500 * 12 * 17 == 6_528_000
+    q = torch.zeros(1, 12, 64, 64)
+    assert flops(lambda: F.scaled_dot_product_attention(q, q, q)) == 2 * 2 * 12 * 64 * 64 * 64 == 12_582_912
+    assert flops(lambda: torch.nn.BatchNorm1d(8)(torch.zeros(4, 8, 5))) == flops(lambda: torch.fft.rfft(torch.zeros(8, 64))) == 0
+
+
+@pytest.mark.parametrize('backbone, size, causal', [(b, s, c) for b in SIZES for s in [*list(SIZES[b])[:2], next((s for s in SIZES[b] if 'x' in s), 'tiny')]
+                                                    for c in ((True, False) if b in ('s4', 's4d', 'transformer', 'net1d') else (False,))])
+def test_analytic_macs_are_torchs(backbone, size, causal):
+    e, (B, T) = Encoder(sized(backbone, size, causal)).eval(), (3, 1210 if backbone in ('resnet', 'beat', 'vit') else 610)
+    batch = dict(x=torch.zeros(B, 12, T), peaks=torch.arange(100, 1100, 200).repeat(B, 1))
+    crop, once = scaling.macs(e.config, T, beats=5)
+    with torch.no_grad():
+        e(batch)                                                 # S4's dynamics are made once, for all batches to come
+        assert flops(lambda: e(batch)) == 2 * (B * crop + once)
+
+
+def test_the_fft_of_s4_is_stated():
+    c = sized('s4', 'tiny', True)
+    L, kernels = 300, c.layers * c.dim * c.state * 300
+    crop, once = scaling.macs(c, 600, fft=True)
+    chunks, _ = scaling.macs(c, 600)
+    linear = 300 * (3 * 12 * 64 + 3 * 64 * 64 + 4 * 2 * 64 * 64)
+    assert crop - linear == pytest.approx(4 * 64 * 3 * 2.5 * 600 * np.log2(600) / 2) and once == kernels
+    assert chunks - linear == 4 * 64 * 12 * (25 * 25 + 2 * 8 * 25 + 8 * 8)
+
+
+@pytest.mark.parametrize('objective', ['cpc', 'jepa', 'cmsc', 'supervised'])
+def test_student_and_teacher_are_counted_apart(objective):
+    backbone = next(iter(OBJECTIVES[objective].backbones))
+    encoder = Encoder(sized(backbone, 'tiny', OBJECTIVES[objective].causal))
+    built = OBJECTIVES[objective](encoder, **(dict(columns=range(3)) if objective == 'supervised' else {})).eval()
+    T = 2400 if backbone == 'resnet' else 600
+    batch = dict(x=torch.randn(4, 12, T), y=torch.ones(4, 3), patient=torch.arange(4), peaks=torch.full((4, 0), -1))
+    with torch.no_grad():
+        built(batch)
+        student, extra = scaling.counted(built, batch)
+    crop, once = scaling.macs(encoder.config, T)
+    assert extra == (crop + once / 4 if objective == 'jepa' else 0)
+    head = student - crop - (once / 4 if backbone != 'resnet' else 0)
+    assert 0 < head < .6 * crop                                  # jepa's is deep; CMSC's two halves cost one whole but for the padding
+
+
+def test_nested_subsets(here):
+    ds = Dataset('synthetic')
+    rows = ds.split()[0]
+    sets = [ds.nested(rows, n, 3) for n in (10, 11, 100, len(rows))]
+    for small, large in itertools.pairwise(sets):
+        assert set(small) <= set(large)
+    assert [len(s) for s in sets] == [10, 11, 100, len(rows)] and np.array_equal(sets[-1], np.sort(rows))
+    whole = [p for p in set(ds.patient[sets[2]]) if (ds.patient[rows] == p).sum() == (ds.patient[sets[2]] == p).sum()]
+    assert len(whole) >= len(set(ds.patient[sets[2]])) - 1       # only the last patient may be cut
+    assert set(ds.nested(rows, 100, 4)) != set(sets[2])
+    for n in (0, len(rows) + 1):
+        with pytest.raises(Stop, match='take 1 to'):
+            ds.nested(rows, n, 0)
+
+
+def test_the_grid_has_both_axes_and_replicates_its_corners():
+    sizes, records = list('abcde'), [1, 2, 3, 4, 5]
+    joint = scaling.grid('joint', sizes, records)
+    assert len({p[:2] for p in joint}) == len(joint) == 15
+    assert {(s, 5) for s in sizes} | {('c', r) for r in records} | {('a', 1), ('b', 2), ('d', 4), ('e', 1)} <= {p[:2] for p in joint}
+    assert {p[:2] for p in joint if p[2]} == {('a', 1), ('a', 5), ('e', 1), ('e', 5), ('c', 3)}
+    assert {p[:2] for p in scaling.grid('params', sizes, records)} | {p[:2] for p in scaling.grid('data', sizes, records)} <= {p[:2] for p in joint}
+
+
+def test_ladder_and_patience():
+    assert scaling.ladder(400) == [50, 71, 100, 141, 200, 283, 400] and scaling.ladder(30) == [30]
+    rows = lambda *values: [dict(objective='cpc', step=i, id_val=v) for i, v in enumerate(values)]
+    assert not scaling.finished(rows(3, 2, 2.5), 9, 2) and scaling.finished(rows(3, 2, 2.5, 2.1), 9, 2) and scaling.finished(rows(3, 2), 1, 2)
+    moving = [dict(objective='jepa', step=0, id_val=1, ood_a_val=2, ood_b_val=4, ood_a_test=9)]
+    assert scaling.worth(moving[0]) == 3                         # targets move, so what is watched is out of distribution
+
+
+def test_entropy_is_torchs_on_known_labels():
+    z, y = torch.randn(7, 3, dtype=torch.float64), torch.randint(2, (7, 3)).double()
+    known = torch.rand(7, 3) > .3
+    expected = F.binary_cross_entropy_with_logits(z[known], y[known])
+    assert scaling.entropy(z.numpy(), torch.where(known, y, torch.nan).numpy()) == pytest.approx(expected.item())
+
+
+TINY = '--size 4x12 --seeds 0 --steps 8 --batch 4 --lr 1e-2 --ood sample:super'.split()
+
+
+def killed(monkeypatch, function, after):
+    """`function` of scaling raises when called for the time `after`."""
+    real, calls = getattr(scaling, function), []
+
+    def once(*args):
+        calls.append(1)
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(scaling, function, once)
+
+
+@pytest.mark.parametrize('function', ['assess', 'write_csv'])
+def test_a_killed_run_goes_on_without_a_lost_or_doubled_row(here, monkeypatch, tmp_path, function):
+    """Killed after the checkpoint and before the row is there, and compared with a run that was not."""
+    monkeypatch.setattr(scaling, 'ladder', lambda steps: [2, 4, 8])
+    results = []
+    for out in ('whole', 'broken'):
+        a = arguments('data', '--records', 40, *TINY, '--objective', 'cpc', '--out', tmp_path / out)
+        a.records = [40]
+        (name, run), = scaling.plan(a, Dataset('synthetic'), {}).items()
+        if out == 'broken':
+            with monkeypatch.context() as patch:
+                killed(patch, function, 2)
+                with pytest.raises(KeyboardInterrupt):
+                    scaling.legs(name, *run, a)
+            assert len(scaling.rows_of(tmp_path / out / 'runs' / name)) == 1
+        results.append([{k: v for k, v in r.items() if k != 'seconds'} for r in scaling.legs(name, *run, a)])
+    assert results[0] == results[1] and [r['step'] for r in results[0]] == ['2', '4', '8']
+    assert (tmp_path / 'broken/runs' / name / 'best/ckpt.pt').is_file()
+    a.batch = 5
+    (name, run), = scaling.plan(a, Dataset('synthetic'), {}).items()
+    assert 'begun with batch = 4' in scaling.run_one(name, *run, a, 1)
+
+
+def test_a_sweep_end_to_end(here, tmp_path):
+    """Two workers, rates chosen, rows collected; done again it changes nothing, and a second kind shares its runs."""
+    flags = ['--size', '4x12', '4x24', '--records', '20', '40', '--seeds', '0', '--steps', '6', '--lr-steps', '2', '--batch', '4', '--ood', 'sample:super',
+             '--out', str(tmp_path), '--jobs', '2', '--objective', 'cpc', 'supervised']
+    scaling.main(['sweep', 'params', *flags])
+    rows = list(csv.DictReader(open(tmp_path / 'runs.csv')))
+    assert {(r['objective'], r['size'], r['D']) for r in rows} == {(o, s, '40') for o in ('cpc', 'supervised') for s in ('4x12', '4x24')} and len(rows) == 4
+    chosen = list(csv.DictReader(open(tmp_path / 'rate_runs.csv')))
+    for r in rows:
+        mine = [c for c in chosen if (c['objective'], c['size']) == (r['objective'], r['size'])]
+        assert len(mine) == 3 and r['lr'] == min(mine, key=lambda c: float(c['id_val']))['lr']
+        assert float(r['flops']) == 6 * float(r['macs']) * 4 * 6 and int(r['patients']) <= 40
+    scaling.main(['sweep', 'data', *flags])
+    after = list(csv.DictReader(open(tmp_path / 'runs.csv')))
+    assert len(after) == len({r['run'] for r in after}) == 6 and [r for r in after if r['D'] == '40'] == rows
+
+
+def test_labels_are_nested_and_anchored(here):
+    ds = Dataset('synthetic')
+    sets = scaling.label_sets(arguments('labels', '--seeds', 0, 1), ds)
+    y = np.array(ds.labels)[ds.split()[0]]
+    count = {n: (y[:, i] == 1).sum() for i, n in enumerate(ds.label_names)}
+    for arm, seed in itertools.product(('dominant', 'tail'), (0, 1)):
+        mine = [s for s in sets if s[0] == arm and s[3] == seed]
+        for small, large in itertools.pairwise(mine):
+            assert small[1] == large[1] and set(small[2]) < set(large[2])
+        anchors, others = mine[-1][1], set(mine[-1][2]) - set(mine[-1][1])
+        assert all(count[n] >= 10 for n in mine[-1][2]) or arm == 'dominant'
+        edge = min if arm == 'dominant' else max
+        assert (edge(count[n] for n in anchors) >= max(count[n] for n in others)) if arm == 'dominant' else edge(count[n] for n in anchors) <= min(count[n] for n in others)
+
+
+def test_losses_on_anchors_only(here, tmp_path):
+    """What is held out is scored on the anchors, whatever else is learned."""
+    a = arguments('labels', '--records', 40, *TINY, '--objective', 'supervised', '--out', tmp_path)
+    a.records = [40]
+    ds = Dataset('synthetic')
+    name, (t, arm, anchors) = next((n, r) for n, r in scaling.plan(a, ds, {}).items() if 'tail' in n and len(r[0].task.split('+')) > len(r[2]))
+    t.steps = 1
+    torch.manual_seed(0)
+    objective = train.build(t, 240, ds.columns(t.task))
+    columns = [ds.label_names.index(n) for n in anchors]
+    rows = ds.split()[1][:8]
+    loss, _ = scaling.held_out(objective, ds, rows, t, torch.device('cpu'), columns)
+    batches = [ds.collate(rows[i:i + 4], np.zeros(4, int), 600) for i in (0, 4)]
+    with torch.no_grad():
+        z = torch.cat([objective.head(*objective.encoder(b)) for b in batches])[:, [objective.columns.index(c) for c in columns]]
+    y = torch.cat([b['y'] for b in batches])[:, columns]
+    assert loss == pytest.approx(F.binary_cross_entropy_with_logits(z[y.isfinite()], y[y.isfinite()]).item(), rel=1e-5)
+
+
+def test_nothing_of_the_test_folds_is_trained_on(here, tmp_path):
+    a = arguments('data', '--records', 'all', *TINY, '--objective', 'cpc', '--out', tmp_path)
+    ds = Dataset('synthetic')
+    a.records = [len(ds.split()[0])]
+    (name, run), = scaling.plan(a, ds, {}).items()
+    run[0].steps = 2
+    scaling.legs(name, *run, a)
+    seen = scaling.load(Path(tmp_path, 'runs', name, 'ckpt.pt'))['patients']
+    assert not set(seen) & set(ds.patient[np.concatenate(ds.split()[1:])])
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--family', 'resnet', '--objective', 'cpc'], 'none of cpc runs on any of resnet'), (['--records', '9999999'], 'must not exceed'),
+    (['--ood', 'nothere:super'], 'no dataset'), (['--ood', 'sample:nothere'], "no task 'nothere'")])
+def test_bad_flags_are_one_line(here, tmp_path, flags, words):
+    with pytest.raises(Stop, match=words) as stop:
+        scaling.main(['sweep', 'params', '--size', '4x12', '--records', '20', '--seeds', '0', '--steps', '2', '--lr', '1e-2', '--batch', '4', '--jobs', '1',
+                      '--ood', 'sample:super', '--out', str(tmp_path), *flags])
+    assert '\n' not in str(stop.value)
