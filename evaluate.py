@@ -12,13 +12,14 @@ Modes, as in arXiv 2605.12241: linear (mean pooling, frozen encoder), frozen (at
 learns), scratch; and training-free knn and prototypes. Beside each pretraining stand random encoders of its shape, whose BatchNorm has
 seen data. Finished scores are kept in out/scores, so a command that was stopped goes on where it was.
 """
-import argparse, copy, csv, dataclasses, hashlib, itertools, json, math, shutil, sys, tempfile, time
+import argparse, copy, csv, dataclasses, functools, hashlib, itertools, json, math, shutil, sys, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import scipy.optimize
 import scipy.signal
+import scipy.sparse
 import scipy.special
 import scipy.stats
 import torch
@@ -34,55 +35,59 @@ from models import (AttentionPool, Config, Encoder, MeanPool, groups, learning_r
 # ---------------------------------------------------------------------------------------------------------------------
 # metrics: (score (n, K), y (n, K) with NaN for unknown, group, weight (R, n)) -> (R, K), NaN for a class without both labels
 
+def cells(score, y, group, weight):
+    """(k, P, N, group of each cell) of each class k with both labels: the weight of positives and negatives (cells, R) at each score, from
+    the lowest, group after group. Scores with negatives alone that follow each other share a cell: few positives make few cells."""
+    weight = np.ascontiguousarray((np.ones((1, len(y))) if weight is None else weight).T)    # (n, R)
+    group = np.zeros(len(y), int) if group is None else group
+    for k in range(y.shape[1]):
+        known = np.flatnonzero(np.isfinite(y[:, k]))
+        known = known[np.lexsort((score[known, k], group[known]))]
+        s, g, positive = score[known, k], group[known], y[known, k] > 0
+        if not positive.any() or positive.all():
+            continue
+        new_group = np.r_[True, g[1:] != g[:-1]]
+        first = np.flatnonzero(new_group | np.r_[True, s[1:] != s[:-1]])                     # of each score
+        has = np.logical_or.reduceat(positive, first)
+        first = first[new_group[first] | has | np.r_[False, has[:-1]]]                       # of each cell
+        ends = np.r_[first, len(s)]
+        total = lambda mine: scipy.sparse.csr_array((np.ones(mine.sum()), known[mine], np.r_[0, np.cumsum(mine)][ends]), (len(first), len(y))) @ weight
+        yield k, total(positive), total(~positive), g[first]
+
+
 def auroc(score, y, group=None, weight=None):
     """AUROC of each class, by pair counting: the share of (positive, negative) pairs ranked rightly, ties counting half.
 
     score, y (n, K), NaN in y for unknown; group (n,): only pairs within a group count (folds, whose scores come from different
     probes); weight (R, n): R resamples as counts per record. Returns (R, K), NaN for a class without both labels in any group.
     """
-    weight = np.ones((1, len(y))) if weight is None else weight
-    group = np.zeros(len(y), int) if group is None else group
-    out = np.full((len(weight), y.shape[1]), np.nan)
-    for k in range(y.shape[1]):
-        known = np.flatnonzero(np.isfinite(y[:, k]))
-        known = known[np.lexsort((score[known, k], group[known]))]
-        s, g, positive, w = score[known, k], group[known], y[known, k] > 0, weight[:, known]
-        if not positive.any() or positive.all():
-            continue
-        negative = np.concatenate([np.zeros((len(w), 1)), np.cumsum(w * ~positive, 1)], 1)   # weight of negatives before each rank
-        new_group = np.r_[True, g[1:] != g[:-1]]
-        new_value = new_group | np.r_[True, s[1:] != s[:-1]]
-        start = lambda new: np.flatnonzero(new)[np.cumsum(new) - 1]                          # first rank of one's block
-        end = lambda new: np.r_[np.flatnonzero(new)[1:], len(s)][np.cumsum(new) - 1]         # one past its last
-        at = lambda rank: negative[:, rank[positive]]
-        below, ties = at(start(new_value)) - at(start(new_group)), at(end(new_value)) - at(start(new_value))
-        pairs = (w[:, positive] * (at(end(new_group)) - at(start(new_group)))).sum(1)
+    out = np.full((1 if weight is None else len(weight), y.shape[1]), np.nan)
+    for k, P, N, g in cells(score, y, group, weight):
+        below = np.cumsum(N, 0) - N / 2                          # negatives at a tie count half
+        right = pairs = 0.
+        for start, end in itertools.pairwise(np.flatnonzero(np.r_[True, g[1:] != g[:-1], True])):
+            p, there = P[start:end], N[start:end].sum(0)
+            before = below[start] - N[start] / 2                 # negatives of other groups
+            right = right + np.einsum('cr,cr->r', p, below[start:end]) - p.sum(0) * before
+            pairs = pairs + p.sum(0) * there
         with np.errstate(invalid='ignore'):
-            out[:, k] = (w[:, positive] * (below + ties / 2)).sum(1) / pairs
+            out[:, k] = right / pairs
     return out
 
 
 def average_precision(score, y, group=None, weight=None):
     """Area under precision and recall, as the sum of precision over steps of recall; equal scores make one step. Between groups scores
     are compared by their rank within the group."""
-    weight = np.ones((1, len(y))) if weight is None else weight
-    out = np.full((len(weight), y.shape[1]), np.nan)
-    for k in range(y.shape[1]):
-        known = np.flatnonzero(np.isfinite(y[:, k]))
-        s, g = score[known, k].copy(), (np.zeros(len(y), int) if group is None else group)[known]
-        for value in np.unique(g) if group is not None else ():
-            s[g == value] = scipy.stats.rankdata(s[g == value]) / (g == value).sum()
-        order = np.argsort(-s, kind='stable')
-        s, known = s[order], known[order]
-        w, positive = weight[:, known], y[known, k] > 0
-        if not positive.any() or positive.all():
-            continue
-        block = np.cumsum(np.r_[True, s[1:] != s[:-1]]) - 1      # equal scores make one
-        last = np.flatnonzero(np.r_[block[1:] != block[:-1], True])[block[positive]]         # rank at which a positive's block ends
-        asked, found = np.cumsum(w, 1)[:, last], np.cumsum(w[:, positive], 1)
-        found = found[:, np.searchsorted(np.flatnonzero(positive), last, 'right') - 1]
+    out = np.full((1 if weight is None else len(weight), y.shape[1]), np.nan)
+    if group is not None:
+        score = score.copy()
+        for mine, k in itertools.product([group == g for g in np.unique(group)], range(y.shape[1])):
+            known = mine & np.isfinite(y[:, k])
+            score[known, k] = scipy.stats.rankdata(score[known, k]) / known.sum()
+    for k, P, N, _ in cells(score, y, None, weight):
+        found, asked = (np.cumsum(x[::-1], 0)[::-1] for x in (P, P + N))                     # at this score or above
         with np.errstate(invalid='ignore'):
-            out[:, k] = (w[:, positive] * np.where(asked > 0, found / asked, 0.)).sum(1) / w[:, positive].sum(1)
+            out[:, k] = (P * np.where(asked > 0, found / asked, 0.)).sum(0) / found[0]
     return out
 
 
@@ -120,13 +125,21 @@ def thresholds(score, y):
 # ---------------------------------------------------------------------------------------------------------------------
 # intervals, differences, ranks
 
+WORK = 1e10                                                      # resamples x records x columns that a Score may take: a minute or two
+
+
 def resample_patients(patient, resamples=1000, seed=0, bayesian=False):
     """Bootstrap over patients: how often each record counts in each resample, (R, n). bayesian: with weights drawn from a flat Dirichlet
     (Rubin 1981), under which no record, and so no rare class, ever vanishes."""
     names, index = np.unique(patient, return_inverse=True)
-    rng, n = np.random.default_rng(seed), len(names)
-    counts = n * rng.dirichlet(np.ones(n), resamples) if bayesian else rng.multinomial(n, np.full(n, 1 / n), size=resamples)
-    return counts[:, index].astype(float)
+    return patient_weights(len(names), resamples, seed, bayesian)[:, index].astype(float)
+
+
+@functools.lru_cache(2)
+def patient_weights(n, resamples, seed, bayesian):
+    """Weights of n patients (resamples, n), kept: with tens of thousands they take seconds."""
+    rng = np.random.default_rng(seed)
+    return n * rng.dirichlet(np.ones(n), resamples) if bayesian else rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.int16)
 
 
 def macro(table, empty=None):
@@ -176,10 +189,12 @@ def holm(p):
 class Score:
     """Test predictions on the same records, as macro metrics. outputs: list over seeds of lists over label draws of (n, K); margins: the
     same, scores less their thresholds, for F1; numbers (K,): which columns are numbers, scored by MAE. Every Score of the same records
-    shares their resamples, and draw d is the same labelled records for every seed, so differences are paired."""
+    shares their resamples, and draw d is the same labelled records for every seed, so differences are paired. 1,000 resamples, fewer
+    (200 at least) where that would be more than WORK."""
 
     def __init__(self, outputs, y, patient, group=None, margins=None, numbers=None, bayesian=False, empty=None):
-        weight = resample_patients(patient, bayesian=bayesian)
+        weight = resample_patients(patient, int(np.clip(WORK / y.size, 200, 1000)), bayesian=bayesian)
+        weights = np.array_split(weight, -(-weight.size // 20_000_000))                      # a few hundred MB at once
         numbers = np.zeros(y.shape[1], bool) if numbers is None else numbers
         self.point, self.boot, self.per_class = {}, {}, {}       # by metric: (S, draws), (R,), (K,)
         for name, metric, values, mine in (('AUROC', auroc, outputs, ~numbers), ('AUPRC', average_precision, outputs, ~numbers),
@@ -190,8 +205,7 @@ class Score:
             fill = {'AUROC': empty, 'AUPRC': empty and 0., 'F1': empty and 0.}.get(name)
             tables = [[value(s)[0] for s in draws] for draws in values]
             self.point[name] = np.array([[macro(t[None], fill)[0] for t in draws] for draws in tables])
-            self.boot[name] = np.mean([np.concatenate([macro(value(s, w), fill) for w in np.array_split(weight, 10)])         # a tenth of the memory
-                                       for draws in values for s in draws], 0)
+            self.boot[name] = np.mean([np.concatenate([macro(value(s, w), fill) for w in weights]) for draws in values for s in draws], 0)
             self.per_class[name] = np.full(y.shape[1], np.nan)
             self.per_class[name][mine] = np.mean([t for draws in tables for t in draws], 0)
         self.main = next(iter(self.point))
@@ -211,8 +225,8 @@ class Score:
 
 def compare(scores, margin=.005):
     """All pairs of a dict {name: Score}: rows with the paired difference, its 95 % interval, p, Holm's p over all pairs, and a verdict:
-    better or worse (Holm's p under .05), equivalent (the 90 % interval lies within +-margin: two one-sided tests), else can't tell. And
-    ranks: 1 + how many are better beyond doubt, so that models nobody can tell apart tie."""
+    equivalent (the 90 % interval lies within +-margin: two one-sided tests), however surely it is not 0; else better or worse (Holm's p
+    under .05); else can't tell. And ranks: 1 + how many are better, so that models nobody can tell apart, or need to, tie."""
     rows, sign = [], -1 if next(iter(scores.values())).main == 'MAE' else 1
     for (a, A), (b, B) in itertools.combinations(scores.items(), 2):
         points, boot = A.difference(B)
@@ -221,8 +235,7 @@ def compare(scores, margin=.005):
                          equivalent=-margin < low and high < margin))
     for row, p in zip(rows, holm([r['p'] for r in rows])):
         gain = 'better' if sign * row['difference'] > 0 else 'worse'
-        row |= dict(p_holm=p, verdict=gain if p < .05 else f'equivalent within {margin:g}' if row['equivalent'] else "can't tell")
-        del row['equivalent']
+        row |= dict(p_holm=p, verdict=f'equivalent within {margin:g}' if row.pop('equivalent') else gain if p < .05 else "can't tell")
     beaten = {n: sum((r['a'] == n and r['verdict'] == 'worse') or (r['b'] == n and r['verdict'] == 'better') for r in rows) for n in scores}
     return rows, {n: 1 + k for n, k in beaten.items()}
 
@@ -333,6 +346,8 @@ def ridge(X, Y, l2):
     out = np.zeros((X.shape[1] + 1, Y.shape[1]))
     for k in range(Y.shape[1]):
         known = np.isfinite(Y[:, k])
+        if not known.any():
+            continue
         Z = np.c_[X[known], np.ones(known.sum())]
         out[:, k] = np.linalg.lstsq(Z.T @ Z / len(Z) + np.diag(np.r_[np.full(X.shape[1], l2), 0]), Z.T @ Y[known, k] / len(Z), rcond=None)[0]
     return out
@@ -642,45 +657,55 @@ class Task:
         rows = np.flatnonzero((self.ds.length >= self.samples) & np.isfinite(y).any(1))
         self.seen = set().union(*(r['patients'] for r in runs))
         self.plans, self.folded = plans(self.ds, rows, self.seen, target and target.folds, 'overlap' in allow)
+        learnt = ~self.numbers | np.all([np.isfinite(y[p[0]]).any(0) for p in self.plans], 0)
+        self.columns, self.numbers, self.raw = [c for c, k in zip(columns, learnt) if k], self.numbers[learnt], y[:, learnt]
         self.test = np.concatenate([p[2] for p in self.plans])
         self.group = np.concatenate([np.full(len(p[2]), i) for i, p in enumerate(self.plans)])
-        scored = np.where(self.numbers, np.isfinite(y[self.test]).any(0), np.isfinite(auroc(np.zeros((len(self.test), y.shape[1])), y[self.test], self.group)[0]))
-        self.unscored = [self.ds.label_names[c] for c, s in zip(columns, scored) if not s]
-        keep = scored | (empty is not None)
-        self.columns, self.numbers, self.raw = [c for c, k in zip(columns, keep) if k], self.numbers[keep], y[:, keep]
+        y = self.raw[self.test]
+        scored = np.where(self.numbers, np.isfinite(y).any(0), np.isfinite(auroc(np.zeros(y.shape), y, self.group)[0]))
+        self.unscored = [self.ds.label_names[c] for c, s in zip(self.columns, scored) if not s]              # trained on all the same
         if not scored.any():
             raise Stop(f'{data}, task {self.names[0]}: no class has both labels among the {len(self.test)} test records; take more, or an '
                        f'encoder pretrained on other data, so that every fold can be tested on')
-        self.parts = {name: self.part(name, trained) for name in self.names}
+        self.parts = {name: self.part(name, scored | (empty is not None)) for name in self.names}
         self.y = np.concatenate([self.scaled(p)[p[2]] for p in self.plans])
         self.patient = self.ds.patient[self.test]
         self.patients = None if np.array_equal(self.patient, self.ds.id[self.test]) else len(set(self.patient))               # None: the source names none
         self.available = min(len(p[0]) + len(p[1]) for p in self.plans)
         self.embeddings, self.fresh, self.tokens, self.encoded, self.seconds = {}, {}, (None, None), 0, 0.
 
-    def part(self, name, trained):
+    def part(self, name, scored):
         """Positions, among the columns trained on, of those that task `name` is scored on."""
-        scored = TASKS[name].scored if name in TASKS else name
         full = [self.ds.label_names[c] for c in self.columns]
-        wanted = {self.ds.label_names[c] for c in self.ds.columns(scored)}
+        wanted = {self.ds.label_names[c] for c in self.ds.columns(TASKS[name].scored if name in TASKS else name)}
         if not wanted & set(full):                               # such as diag/IMI for all/IMI
             wanted = {n for n in full if n.split('/', 1)[1] in {w.split('/', 1)[1] for w in wanted}}
-        found = [i for i, n in enumerate(full) if n in wanted]
+        found = [i for i, n in enumerate(full) if n in wanted and scored[i]]
         if not found:
             raise Stop(f'{self.ds.name}, task {name}: too few positives here for any of its labels')
         return found
 
     def random_encoders(self, run, count):
-        """`count` fresh encoders of a run's shape whose BatchNorm has seen eight batches: of the training records that the run was
-        pretrained on where they are prepared, else of this dataset's."""
+        """`count` fresh encoders of a run's shape whose BatchNorm has seen eight batches of records on which none is validated or tested
+        here: training records of the run's pretraining, where that is not prepared this dataset's, else of the sets that prepare themselves."""
         made, samples = self.fresh.setdefault(shape(run), []), self.crop(run['net'])
-        ds = Dataset(run['data']) if all(Path('datasets', name).is_dir() for name in run['data'].split(',')) else self.ds
-        rows = ds.split()[0]
-        rows = rows[ds.length[rows] >= samples]
+        if len(made) >= count:
+            return made[:count]
+        held = np.concatenate([part for p in self.plans for part in p[1:]])
+        held, contract = {*self.ds.patient[held].tolist(), *self.ds.id[held].tolist()}, Contract.read(run['contract'])
+        for name in (run['data'], self.ds.name, 'synthetic', 'sample'):
+            if name in ('synthetic', 'sample') or all(Path('datasets', part).is_dir() for part in name.split(',')):
+                ds = Dataset(name)
+                rows = ds.split()[0]
+                rows = rows[(ds.length[rows] >= samples) & ~overlap(ds, held)[rows]]
+                if len(rows) and not contract.differs(ds.contract):
+                    break
+        else:
+            raise Stop(f'random encoders must see records of {run["path"]}\'s contract that nothing is tested on: prepare {run["data"]}, on which it was pretrained')
         for i in range(len(made), count):
             torch.manual_seed(10_000 + i)
             made.append(see_data(fresh(run), (ds.batch(rows, samples, min(64, len(rows)), i, s) for s in range(8))))
-        return made[:count]
+        return made
 
     def scaled(self, plan):
         """Labels (len(ds), K), numbers to mean 0 and SD 1 of the plan's training records."""
@@ -829,7 +854,7 @@ def evaluate_task(families, t, mode, counts, a, out):
     began, rows, classes, pairs, t.encoded, t.seconds = time.time(), [], [], [], 0, 0.
     several = len(next(iter(families.values()))) > 1
     print(f'\n{t.ds.name}, {mode}: {len(t.test):,} test records of {t.patients or "unknown"} patients, {len(t.columns)} labels'
-          + (f' ({len(t.unscored)} without both values: {", ".join(t.unscored[:6])}{" ..." if len(t.unscored) > 6 else ""})' if t.unscored else '')
+          + (f' ({len(t.unscored)} trained on, but without both values among these records: {", ".join(t.unscored[:6])}{" ..." if len(t.unscored) > 6 else ""})' if t.unscored else '')
           + (f'; {len(t.plans)} folds, each record predicted by a probe that never saw its patient, pairs counted within folds' if t.folded else ''))
     given = dict(lr=a.lr, batch=a.batch, preview=a.preview, path=a.drop_path, dropout=a.dropout, schedule=a.schedule, decay=a.layer_decay)
     recipe = dataclasses.replace(PROTOCOLS[a.protocol], **{k: v for k, v in given.items() if v is not None})
@@ -857,7 +882,7 @@ def evaluate_task(families, t, mode, counts, a, out):
                 if len(shown) > 15:
                     print(f'  and {len(shown) - 15} more pairs: see pairs_*.csv')
                 best = sorted(ranks, key=ranks.get)
-                print(f'  ranks (ties: no difference beyond doubt, Holm over {len(found)} pairs): ' + ', '.join(f'{ranks[n]} {n}' for n in best))
+                print(f'  ranks (ties: no difference beyond doubt, or none that matters; Holm over {len(found)} pairs): ' + ', '.join(f'{ranks[n]} {n}' for n in best))
                 draw_arms(mine, ranks, f'{t.ds.name} {task}, {mode}, {count} labels', out / f'arms_{slug(t.ds.name, task, mode, count)}.png')
     if mode == 'linear' and rows:
         shown = [arm for arm in arms.values() if arm.mode == 'linear'][:4]
@@ -880,7 +905,9 @@ def report(t, task, arms, scores, count, a, several):
     main = next(iter(scores.values())).main
     others = [m for m in next(iter(scores.values())).point if m != main]
     names, rows, wide = [t.ds.label_names[t.columns[c]] for c in t.parts[task]], [], max(map(len, scores)) + 2
-    print(f'  {task}: {len(names)} labels\n{"labels":>8s}  {"arm":{wide}s}macro {main:7s}95 % interval   ' + ''.join(f'{m:7s}' for m in others) + 'minus its reference')
+    resamples = len(next(iter(scores.values())).boot[main])
+    print(f'  {task}: {len(names)} labels' + (f'; intervals from {resamples} resamples, since there is so much' if resamples < 1000 else '')
+          + f'\n{"labels":>8s}  {"arm":{wide}s}macro {main:7s}95 % interval   ' + ''.join(f'{m:7s}' for m in others) + 'minus its reference')
     for name, score in scores.items():
         arm, reference = arms[name], scores.get(arms[name].reference)
         mean, low, high = score.interval()
@@ -979,39 +1006,43 @@ def draw_curve(rows, path):
 # analyses of runs on one dataset: robustness, label efficiency, similarity of representations, calibration, embeddings
 
 class Changed:
-    """A Dataset whose batches' signals go through `change` (B, 12, T) first."""
+    """A Dataset whose batches' signals (B, 12, T) go through `change(x, rows, starts)` first."""
 
     def __init__(self, ds, change):
         self.ds, self.crops, self.change = ds, ds.crops, change
 
     def collate(self, rows, starts, samples):
         batch = self.ds.collate(rows, starts, samples)
-        return {**batch, 'x': self.change(batch['x'])}
+        return {**batch, 'x': self.change(batch['x'], rows, starts)}
 
 
 def noisy(snr):
-    """White noise at `snr` dB below the mean power of each crop, all leads together."""
-    random = torch.Generator().manual_seed(0)
-    return lambda x: x + torch.randn(x.shape, generator=random) * (x.var((1, 2), keepdim=True) / 10 ** (snr / 10)).sqrt()
+    """White noise at `snr` dB below the mean power of each crop, all leads together: the same for every encoder, whatever its window, since
+    a sample's noise depends on its record and place alone."""
+    def change(x, rows, starts):
+        T = x.shape[2]
+        noise = [np.random.default_rng(row).standard_normal((start + T, 12), np.float32)[start:].T for row, start in zip(rows, starts)]
+        return x + torch.from_numpy(np.stack(noise)) * (x.var((1, 2), keepdim=True) / 10 ** (snr / 10)).sqrt()
+    return change
 
 
 def without(*leads):
     """Some of the 12 leads set to zero."""
-    def change(x):
+    def change(x, *_):
         x = x.clone()
         x[:, list(leads)] = 0
         return x
     return change
 
 
-def swap_arms(x):
+def swap_arms(x, *_):
     """Right and left arm electrodes exchanged: I changes its sign, II and III, aVR and aVL change places."""
     return torch.cat([-x[:, :1], x[:, [2, 1, 4, 3]], x[:, 5:]], 1)
 
 
 def at_rate(fs, to):
     """Through another sampling rate and back."""
-    def change(x):
+    def change(x, *_):
         there = scipy.signal.resample_poly(x.numpy(), to, fs, axis=2)
         return torch.from_numpy(scipy.signal.resample_poly(there, fs, to, axis=2)[..., :x.shape[2]].copy()).float()
     return change
