@@ -12,7 +12,7 @@ Modes, as in arXiv 2605.12241: linear (mean pooling, frozen encoder), frozen (at
 learns), scratch; and training-free knn and prototypes. Beside each pretraining stand random encoders of its shape, whose BatchNorm has
 seen data. Finished scores are kept in out/scores, so a command that was stopped goes on where it was.
 """
-import argparse, copy, csv, dataclasses, functools, hashlib, itertools, json, math, shutil, sys, tempfile, time
+import argparse, copy, csv, dataclasses, functools, hashlib, itertools, json, math, re, shlex, shutil, sys, tempfile, textwrap, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import TASKS, Contract, Dataset, Stop, figure, peak_memory, stratify
+from data import TASKS, Contract, Dataset, Stop, arguments, figure, peak_memory, stratify
 from models import (AttentionPool, Config, Encoder, MeanPool, groups, learning_rate, load, load_encoder, pick_device, pool, precision,
                     regularise, see_data, to_device)
 
@@ -1210,10 +1210,15 @@ def similarity(families, t, a, out):
             for l, X in enumerate(layer_features(e, t.ds, rows, t.crop(e), t.device)):
                 stages[f'{name}, {i}', f'layer {l}' if l else 'stem'] = X
     table = np.array([[cka(X, Y) for Y in stages.values()] for X in stages.values()])
-    fig, ax = figure(figsize=(1.5 + .22 * len(table), 1.2 + .22 * len(table)), layout='constrained')
+    fig, ax = figure(figsize=(2.5 + .16 * len(table), 2 + .16 * len(table)), layout='constrained')
     image = ax.imshow(table, vmin=0, vmax=1, cmap='magma')
-    ticks = [f'{m} {l}' for m, l in stages]
+    ticks, models = [l.replace('layer ', '') for _, l in stages], [m for m, _ in stages]
     ax.set_xticks(range(len(ticks)), ticks, rotation=90, fontsize=6), ax.set_yticks(range(len(ticks)), ticks, fontsize=6)
+    for name in dict.fromkeys(models):                           # written once beside its layers, with a line above them
+        first, size, text = models.index(name), models.count(name), textwrap.fill(name, 20)
+        ax.text(-2.5, first + (size - 1) / 2, text, fontsize=7, ha='right', va='center')
+        ax.text(first + (size - 1) / 2, len(ticks) + 1.5, text, fontsize=7, ha='center', va='top', rotation=90)
+        ax.axhline(first - .5, color='w', lw=1), ax.axvline(first - .5, color='w', lw=1)
     fig.colorbar(image, shrink=.6, label=f'CKA, {len(rows)} records')
     fig.savefig(out / f'cka_{slug(t.ds.name)}.png', dpi=120)
     print(f'\n{t.ds.name}: debiased CKA of last layers on {len(rows)} records')
@@ -1277,6 +1282,8 @@ def open_run(path):
     """The checkpoint of a run folder, with its path and hash. Prints what was loaded."""
     path = Path(path).parent if Path(path).name == 'ckpt.pt' else Path(path)
     file = path / 'ckpt.pt'
+    if not file.exists() and (inside := sorted(str(f.parent) for f in path.glob('*/ckpt.pt'))):
+        raise Stop(f'{path} is a folder of runs, no run: name some of {" ".join(inside[:6])}' + (f' ... ({len(inside)} in all)' if len(inside) > 6 else ''))
     try:
         c = load(file)
     except ValueError as e:
@@ -1315,10 +1322,15 @@ def show_tasks():
         except (ValueError, KeyError, TypeError):
             metas.pop(file.parent.name, None)
             print(f'datasets/{file.parent.name}: damaged, prepare it again')
-    print('task                  labels  scored by  data')
+    print('task                   labels  scored by  data')
     for name, task in TASKS.items():
-        state = f'{metas[task.data]["records"]:,} records in datasets/{task.data}' if task.data in metas else f'not prepared: {task.prepare}'
-        print(f'{name:21s} {task.classes or "":>6}  {task.metric:9s}  {state}')
+        state, wanted = f'not prepared: {task.prepare}', arguments(shlex.split(task.prepare)[2:])
+        if m := metas.get(task.data):
+            rate = re.search(r'--rate[ =](\d+)', m['source'])
+            differs = Contract.read(m['contract']).differs(wanted[1]) or (wanted[0].source == 'ptbxl' and int(rate[1] if rate else 100) < wanted[0].rate
+                                                                         and f'from the {rate[1] if rate else 100} Hz files')
+            state = f'{m["records"]:,} records in datasets/{task.data}' + (f', but {differs}; as in the paper: {task.prepare}' if differs else '')
+        print(f'{name:21s} {task.classes or "by data":>7}  {task.metric:9s}  {state}')
     for name, m in metas.items():
         print(f'datasets/{name}: {m["records"]:,} records; label sets ' + ', '.join(f'{t} ({len(c)})' for t, c in m['tasks'].items()))
 
@@ -1410,6 +1422,8 @@ def parse(argv=None):
         raise Stop('--ablate takes fine-tuning apart: add --mode finetune')
     if 'finetune' not in a.mode and any(v is not None for v in (a.preview, a.drop_path, a.dropout, a.layer_decay)):
         raise Stop('--preview, --drop-path, --dropout and --layer-decay belong to --mode finetune')
+    if 'scratch' in a.mode and a.scratch is False:
+        raise Stop('--mode scratch asks for what --no-scratch leaves out: give one of the two')
     if a.cohort and 'robustness' not in a.analyse:
         raise Stop('--cohort belongs to --analyse robustness')
     return a

@@ -1,6 +1,7 @@
 """Metrics, intervals and probes against brute force and closed forms; protocols against leaks; the command line end to end."""
 import copy
 import csv
+import dataclasses
 import itertools
 import json
 from dataclasses import replace
@@ -1044,6 +1045,33 @@ def test_list(here, run, capsys):
     assert all(name in out for name in TASKS) and 'not prepared: python data.py' in out and 'datasets/synthetic: 640 records' in out
 
 
+def test_list_tells_other_preparations_apart(tmp_path, monkeypatch, capsys):
+    """PTB-XL's 100 Hz files where the papers take 500 Hz, and another contract; label counts nobody published are said to be the data's."""
+    monkeypatch.chdir(tmp_path)
+    meta = lambda name, source, **changes: dict(records=500, tasks={}, source=source, contract=dataclasses.asdict(replace(data.Contract(), **changes)))
+    for name, m in dict(ptbxl=meta('ptbxl', 'ptbxl --root P'), ningbo=meta('ningbo', 'challenge', fs=100), georgia=meta('georgia', 'challenge')).items():
+        (tmp_path / 'datasets' / name).mkdir(parents=True)
+        (tmp_path / 'datasets' / name / 'meta.json').write_text(json.dumps(m))
+    evaluate.main(['--list'])
+    line = {text.split()[0]: text for text in capsys.readouterr().out.splitlines()}
+    assert 'from the 100 Hz files; as in the paper: python data.py ptbxl --root ROOT --rate 500' in line['ptbxl_all'] and 'fs 100 against 240' in line['ningbo']
+    assert line['georgia'].endswith('500 records in datasets/georgia') and 'by data' in line['chapman_rhythm'] and 'by data' in line['sc_csn']
+    (tmp_path / 'datasets/ptbxl/meta.json').write_text(json.dumps(meta('ptbxl', 'ptbxl --root P --rate 500')))
+    evaluate.main(['--list'])
+    assert 'ptbxl_all             ' in (out := capsys.readouterr().out) and 'Hz files' not in out
+
+
+def test_labels_of_the_cka_figure_are_short(here, run, monkeypatch):
+    """Layers at the ticks, each model's name once beside them, wrapped."""
+    drawn = []
+    monkeypatch.setattr(evaluate, 'figure', lambda *a, **k: drawn.append(data.figure(*a, **k)) or drawn[-1])
+    evaluate.main([run, '--data', 'few', '--analyse', 'cka'])
+    (_, ax), = drawn
+    names = [t.get_text() for t in ax.texts]
+    assert {t.get_text() for t in ax.get_yticklabels()} == {'stem', '1'} and {n.replace('\n', ' ') for n in names} == {'random encoder, 0', 'pretrained, 0'}
+    assert len(names) == 4 and max(len(line) for n in names for line in n.split('\n')) <= 20
+
+
 def test_overlap_can_be_allowed(here, run, capsys):
     train.main('--steps 1 --batch 4 --layers 1 --probe-every 0 --data few --out out/onfew'.split())
     evaluate.main(['out/onfew', '--data', 'few', '--mode', 'knn'])
@@ -1057,7 +1085,7 @@ def test_overlap_can_be_allowed(here, run, capsys):
     (['--labels', '5', '--data', 'few'], 'nothing was scored'), (['--labels', '100000', '--data', 'few'], 'nothing was scored'), (['--device', 'tpu'], 'cannot be used here'),
     (['--data', 'nowhere'], "no dataset 'nowhere'"), (['--task', 'nothing', '--data', 'few'], 'has no task'), (['--task', 'nothing'], 'is no task of the papers'),
     (['--task', 'ptbxl_all'], 'task ptbxl_all needs datasets/ptbxl: python data.py ptbxl'), (['--draws', '0'], '--draws must lie between 1'), (['--drop-path', '1'], '--drop-path'), (['--ablate'], 'add --mode finetune'),
-    (['--preview'], 'belong to --mode finetune'), (['--cohort', 'sample'], 'belongs to --analyse robustness'),
+    (['--preview'], 'belong to --mode finetune'), (['--mode', 'scratch', '--no-scratch'], 'give one of the two'), (['--cohort', 'sample'], 'belongs to --analyse robustness'),
     (['--analyse', 'robustness', '--data', 'few', '--cohort', 'sample'], 'some of the same yes/no labels')])
 def test_bad_requests_stop_with_one_line(here, run, flags, why):
     with pytest.raises(Stop if '--device' not in flags else SystemExit, match=why) as stop:
@@ -1068,6 +1096,8 @@ def test_bad_requests_stop_with_one_line(here, run, flags, why):
 def test_missing_run_is_one_line(here):
     with pytest.raises(Stop, match='no checkpoint at'):
         evaluate.main(['out/nowhere'])
+    with pytest.raises(Stop, match='^out is a folder of runs, no run: name some of .*out/'):
+        evaluate.main(['out'])
 
 
 def test_other_contract_is_refused(here, run):
