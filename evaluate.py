@@ -12,7 +12,7 @@ Modes, as in arXiv 2605.12241: linear (mean pooling, frozen encoder), frozen (at
 learns), scratch; and training-free knn and prototypes. Beside each pretraining stand random encoders of its shape, whose BatchNorm has
 seen data. Finished scores are kept in out/scores, so a command that was stopped goes on where it was.
 """
-import argparse, copy, csv, dataclasses, functools, hashlib, itertools, json, math, re, shlex, shutil, sys, tempfile, textwrap, time
+import argparse, copy, csv, dataclasses, functools, hashlib, itertools, json, math, shlex, shutil, sys, tempfile, textwrap, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +36,8 @@ from models import (AttentionPool, Config, Encoder, MeanPool, groups, learning_r
 # metrics: (score (n, K), y (n, K) with NaN for unknown, group, weight (R, n)) -> (R, K), NaN for a class without both labels
 
 def cells(score, y, group, weight):
-    """(k, P, N, group of each cell) of each class k with both labels: the weight of positives and negatives (cells, R) at each score, from
-    the lowest, group after group. Scores with negatives alone that follow each other share a cell: few positives make few cells."""
+    """(k, P, N, first cell of each group) of each class k with both labels: the weight of positives and negatives (cells, R) at each score,
+    from the lowest, group after group. Scores with negatives alone that follow each other share a cell: few positives make few cells."""
     weight = np.ascontiguousarray((np.ones((1, len(y))) if weight is None else weight).T)    # (n, R)
     group = np.zeros(len(y), int) if group is None else group
     for k in range(y.shape[1]):
@@ -52,7 +52,7 @@ def cells(score, y, group, weight):
         first = first[new_group[first] | has | np.r_[False, has[:-1]]]                       # of each cell
         ends = np.r_[first, len(s)]
         total = lambda mine: scipy.sparse.csr_array((np.ones(mine.sum()), known[mine], np.r_[0, np.cumsum(mine)][ends]), (len(first), len(y))) @ weight
-        yield k, total(positive), total(~positive), g[first]
+        yield k, total(positive), total(~positive), np.flatnonzero(new_group[first])
 
 
 def auroc(score, y, group=None, weight=None):
@@ -62,16 +62,11 @@ def auroc(score, y, group=None, weight=None):
     probes); weight (R, n): R resamples as counts per record. Returns (R, K), NaN for a class without both labels in any group.
     """
     out = np.full((1 if weight is None else len(weight), y.shape[1]), np.nan)
-    for k, P, N, g in cells(score, y, group, weight):
+    for k, P, N, starts in cells(score, y, group, weight):
         below = np.cumsum(N, 0) - N / 2                          # negatives at a tie count half
-        right = pairs = 0.
-        for start, end in itertools.pairwise(np.flatnonzero(np.r_[True, g[1:] != g[:-1], True])):
-            p, there = P[start:end], N[start:end].sum(0)
-            before = below[start] - N[start] / 2                 # negatives of other groups
-            right = right + np.einsum('cr,cr->r', p, below[start:end]) - p.sum(0) * before
-            pairs = pairs + p.sum(0) * there
+        p, n, others = np.add.reduceat(P, starts), np.add.reduceat(N, starts), (below - N / 2)[starts]       # of each group, of those before it
         with np.errstate(invalid='ignore'):
-            out[:, k] = right / pairs
+            out[:, k] = (np.einsum('cr,cr->r', P, below) - (p * others).sum(0)) / (p * n).sum(0)
     return out
 
 
@@ -151,12 +146,9 @@ def macro(table, empty=None):
 
 
 def interval(points, boot, level=.95):
-    """Interval of the mean over runs. points (S, draws): macro value per seed and label draw; boot (R,): bootstrap of their mean,
-    resampling patients; resamples in which no class had both labels are NaN and left out.
-
-    Independent sources of variance add in squares: the patients (bootstrap percentiles; beyond the outermost ten
-    resamples the tails are taken for normal), the seeds and the label draws (Student t over the means of each, where there is more than one). Returns (mean,
-    low, high)."""
+    """(mean, low, high) over runs. points (S, draws): macro value per seed and label draw; boot (R,): bootstrap of their mean over patients,
+    NaN where no class had both labels. Independent sources of variance add in squares: patients (percentiles; beyond the outermost ten
+    resamples the tails are taken for normal), seeds and label draws (Student t over the means of each, where there is more than one)."""
     mean, squares = points.mean(), 0.
     for means in (points.mean(1), points.mean(0)):
         if len(means) > 1:
@@ -398,6 +390,8 @@ def training_free(X, Y, train, val, how, k=20):
         Z, y = unit(X[rows]), np.where(known, Y[rows], 0)       # what is unknown has weight 0
 
         def knn(features):
+            if len(features) > 500:                              # what fits into memory, many records and labels as there may be
+                return np.concatenate([knn(part) for part in np.array_split(features, -(-len(features) // 500))])
             similar = unit(features) @ Z.T                       # (n, labelled)
             near = np.argsort(-similar, 1, kind='stable')[:, :k]
             w = np.maximum(np.take_along_axis(similar, near, 1), 0)[..., None] * known[near] + 1e-9 * known[near]             # (n, k, K)
@@ -819,9 +813,9 @@ def grouped(runs):
     return dict(zip(names if len(found) > 1 else ['pretrained'], found))
 
 
-def arms_of(families, mode, recipe, epochs, ablate, scratch, t):
+def arms_of(families, t, mode='linear', recipe=PROTOCOLS['quick'], epochs=None, ablate=False, scratch=False):
     """The arms of one table: from scratch, random encoders and the pretrainings, or the parts of post-training one by one."""
-    arms, shapes = {}, {}
+    made, shapes = [], {}
     for name, runs in families.items():
         shapes.setdefault(shape(runs[0]), []).append((name, runs))
     for members in shapes.values():
@@ -830,22 +824,21 @@ def arms_of(families, mode, recipe, epochs, ablate, scratch, t):
         tail = '' if len(shapes) == 1 else f' ({c["backbone"]} {c["dim"]}x{c["layers"]}{" causal" * c["causal"]}, {window:g} s)'
         if scratch or mode == 'scratch':
             torch.manual_seed(0)
-            arms['from scratch' + tail] = Arm('from scratch' + tail, [fresh(r) for r in runs], 'scratch', recipe, epochs and 2 * epochs, runs)
+            made.append(Arm('from scratch' + tail, [fresh(r) for r in runs], 'scratch', recipe, epochs and 2 * epochs, runs))
         if mode == 'scratch':
             continue
         if not ablate:
             count = 3 if len(runs) == 1 and mode in ('linear', 'knn', 'prototypes') else len(runs)
-            arms['random encoder' + tail] = Arm('random encoder' + tail, t.random_encoders(runs[0], count), mode, recipe, epochs)
-        for name, runs in members:
-            encoders = [r['net'] for r in runs]
-            variants = {'': recipe}
-            if ablate:
-                plain = dataclasses.replace(recipe, preview=False, path=0., dropout=None, schedule='constant', decay=None)
-                variants = {'plain': plain, **{f'+ {k}': dataclasses.replace(plain, **{k: v}) for k, v in POST.items()}, 'all parts': dataclasses.replace(plain, **POST)}
-            for extra, r in variants.items():
-                full = f'{name if len(families) > 1 or not extra else ""} {extra}'.strip()
-                arms[full] = Arm(full, encoders, mode, r, epochs, runs, f'{name if len(families) > 1 else ""} plain'.strip() if ablate else 'random encoder' + tail)
-    return arms
+            made.append(Arm('random encoder' + tail, t.random_encoders(runs[0], count), mode, recipe, epochs))
+        variants, reference = {'': recipe}, 'random encoder' + tail
+        if ablate:
+            plain = dataclasses.replace(recipe, preview=False, path=0., dropout=None, schedule='constant', decay=None)
+            parts = {'plain': {}, **{f'+ {k}': {k: v} for k, v in POST.items()}, 'all parts': POST}
+            variants = {name: dataclasses.replace(plain, **changes) for name, changes in parts.items()}
+        for (name, runs), (extra, r) in itertools.product(members, variants.items()):
+            called = lambda extra: f'{name if len(families) > 1 or not extra else ""} {extra}'.strip()
+            made.append(Arm(called(extra), [r['net'] for r in runs], mode, r, epochs, runs, called('plain') if ablate else reference))
+    return {arm.name: arm for arm in made}
 
 
 def evaluate_task(families, t, mode, counts, a, out):
@@ -859,7 +852,7 @@ def evaluate_task(families, t, mode, counts, a, out):
     given = dict(lr=a.lr, batch=a.batch, preview=a.preview, path=a.drop_path, dropout=a.dropout, schedule=a.schedule, decay=a.layer_decay)
     recipe = dataclasses.replace(PROTOCOLS[a.protocol], **{k: v for k, v in given.items() if v is not None})
     counts = list(dict.fromkeys(int(c * t.available) if isinstance(c, float) and c < 1 else 'all' if c == 1 else c for c in counts))
-    arms = arms_of(families, mode, recipe, a.epochs, a.ablate, a.scratch, t)
+    arms = arms_of(families, t, mode, recipe, a.epochs, a.ablate, a.scratch)
     for count in [c for c in counts if c != 'all' and not 10 <= c <= t.available]:
         print(f'{count:8d}  left out: between 10 and {t.available:,} labelled records can be drawn')
     asked = [(count, [arm for arm in arms.values() if count == 'all' or arm.mode == mode]) for count in counts if count == 'all' or 10 <= count <= t.available]
@@ -910,24 +903,21 @@ def report(t, task, arms, scores, count, a, several):
           + f'\n{"labels":>8s}  {"arm":{wide}s}macro {main:7s}95 % interval   ' + ''.join(f'{m:7s}' for m in others) + 'minus its reference')
     for name, score in scores.items():
         arm, reference = arms[name], scores.get(arms[name].reference)
-        mean, low, high = score.interval()
+        minus = {m: score.minus(reference, m) if reference and reference is not score else () for m in score.point}
         closed = arm.mode in ('knn', 'prototypes') or (arm.mode == 'linear' and arm.recipe.solved)
-        text, epochs = '', '' if closed else arm.epochs or arm.recipe.epochs[arm.mode]
+        epochs = '' if closed else arm.epochs or arm.recipe.epochs[arm.mode]
         if arm.mode in ('linear', 'frozen') and arm.recipe.steps and epochs and not arm.epochs:
             epochs = f'{epochs}, or {arm.recipe.steps} steps'
-        if reference and reference is not score:
-            d = score.minus(reference)
-            text = '{:+.3f} [{:+.3f}, {:+.3f}]'.format(*d) + (' *' if several and d[1] * d[2] > 0 else '')
-        print(f'{str(count):>8s}  {name:{wide}s}{mean:.3f}        [{low:.3f}, {high:.3f}]  ' + ''.join(f'{score.point[m].mean():.3f}  ' for m in others) + text)
+        text = '{:+.3f} [{:+.3f}, {:+.3f}]'.format(*d) + (' *' if several and d[1] * d[2] > 0 else '') if (d := minus[main]) else ''
+        print(f'{str(count):>8s}  {name:{wide}s}' + '{:.3f}        [{:.3f}, {:.3f}]  '.format(*score.interval()) + ''.join(f'{score.point[m].mean():.3f}  ' for m in others) + text)
         common = dict(data=t.ds.name, task=task, arm=name, mode=arm.mode, protocol=a.protocol, epochs=epochs, draws=a.draws, labels=count, n=len(t.test),
                       patients=t.patients, classes=len(names), runs=len(arm.encoders))
         for metric in score.point:
-            d = score.minus(reference, metric) if reference and reference is not score else ()
             mean, low, high = score.interval(metric)
             for i, points in enumerate(score.point[metric]):
                 seed = arm.runs[i]['seed'] if arm.runs else i
                 rows.append({**common, 'metric': f'macro {metric}', 'mean': mean, 'low': low, 'high': high,
-                             'minus_reference': ' '.join(f'{v:.4f}' for v in d), 'seed': seed, 'point': points.mean()})
+                             'minus_reference': ' '.join(f'{v:.4f}' for v in minus[metric]), 'seed': seed, 'point': points.mean()})
                 if arm.runs and metric == main:
                     result = dict(rows[-1], command=' '.join(sys.argv), checkpoint=arm.runs[i]['hash'], contract=arm.runs[i]['contract'],
                                   recipe=dataclasses.asdict(arm.recipe), names=names, left_out=t.unscored,
@@ -1028,11 +1018,7 @@ def noisy(snr):
 
 def without(*leads):
     """Some of the 12 leads set to zero."""
-    def change(x, *_):
-        x = x.clone()
-        x[:, list(leads)] = 0
-        return x
-    return change
+    return lambda x, *_: x.index_fill(1, torch.tensor(leads), 0.)
 
 
 def swap_arms(x, *_):
@@ -1049,8 +1035,8 @@ def at_rate(fs, to):
 
 
 def robustness(families, t, a, out):
-    """Linear probes fitted on unchanged records, then asked about changed ones, about groups of patients, and about another cohort (--cohort) with the
-    same labels. Returns rows for the CSV file."""
+    """Linear probes fitted on unchanged records, then asked about changed ones, about groups of patients, and about other cohorts with the
+    same labels. Like every analysis returns rows for the CSV file."""
     fs, task, rows, cohorts = t.ds.contract.fs, t.names[0], [], {}
     for name in a.cohort:
         other = Dataset(name)
@@ -1059,7 +1045,7 @@ def robustness(families, t, a, out):
         if not at or other.contract.differs(t.ds.contract) or not len(known) or t.numbers.any():
             raise Stop(f'--cohort {name}: a dataset of patients seen neither here nor in pretraining, with the same contract and some of the same yes/no labels is needed')
         cohorts[name] = other, known, list(at), np.array(other.labels[known][:, [other.label_names.index(n) for n in at.values()]], float)
-    arms = arms_of(families, 'linear', PROTOCOLS['quick'], None, False, False, t)
+    arms = arms_of(families, t)
     changes = {f'noise at {s} dB': noisy(s) for s in (20, 10, 0)} | {'limb leads only': without(*range(6, 12)), 'lead I only': without(*range(1, 12)),
                                                                      'arm electrodes swapped': swap_arms, 'through 100 Hz': at_rate(fs, 100)}
     age, sex, columns = t.ds.age[t.test], t.ds.sex[t.test], t.parts[task]
@@ -1122,8 +1108,8 @@ def label_law(n, error):
 
 def efficiency(families, t, a, out):
     """1 to 1 / 128 of the labelled records, one per patient, stratified, linear probe: points, fitted laws, and the share of labels with
-    which a pretraining reaches what its reference has with all of them. Returns rows for the CSV file."""
-    arms, rows = arms_of(families, 'linear', PROTOCOLS['quick'], None, False, False, t), []
+    which a pretraining reaches what its reference has with all of them."""
+    arms, rows = arms_of(families, t), []
     task, (train, val, _) = t.names[0], t.plans[-1]
     train, val = one_per_patient(t.ds, train), one_per_patient(t.ds, val)
     y, test = t.scaled(t.plans[-1]), t.group == len(t.plans) - 1
@@ -1131,9 +1117,7 @@ def efficiency(families, t, a, out):
     print(f'\n{t.ds.name}, {task}: {len(train) + len(val):,} labelled records, one per patient, halved seven times or while ten remain, '
           f'{a.draws} stratified draws; {test.sum():,} test records')
     for k in range(8):
-        draws = [(train, val)] if k == 0 else []
-        for d in range(a.draws if k else 0):
-            draws.append([part[stratify(balance(t, part), folds=2 ** k, seed=d) == 0] for part in (train, val)])
+        draws = [[part[stratify(balance(t, part), folds=2 ** k, seed=d) == 0] for part in (train, val)] for d in range(a.draws if k else 1)]
         n = round(np.mean([len(p) + len(q) for p, q in draws]))
         if n < 10 or min(len(q) for _, q in draws) < 2:
             break
@@ -1199,8 +1183,8 @@ def layer_features(encoder, ds, rows, samples, device):
 
 
 def similarity(families, t, a, out):
-    """Debiased CKA of every pair of layers of the arms' encoders on up to 512 test records, with a figure. Returns rows for the CSV file."""
-    arms = arms_of(families, 'linear', PROTOCOLS['quick'], None, False, False, t)
+    """Debiased CKA of every pair of layers of the arms' encoders on up to 512 test records, with a figure."""
+    arms = arms_of(families, t)
     rows = t.test[:512]
     if len(rows) < 4:
         raise Stop(f'CKA needs 4 test records or more; {t.ds.name} has {len(rows)}')
@@ -1222,18 +1206,15 @@ def similarity(families, t, a, out):
     fig.colorbar(image, shrink=.6, label=f'CKA, {len(rows)} records')
     fig.savefig(out / f'cka_{slug(t.ds.name)}.png', dpi=120)
     print(f'\n{t.ds.name}: debiased CKA of last layers on {len(rows)} records')
-    last = {}
-    for i, (model, _) in enumerate(stages):
-        last[model] = i
-    for (m, i), (n, j) in itertools.combinations(last.items(), 2):
+    for (m, i), (n, j) in itertools.combinations({m: i for i, m in enumerate(models)}.items(), 2):           # the last index of each
         print(f'  {m} and {n}: {table[i, j]:.3f}')
     return [dict(data=t.ds.name, n=len(rows), model=m, layer=l, other=n, other_layer=k, cka=table[i, j])
-            for i, (m, l) in enumerate(stages) for j, (n, k) in enumerate(stages) if i < j]
+            for (i, (m, l)), (j, (n, k)) in itertools.combinations(enumerate(stages), 2)]
 
 
 def calibration(families, t, a, out):
-    """Reliability and ROC curves of linear probes, all classes pooled, with the expected calibration error. Returns rows for the CSV file."""
-    arms, rows = arms_of(families, 'linear', PROTOCOLS['quick'], None, False, False, t), []
+    """Reliability and ROC curves of linear probes, all classes pooled, with the expected calibration error."""
+    arms, rows = arms_of(families, t), []
     fig, axes = figure(1, 2, figsize=(10, 4.4), layout='constrained')
     columns = [c for c in t.parts[t.names[0]] if not t.numbers[c]]
     known = np.isfinite(t.y[:, columns])
@@ -1286,12 +1267,11 @@ def open_run(path):
         raise Stop(f'{path} is a folder of runs, no run: name some of {" ".join(inside[:6])}' + (f' ... ({len(inside)} in all)' if len(inside) > 6 else ''))
     try:
         c = load(file)
-    except ValueError as e:
-        raise Stop(str(e))
-    try:
         c |= dict(path=str(path), hash=hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest(), patients=set(c['patients']))
         c['net'] = load_encoder(c)
         c['net'].window = c['contract']['window']
+    except ValueError as e:
+        raise Stop(str(e))
     except (RuntimeError, KeyError, TypeError) as e:
         raise Stop(f'{file} is no checkpoint of train.py, or of another version of it: {" ".join(str(e).split())[:200]}')
     if c['step'] < c['args']['steps']:
@@ -1317,18 +1297,16 @@ def show_tasks():
     metas = {}
     for file in sorted(Path('datasets').glob('[!.]*/meta.json')):
         try:
-            metas[file.parent.name] = json.loads(file.read_text())
-            metas[file.parent.name]['tasks'], metas[file.parent.name]['records']
+            m = json.loads(file.read_text())
+            metas[file.parent.name] = {k: m[k] for k in ('tasks', 'records', 'source')} | dict(contract=Contract.read(m['contract']))
         except (ValueError, KeyError, TypeError):
-            metas.pop(file.parent.name, None)
             print(f'datasets/{file.parent.name}: damaged, prepare it again')
     print('task                   labels  scored by  data')
     for name, task in TASKS.items():
-        state, wanted = f'not prepared: {task.prepare}', arguments(shlex.split(task.prepare)[2:])
+        state = f'not prepared: {task.prepare}'
         if m := metas.get(task.data):
-            rate = re.search(r'--rate[ =](\d+)', m['source'])
-            differs = Contract.read(m['contract']).differs(wanted[1]) or (wanted[0].source == 'ptbxl' and int(rate[1] if rate else 100) < wanted[0].rate
-                                                                         and f'from the {rate[1] if rate else 100} Hz files')
+            slow = '--rate 500' in task.prepare and '--rate 500' not in m['source'] and 'from the 100 Hz files'
+            differs = m['contract'].differs(arguments(shlex.split(task.prepare)[2:])[1]) or slow
             state = f'{m["records"]:,} records in datasets/{task.data}' + (f', but {differs}; as in the paper: {task.prepare}' if differs else '')
         print(f'{name:21s} {task.classes or "by data":>7}  {task.metric:9s}  {state}')
     for name, m in metas.items():
@@ -1369,16 +1347,16 @@ def write_csv(path, rows):
 
 def write_markdown(path, rows, pairs):
     """The table of arms, and of their differences, as markdown."""
-    lines = ['| data, task | mode | labels | arm | metric | value | minus reference |', '|---|---|---|---|---|---|---|']
-    for r in {(r['data'], r['task'], r['mode'], r['labels'], r['arm'], r['metric']): r for r in rows}.values():
-        d = ['{:+.3f}'.format(float(v)) for v in r['minus_reference'].split()]
-        lines.append(f'| {r["data"]}, {r["task"]} | {r["mode"]} | {r["labels"]} | {r["arm"]} | {r["metric"]} | {r["mean"]:.3f} [{r["low"]:.3f}, {r["high"]:.3f}] | '
-                     + (f'{d[0]} [{d[1]}, {d[2]}]' if d else '') + ' |')
+    last, shown = {tuple(r[k] for k in ('data', 'task', 'mode', 'labels', 'arm', 'metric')): r for r in rows}, '{:+.3f} [{:+.3f}, {:+.3f}]'.format      # of the seeds
+    table = [['data, task', 'mode', 'labels', 'arm', 'metric', 'value', 'minus reference'], ['---'] * 7]
+    for (data, task, *what), r in last.items():
+        minus = map(float, r['minus_reference'].split())
+        table.append([f'{data}, {task}', *what, f'{r["mean"]:.3f} [{r["low"]:.3f}, {r["high"]:.3f}]', shown(*minus) if r['minus_reference'] else ''])
     if pairs:
-        lines += ['', '| data, task | mode | labels | a | b | a - b | p, Holm | a is |', '|---|---|---|---|---|---|---|---|']
-        lines += [f'| {r["data"]}, {r["task"]} | {r["mode"]} | {r["labels"]} | {r["a"]} | {r["b"]} | {r["difference"]:+.3f} [{r["low"]:+.3f}, {r["high"]:+.3f}] | '
-                  f'{r["p_holm"]:.3f} | {r["verdict"]} |' for r in pairs]
-    Path(path).write_text('\n'.join(lines) + '\n')
+        table += [[], ['data, task', 'mode', 'labels', 'a', 'b', 'a - b', 'p, Holm', 'a is'], ['---'] * 8]
+    for r in pairs:
+        table.append([f'{r["data"]}, {r["task"]}', r['mode'], r['labels'], r['a'], r['b'], shown(r['difference'], r['low'], r['high']), f'{r["p_holm"]:.3f}', r['verdict']])
+    Path(path).write_text(''.join(f'| {" | ".join(map(str, line))} |\n' if line else '\n' for line in table))
 
 
 def parse(argv=None):

@@ -351,6 +351,7 @@ def test_training_free_equals_brute_force():
         centre = [c / np.linalg.norm(c) for c in centre]
         assert far(X[[i]])[0, k] == pytest.approx(Z[i] @ centre[1] - Z[i] @ centre[0])
     assert np.allclose(training_free(X, Y, train_, val, 'knn')[1], training_free(X[:45], Y[:45], train_, val, 'knn')[1])      # nothing of the test records
+    assert np.allclose(near(np.tile(X, (20, 1))), np.tile(near(X), (20, 1)))                 # 1,200 records, 400 at a time
 
 
 # --- what an encoder makes of records
