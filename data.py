@@ -690,10 +690,11 @@ def finish(record, contract, peaks=True):
         if np.abs(counts).max() > 32767:
             raise Defect('beyond the range of int16')
         counts = counts.astype(np.int16)
+        I, II, III = raw[:, 0], raw[:, 1], raw[:, 2]
+        ecg = record.peaks is None or len(record.peaks) > 0      # what is known to have no R-peaks owes Einthoven nothing
         if record.peaks is None:
             record.peaks = find_peaks(raw, record.fs) if peaks else np.zeros(0)
-        I, II, III = raw[:, 0], raw[:, 1], raw[:, 2]
-        facts = dict(repaired=repaired, einthoven=bool(np.std(III - II + I) > .1 * np.std(II) + .02))
+        facts = dict(repaired=repaired, einthoven=ecg and bool(np.std(III - II + I) > .1 * np.std(II) + .02))
         record.peaks = np.rint(np.asarray(record.peaks) * contract.fs).astype(np.int32)
         result = replace(record, x=None, load=None), counts, facts
     except Defect as e:

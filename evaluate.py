@@ -12,13 +12,14 @@ Modes, as in arXiv 2605.12241: linear (mean pooling, frozen encoder), frozen (at
 learns), scratch; and training-free knn and prototypes. Beside each pretraining stand random encoders of its shape, whose BatchNorm has
 seen data. Finished scores are kept in out/scores, so a command that was stopped goes on where it was.
 """
-import argparse, copy, csv, dataclasses, hashlib, itertools, json, math, shutil, sys, tempfile, time
+import argparse, copy, csv, dataclasses, functools, hashlib, itertools, json, math, shlex, shutil, sys, tempfile, textwrap, time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import scipy.optimize
 import scipy.signal
+import scipy.sparse
 import scipy.special
 import scipy.stats
 import torch
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import TASKS, Contract, Dataset, Stop, figure, peak_memory, stratify
+from data import TASKS, Contract, Dataset, Stop, arguments, figure, peak_memory, stratify
 from models import (AttentionPool, Config, Encoder, MeanPool, groups, learning_rate, load, load_encoder, pick_device, pool, precision,
                     regularise, see_data, to_device)
 
@@ -34,55 +35,54 @@ from models import (AttentionPool, Config, Encoder, MeanPool, groups, learning_r
 # ---------------------------------------------------------------------------------------------------------------------
 # metrics: (score (n, K), y (n, K) with NaN for unknown, group, weight (R, n)) -> (R, K), NaN for a class without both labels
 
+def cells(score, y, group, weight):
+    """(k, P, N, first cell of each group) of each class k with both labels: the weight of positives and negatives (cells, R) at each score,
+    from the lowest, group after group. Scores with negatives alone that follow each other share a cell: few positives make few cells."""
+    weight = np.ascontiguousarray((np.ones((1, len(y))) if weight is None else weight).T)    # (n, R)
+    group = np.zeros(len(y), int) if group is None else group
+    for k in range(y.shape[1]):
+        known = np.flatnonzero(np.isfinite(y[:, k]))
+        known = known[np.lexsort((score[known, k], group[known]))]
+        s, g, positive = score[known, k], group[known], y[known, k] > 0
+        if not positive.any() or positive.all():
+            continue
+        new_group = np.r_[True, g[1:] != g[:-1]]
+        first = np.flatnonzero(new_group | np.r_[True, s[1:] != s[:-1]])                     # of each score
+        has = np.logical_or.reduceat(positive, first)
+        first = first[new_group[first] | has | np.r_[False, has[:-1]]]                       # of each cell
+        ends = np.r_[first, len(s)]
+        total = lambda mine: scipy.sparse.csr_array((np.ones(mine.sum()), known[mine], np.r_[0, np.cumsum(mine)][ends]), (len(first), len(y))) @ weight
+        yield k, total(positive), total(~positive), np.flatnonzero(new_group[first])
+
+
 def auroc(score, y, group=None, weight=None):
     """AUROC of each class, by pair counting: the share of (positive, negative) pairs ranked rightly, ties counting half.
 
     score, y (n, K), NaN in y for unknown; group (n,): only pairs within a group count (folds, whose scores come from different
     probes); weight (R, n): R resamples as counts per record. Returns (R, K), NaN for a class without both labels in any group.
     """
-    weight = np.ones((1, len(y))) if weight is None else weight
-    group = np.zeros(len(y), int) if group is None else group
-    out = np.full((len(weight), y.shape[1]), np.nan)
-    for k in range(y.shape[1]):
-        known = np.flatnonzero(np.isfinite(y[:, k]))
-        known = known[np.lexsort((score[known, k], group[known]))]
-        s, g, positive, w = score[known, k], group[known], y[known, k] > 0, weight[:, known]
-        if not positive.any() or positive.all():
-            continue
-        negative = np.concatenate([np.zeros((len(w), 1)), np.cumsum(w * ~positive, 1)], 1)   # weight of negatives before each rank
-        new_group = np.r_[True, g[1:] != g[:-1]]
-        new_value = new_group | np.r_[True, s[1:] != s[:-1]]
-        start = lambda new: np.flatnonzero(new)[np.cumsum(new) - 1]                          # first rank of one's block
-        end = lambda new: np.r_[np.flatnonzero(new)[1:], len(s)][np.cumsum(new) - 1]         # one past its last
-        at = lambda rank: negative[:, rank[positive]]
-        below, ties = at(start(new_value)) - at(start(new_group)), at(end(new_value)) - at(start(new_value))
-        pairs = (w[:, positive] * (at(end(new_group)) - at(start(new_group)))).sum(1)
+    out = np.full((1 if weight is None else len(weight), y.shape[1]), np.nan)
+    for k, P, N, starts in cells(score, y, group, weight):
+        below = np.cumsum(N, 0) - N / 2                          # negatives at a tie count half
+        p, n, others = np.add.reduceat(P, starts), np.add.reduceat(N, starts), (below - N / 2)[starts]       # of each group, of those before it
         with np.errstate(invalid='ignore'):
-            out[:, k] = (w[:, positive] * (below + ties / 2)).sum(1) / pairs
+            out[:, k] = (np.einsum('cr,cr->r', P, below) - (p * others).sum(0)) / (p * n).sum(0)
     return out
 
 
 def average_precision(score, y, group=None, weight=None):
     """Area under precision and recall, as the sum of precision over steps of recall; equal scores make one step. Between groups scores
     are compared by their rank within the group."""
-    weight = np.ones((1, len(y))) if weight is None else weight
-    out = np.full((len(weight), y.shape[1]), np.nan)
-    for k in range(y.shape[1]):
-        known = np.flatnonzero(np.isfinite(y[:, k]))
-        s, g = score[known, k].copy(), (np.zeros(len(y), int) if group is None else group)[known]
-        for value in np.unique(g) if group is not None else ():
-            s[g == value] = scipy.stats.rankdata(s[g == value]) / (g == value).sum()
-        order = np.argsort(-s, kind='stable')
-        s, known = s[order], known[order]
-        w, positive = weight[:, known], y[known, k] > 0
-        if not positive.any() or positive.all():
-            continue
-        block = np.cumsum(np.r_[True, s[1:] != s[:-1]]) - 1      # equal scores make one
-        last = np.flatnonzero(np.r_[block[1:] != block[:-1], True])[block[positive]]         # rank at which a positive's block ends
-        asked, found = np.cumsum(w, 1)[:, last], np.cumsum(w[:, positive], 1)
-        found = found[:, np.searchsorted(np.flatnonzero(positive), last, 'right') - 1]
+    out = np.full((1 if weight is None else len(weight), y.shape[1]), np.nan)
+    if group is not None:
+        score = score.copy()
+        for mine, k in itertools.product([group == g for g in np.unique(group)], range(y.shape[1])):
+            known = mine & np.isfinite(y[:, k])
+            score[known, k] = scipy.stats.rankdata(score[known, k]) / known.sum()
+    for k, P, N, _ in cells(score, y, None, weight):
+        found, asked = (np.cumsum(x[::-1], 0)[::-1] for x in (P, P + N))                     # at this score or above
         with np.errstate(invalid='ignore'):
-            out[:, k] = (w[:, positive] * np.where(asked > 0, found / asked, 0.)).sum(1) / w[:, positive].sum(1)
+            out[:, k] = (P * np.where(asked > 0, found / asked, 0.)).sum(0) / found[0]
     return out
 
 
@@ -120,13 +120,21 @@ def thresholds(score, y):
 # ---------------------------------------------------------------------------------------------------------------------
 # intervals, differences, ranks
 
+WORK = 1e10                                                      # resamples x records x columns that a Score may take: a minute or two
+
+
 def resample_patients(patient, resamples=1000, seed=0, bayesian=False):
     """Bootstrap over patients: how often each record counts in each resample, (R, n). bayesian: with weights drawn from a flat Dirichlet
     (Rubin 1981), under which no record, and so no rare class, ever vanishes."""
     names, index = np.unique(patient, return_inverse=True)
-    rng, n = np.random.default_rng(seed), len(names)
-    counts = n * rng.dirichlet(np.ones(n), resamples) if bayesian else rng.multinomial(n, np.full(n, 1 / n), size=resamples)
-    return counts[:, index].astype(float)
+    return patient_weights(len(names), resamples, seed, bayesian)[:, index].astype(float)
+
+
+@functools.lru_cache(2)
+def patient_weights(n, resamples, seed, bayesian):
+    """Weights of n patients (resamples, n), kept: with tens of thousands they take seconds."""
+    rng = np.random.default_rng(seed)
+    return n * rng.dirichlet(np.ones(n), resamples) if bayesian else rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.int16)
 
 
 def macro(table, empty=None):
@@ -138,12 +146,9 @@ def macro(table, empty=None):
 
 
 def interval(points, boot, level=.95):
-    """Interval of the mean over runs. points (S, draws): macro value per seed and label draw; boot (R,): bootstrap of their mean,
-    resampling patients; resamples in which no class had both labels are NaN and left out.
-
-    Independent sources of variance add in squares: the patients (bootstrap percentiles; beyond the outermost ten
-    resamples the tails are taken for normal), the seeds and the label draws (Student t over the means of each, where there is more than one). Returns (mean,
-    low, high)."""
+    """(mean, low, high) over runs. points (S, draws): macro value per seed and label draw; boot (R,): bootstrap of their mean over patients,
+    NaN where no class had both labels. Independent sources of variance add in squares: patients (percentiles; beyond the outermost ten
+    resamples the tails are taken for normal), seeds and label draws (Student t over the means of each, where there is more than one)."""
     mean, squares = points.mean(), 0.
     for means in (points.mean(1), points.mean(0)):
         if len(means) > 1:
@@ -176,10 +181,12 @@ def holm(p):
 class Score:
     """Test predictions on the same records, as macro metrics. outputs: list over seeds of lists over label draws of (n, K); margins: the
     same, scores less their thresholds, for F1; numbers (K,): which columns are numbers, scored by MAE. Every Score of the same records
-    shares their resamples, and draw d is the same labelled records for every seed, so differences are paired."""
+    shares their resamples, and draw d is the same labelled records for every seed, so differences are paired. 1,000 resamples, fewer
+    (200 at least) where that would be more than WORK."""
 
     def __init__(self, outputs, y, patient, group=None, margins=None, numbers=None, bayesian=False, empty=None):
-        weight = resample_patients(patient, bayesian=bayesian)
+        weight = resample_patients(patient, int(np.clip(WORK / y.size, 200, 1000)), bayesian=bayesian)
+        weights = np.array_split(weight, -(-weight.size // 20_000_000))                      # a few hundred MB at once
         numbers = np.zeros(y.shape[1], bool) if numbers is None else numbers
         self.point, self.boot, self.per_class = {}, {}, {}       # by metric: (S, draws), (R,), (K,)
         for name, metric, values, mine in (('AUROC', auroc, outputs, ~numbers), ('AUPRC', average_precision, outputs, ~numbers),
@@ -190,8 +197,7 @@ class Score:
             fill = {'AUROC': empty, 'AUPRC': empty and 0., 'F1': empty and 0.}.get(name)
             tables = [[value(s)[0] for s in draws] for draws in values]
             self.point[name] = np.array([[macro(t[None], fill)[0] for t in draws] for draws in tables])
-            self.boot[name] = np.mean([np.concatenate([macro(value(s, w), fill) for w in np.array_split(weight, 10)])         # a tenth of the memory
-                                       for draws in values for s in draws], 0)
+            self.boot[name] = np.mean([np.concatenate([macro(value(s, w), fill) for w in weights]) for draws in values for s in draws], 0)
             self.per_class[name] = np.full(y.shape[1], np.nan)
             self.per_class[name][mine] = np.mean([t for draws in tables for t in draws], 0)
         self.main = next(iter(self.point))
@@ -211,8 +217,8 @@ class Score:
 
 def compare(scores, margin=.005):
     """All pairs of a dict {name: Score}: rows with the paired difference, its 95 % interval, p, Holm's p over all pairs, and a verdict:
-    better or worse (Holm's p under .05), equivalent (the 90 % interval lies within +-margin: two one-sided tests), else can't tell. And
-    ranks: 1 + how many are better beyond doubt, so that models nobody can tell apart tie."""
+    equivalent (the 90 % interval lies within +-margin: two one-sided tests), however surely it is not 0; else better or worse (Holm's p
+    under .05); else can't tell. And ranks: 1 + how many are better, so that models nobody can tell apart, or need to, tie."""
     rows, sign = [], -1 if next(iter(scores.values())).main == 'MAE' else 1
     for (a, A), (b, B) in itertools.combinations(scores.items(), 2):
         points, boot = A.difference(B)
@@ -221,8 +227,7 @@ def compare(scores, margin=.005):
                          equivalent=-margin < low and high < margin))
     for row, p in zip(rows, holm([r['p'] for r in rows])):
         gain = 'better' if sign * row['difference'] > 0 else 'worse'
-        row |= dict(p_holm=p, verdict=gain if p < .05 else f'equivalent within {margin:g}' if row['equivalent'] else "can't tell")
-        del row['equivalent']
+        row |= dict(p_holm=p, verdict=f'equivalent within {margin:g}' if row.pop('equivalent') else gain if p < .05 else "can't tell")
     beaten = {n: sum((r['a'] == n and r['verdict'] == 'worse') or (r['b'] == n and r['verdict'] == 'better') for r in rows) for n in scores}
     return rows, {n: 1 + k for n, k in beaten.items()}
 
@@ -333,6 +338,8 @@ def ridge(X, Y, l2):
     out = np.zeros((X.shape[1] + 1, Y.shape[1]))
     for k in range(Y.shape[1]):
         known = np.isfinite(Y[:, k])
+        if not known.any():
+            continue
         Z = np.c_[X[known], np.ones(known.sum())]
         out[:, k] = np.linalg.lstsq(Z.T @ Z / len(Z) + np.diag(np.r_[np.full(X.shape[1], l2), 0]), Z.T @ Y[known, k] / len(Z), rcond=None)[0]
     return out
@@ -383,6 +390,8 @@ def training_free(X, Y, train, val, how, k=20):
         Z, y = unit(X[rows]), np.where(known, Y[rows], 0)       # what is unknown has weight 0
 
         def knn(features):
+            if len(features) > 500:                              # what fits into memory, many records and labels as there may be
+                return np.concatenate([knn(part) for part in np.array_split(features, -(-len(features) // 500))])
             similar = unit(features) @ Z.T                       # (n, labelled)
             near = np.argsort(-similar, 1, kind='stable')[:, :k]
             w = np.maximum(np.take_along_axis(similar, near, 1), 0)[..., None] * known[near] + 1e-9 * known[near]             # (n, k, K)
@@ -642,45 +651,55 @@ class Task:
         rows = np.flatnonzero((self.ds.length >= self.samples) & np.isfinite(y).any(1))
         self.seen = set().union(*(r['patients'] for r in runs))
         self.plans, self.folded = plans(self.ds, rows, self.seen, target and target.folds, 'overlap' in allow)
+        learnt = ~self.numbers | np.all([np.isfinite(y[p[0]]).any(0) for p in self.plans], 0)
+        self.columns, self.numbers, self.raw = [c for c, k in zip(columns, learnt) if k], self.numbers[learnt], y[:, learnt]
         self.test = np.concatenate([p[2] for p in self.plans])
         self.group = np.concatenate([np.full(len(p[2]), i) for i, p in enumerate(self.plans)])
-        scored = np.where(self.numbers, np.isfinite(y[self.test]).any(0), np.isfinite(auroc(np.zeros((len(self.test), y.shape[1])), y[self.test], self.group)[0]))
-        self.unscored = [self.ds.label_names[c] for c, s in zip(columns, scored) if not s]
-        keep = scored | (empty is not None)
-        self.columns, self.numbers, self.raw = [c for c, k in zip(columns, keep) if k], self.numbers[keep], y[:, keep]
+        y = self.raw[self.test]
+        scored = np.where(self.numbers, np.isfinite(y).any(0), np.isfinite(auroc(np.zeros(y.shape), y, self.group)[0]))
+        self.unscored = [self.ds.label_names[c] for c, s in zip(self.columns, scored) if not s]              # trained on all the same
         if not scored.any():
             raise Stop(f'{data}, task {self.names[0]}: no class has both labels among the {len(self.test)} test records; take more, or an '
                        f'encoder pretrained on other data, so that every fold can be tested on')
-        self.parts = {name: self.part(name, trained) for name in self.names}
+        self.parts = {name: self.part(name, scored | (empty is not None)) for name in self.names}
         self.y = np.concatenate([self.scaled(p)[p[2]] for p in self.plans])
         self.patient = self.ds.patient[self.test]
         self.patients = None if np.array_equal(self.patient, self.ds.id[self.test]) else len(set(self.patient))               # None: the source names none
         self.available = min(len(p[0]) + len(p[1]) for p in self.plans)
         self.embeddings, self.fresh, self.tokens, self.encoded, self.seconds = {}, {}, (None, None), 0, 0.
 
-    def part(self, name, trained):
+    def part(self, name, scored):
         """Positions, among the columns trained on, of those that task `name` is scored on."""
-        scored = TASKS[name].scored if name in TASKS else name
         full = [self.ds.label_names[c] for c in self.columns]
-        wanted = {self.ds.label_names[c] for c in self.ds.columns(scored)}
+        wanted = {self.ds.label_names[c] for c in self.ds.columns(TASKS[name].scored if name in TASKS else name)}
         if not wanted & set(full):                               # such as diag/IMI for all/IMI
             wanted = {n for n in full if n.split('/', 1)[1] in {w.split('/', 1)[1] for w in wanted}}
-        found = [i for i, n in enumerate(full) if n in wanted]
+        found = [i for i, n in enumerate(full) if n in wanted and scored[i]]
         if not found:
             raise Stop(f'{self.ds.name}, task {name}: too few positives here for any of its labels')
         return found
 
     def random_encoders(self, run, count):
-        """`count` fresh encoders of a run's shape whose BatchNorm has seen eight batches: of the training records that the run was
-        pretrained on where they are prepared, else of this dataset's."""
+        """`count` fresh encoders of a run's shape whose BatchNorm has seen eight batches of records on which none is validated or tested
+        here: training records of the run's pretraining, where that is not prepared this dataset's, else of the sets that prepare themselves."""
         made, samples = self.fresh.setdefault(shape(run), []), self.crop(run['net'])
-        ds = Dataset(run['data']) if all(Path('datasets', name).is_dir() for name in run['data'].split(',')) else self.ds
-        rows = ds.split()[0]
-        rows = rows[ds.length[rows] >= samples]
+        if len(made) >= count:
+            return made[:count]
+        held = np.concatenate([part for p in self.plans for part in p[1:]])
+        held, contract = {*self.ds.patient[held].tolist(), *self.ds.id[held].tolist()}, Contract.read(run['contract'])
+        for name in (run['data'], self.ds.name, 'synthetic', 'sample'):
+            if name in ('synthetic', 'sample') or all(Path('datasets', part).is_dir() for part in name.split(',')):
+                ds = Dataset(name)
+                rows = ds.split()[0]
+                rows = rows[(ds.length[rows] >= samples) & ~overlap(ds, held)[rows]]
+                if len(rows) and not contract.differs(ds.contract):
+                    break
+        else:
+            raise Stop(f'random encoders must see records of {run["path"]}\'s contract that nothing is tested on: prepare {run["data"]}, on which it was pretrained')
         for i in range(len(made), count):
             torch.manual_seed(10_000 + i)
             made.append(see_data(fresh(run), (ds.batch(rows, samples, min(64, len(rows)), i, s) for s in range(8))))
-        return made[:count]
+        return made
 
     def scaled(self, plan):
         """Labels (len(ds), K), numbers to mean 0 and SD 1 of the plan's training records."""
@@ -794,9 +813,9 @@ def grouped(runs):
     return dict(zip(names if len(found) > 1 else ['pretrained'], found))
 
 
-def arms_of(families, mode, recipe, epochs, ablate, scratch, t):
+def arms_of(families, t, mode='linear', recipe=PROTOCOLS['quick'], epochs=None, ablate=False, scratch=False):
     """The arms of one table: from scratch, random encoders and the pretrainings, or the parts of post-training one by one."""
-    arms, shapes = {}, {}
+    made, shapes = [], {}
     for name, runs in families.items():
         shapes.setdefault(shape(runs[0]), []).append((name, runs))
     for members in shapes.values():
@@ -805,22 +824,21 @@ def arms_of(families, mode, recipe, epochs, ablate, scratch, t):
         tail = '' if len(shapes) == 1 else f' ({c["backbone"]} {c["dim"]}x{c["layers"]}{" causal" * c["causal"]}, {window:g} s)'
         if scratch or mode == 'scratch':
             torch.manual_seed(0)
-            arms['from scratch' + tail] = Arm('from scratch' + tail, [fresh(r) for r in runs], 'scratch', recipe, epochs and 2 * epochs, runs)
+            made.append(Arm('from scratch' + tail, [fresh(r) for r in runs], 'scratch', recipe, epochs and 2 * epochs, runs))
         if mode == 'scratch':
             continue
         if not ablate:
             count = 3 if len(runs) == 1 and mode in ('linear', 'knn', 'prototypes') else len(runs)
-            arms['random encoder' + tail] = Arm('random encoder' + tail, t.random_encoders(runs[0], count), mode, recipe, epochs)
-        for name, runs in members:
-            encoders = [r['net'] for r in runs]
-            variants = {'': recipe}
-            if ablate:
-                plain = dataclasses.replace(recipe, preview=False, path=0., dropout=None, schedule='constant', decay=None)
-                variants = {'plain': plain, **{f'+ {k}': dataclasses.replace(plain, **{k: v}) for k, v in POST.items()}, 'all parts': dataclasses.replace(plain, **POST)}
-            for extra, r in variants.items():
-                full = f'{name if len(families) > 1 or not extra else ""} {extra}'.strip()
-                arms[full] = Arm(full, encoders, mode, r, epochs, runs, f'{name if len(families) > 1 else ""} plain'.strip() if ablate else 'random encoder' + tail)
-    return arms
+            made.append(Arm('random encoder' + tail, t.random_encoders(runs[0], count), mode, recipe, epochs))
+        variants, reference = {'': recipe}, 'random encoder' + tail
+        if ablate:
+            plain = dataclasses.replace(recipe, preview=False, path=0., dropout=None, schedule='constant', decay=None)
+            parts = {'plain': {}, **{f'+ {k}': {k: v} for k, v in POST.items()}, 'all parts': POST}
+            variants = {name: dataclasses.replace(plain, **changes) for name, changes in parts.items()}
+        for (name, runs), (extra, r) in itertools.product(members, variants.items()):
+            called = lambda extra: f'{name if len(families) > 1 or not extra else ""} {extra}'.strip()
+            made.append(Arm(called(extra), [r['net'] for r in runs], mode, r, epochs, runs, called('plain') if ablate else reference))
+    return {arm.name: arm for arm in made}
 
 
 def evaluate_task(families, t, mode, counts, a, out):
@@ -829,12 +847,12 @@ def evaluate_task(families, t, mode, counts, a, out):
     began, rows, classes, pairs, t.encoded, t.seconds = time.time(), [], [], [], 0, 0.
     several = len(next(iter(families.values()))) > 1
     print(f'\n{t.ds.name}, {mode}: {len(t.test):,} test records of {t.patients or "unknown"} patients, {len(t.columns)} labels'
-          + (f' ({len(t.unscored)} without both values: {", ".join(t.unscored[:6])}{" ..." if len(t.unscored) > 6 else ""})' if t.unscored else '')
+          + (f' ({len(t.unscored)} trained on, but without both values among these records: {", ".join(t.unscored[:6])}{" ..." if len(t.unscored) > 6 else ""})' if t.unscored else '')
           + (f'; {len(t.plans)} folds, each record predicted by a probe that never saw its patient, pairs counted within folds' if t.folded else ''))
     given = dict(lr=a.lr, batch=a.batch, preview=a.preview, path=a.drop_path, dropout=a.dropout, schedule=a.schedule, decay=a.layer_decay)
     recipe = dataclasses.replace(PROTOCOLS[a.protocol], **{k: v for k, v in given.items() if v is not None})
     counts = list(dict.fromkeys(int(c * t.available) if isinstance(c, float) and c < 1 else 'all' if c == 1 else c for c in counts))
-    arms = arms_of(families, mode, recipe, a.epochs, a.ablate, a.scratch, t)
+    arms = arms_of(families, t, mode, recipe, a.epochs, a.ablate, a.scratch)
     for count in [c for c in counts if c != 'all' and not 10 <= c <= t.available]:
         print(f'{count:8d}  left out: between 10 and {t.available:,} labelled records can be drawn')
     asked = [(count, [arm for arm in arms.values() if count == 'all' or arm.mode == mode]) for count in counts if count == 'all' or 10 <= count <= t.available]
@@ -857,7 +875,7 @@ def evaluate_task(families, t, mode, counts, a, out):
                 if len(shown) > 15:
                     print(f'  and {len(shown) - 15} more pairs: see pairs_*.csv')
                 best = sorted(ranks, key=ranks.get)
-                print(f'  ranks (ties: no difference beyond doubt, Holm over {len(found)} pairs): ' + ', '.join(f'{ranks[n]} {n}' for n in best))
+                print(f'  ranks (ties: no difference beyond doubt, or none that matters; Holm over {len(found)} pairs): ' + ', '.join(f'{ranks[n]} {n}' for n in best))
                 draw_arms(mine, ranks, f'{t.ds.name} {task}, {mode}, {count} labels', out / f'arms_{slug(t.ds.name, task, mode, count)}.png')
     if mode == 'linear' and rows:
         shown = [arm for arm in arms.values() if arm.mode == 'linear'][:4]
@@ -880,27 +898,26 @@ def report(t, task, arms, scores, count, a, several):
     main = next(iter(scores.values())).main
     others = [m for m in next(iter(scores.values())).point if m != main]
     names, rows, wide = [t.ds.label_names[t.columns[c]] for c in t.parts[task]], [], max(map(len, scores)) + 2
-    print(f'  {task}: {len(names)} labels\n{"labels":>8s}  {"arm":{wide}s}macro {main:7s}95 % interval   ' + ''.join(f'{m:7s}' for m in others) + 'minus its reference')
+    resamples = len(next(iter(scores.values())).boot[main])
+    print(f'  {task}: {len(names)} labels' + (f'; intervals from {resamples} resamples, since there is so much' if resamples < 1000 else '')
+          + f'\n{"labels":>8s}  {"arm":{wide}s}macro {main:7s}95 % interval   ' + ''.join(f'{m:7s}' for m in others) + 'minus its reference')
     for name, score in scores.items():
         arm, reference = arms[name], scores.get(arms[name].reference)
-        mean, low, high = score.interval()
+        minus = {m: score.minus(reference, m) if reference and reference is not score else () for m in score.point}
         closed = arm.mode in ('knn', 'prototypes') or (arm.mode == 'linear' and arm.recipe.solved)
-        text, epochs = '', '' if closed else arm.epochs or arm.recipe.epochs[arm.mode]
+        epochs = '' if closed else arm.epochs or arm.recipe.epochs[arm.mode]
         if arm.mode in ('linear', 'frozen') and arm.recipe.steps and epochs and not arm.epochs:
             epochs = f'{epochs}, or {arm.recipe.steps} steps'
-        if reference and reference is not score:
-            d = score.minus(reference)
-            text = '{:+.3f} [{:+.3f}, {:+.3f}]'.format(*d) + (' *' if several and d[1] * d[2] > 0 else '')
-        print(f'{str(count):>8s}  {name:{wide}s}{mean:.3f}        [{low:.3f}, {high:.3f}]  ' + ''.join(f'{score.point[m].mean():.3f}  ' for m in others) + text)
+        text = '{:+.3f} [{:+.3f}, {:+.3f}]'.format(*d) + (' *' if several and d[1] * d[2] > 0 else '') if (d := minus[main]) else ''
+        print(f'{str(count):>8s}  {name:{wide}s}' + '{:.3f}        [{:.3f}, {:.3f}]  '.format(*score.interval()) + ''.join(f'{score.point[m].mean():.3f}  ' for m in others) + text)
         common = dict(data=t.ds.name, task=task, arm=name, mode=arm.mode, protocol=a.protocol, epochs=epochs, draws=a.draws, labels=count, n=len(t.test),
                       patients=t.patients, classes=len(names), runs=len(arm.encoders))
         for metric in score.point:
-            d = score.minus(reference, metric) if reference and reference is not score else ()
             mean, low, high = score.interval(metric)
             for i, points in enumerate(score.point[metric]):
                 seed = arm.runs[i]['seed'] if arm.runs else i
                 rows.append({**common, 'metric': f'macro {metric}', 'mean': mean, 'low': low, 'high': high,
-                             'minus_reference': ' '.join(f'{v:.4f}' for v in d), 'seed': seed, 'point': points.mean()})
+                             'minus_reference': ' '.join(f'{v:.4f}' for v in minus[metric]), 'seed': seed, 'point': points.mean()})
                 if arm.runs and metric == main:
                     result = dict(rows[-1], command=' '.join(sys.argv), checkpoint=arm.runs[i]['hash'], contract=arm.runs[i]['contract'],
                                   recipe=dataclasses.asdict(arm.recipe), names=names, left_out=t.unscored,
@@ -979,47 +996,47 @@ def draw_curve(rows, path):
 # analyses of runs on one dataset: robustness, label efficiency, similarity of representations, calibration, embeddings
 
 class Changed:
-    """A Dataset whose batches' signals go through `change` (B, 12, T) first."""
+    """A Dataset whose batches' signals (B, 12, T) go through `change(x, rows, starts)` first."""
 
     def __init__(self, ds, change):
         self.ds, self.crops, self.change = ds, ds.crops, change
 
     def collate(self, rows, starts, samples):
         batch = self.ds.collate(rows, starts, samples)
-        return {**batch, 'x': self.change(batch['x'])}
+        return {**batch, 'x': self.change(batch['x'], rows, starts)}
 
 
 def noisy(snr):
-    """White noise at `snr` dB below the mean power of each crop, all leads together."""
-    random = torch.Generator().manual_seed(0)
-    return lambda x: x + torch.randn(x.shape, generator=random) * (x.var((1, 2), keepdim=True) / 10 ** (snr / 10)).sqrt()
+    """White noise at `snr` dB below the mean power of each crop, all leads together: the same for every encoder, whatever its window, since
+    a sample's noise depends on its record and place alone."""
+    def change(x, rows, starts):
+        T = x.shape[2]
+        noise = [np.random.default_rng(row).standard_normal((start + T, 12), np.float32)[start:].T for row, start in zip(rows, starts)]
+        return x + torch.from_numpy(np.stack(noise)) * (x.var((1, 2), keepdim=True) / 10 ** (snr / 10)).sqrt()
+    return change
 
 
 def without(*leads):
     """Some of the 12 leads set to zero."""
-    def change(x):
-        x = x.clone()
-        x[:, list(leads)] = 0
-        return x
-    return change
+    return lambda x, *_: x.index_fill(1, torch.tensor(leads), 0.)
 
 
-def swap_arms(x):
+def swap_arms(x, *_):
     """Right and left arm electrodes exchanged: I changes its sign, II and III, aVR and aVL change places."""
     return torch.cat([-x[:, :1], x[:, [2, 1, 4, 3]], x[:, 5:]], 1)
 
 
 def at_rate(fs, to):
     """Through another sampling rate and back."""
-    def change(x):
+    def change(x, *_):
         there = scipy.signal.resample_poly(x.numpy(), to, fs, axis=2)
         return torch.from_numpy(scipy.signal.resample_poly(there, fs, to, axis=2)[..., :x.shape[2]].copy()).float()
     return change
 
 
 def robustness(families, t, a, out):
-    """Linear probes fitted on unchanged records, then asked about changed ones, about groups of patients, and about another cohort (--cohort) with the
-    same labels. Returns rows for the CSV file."""
+    """Linear probes fitted on unchanged records, then asked about changed ones, about groups of patients, and about other cohorts with the
+    same labels. Like every analysis returns rows for the CSV file."""
     fs, task, rows, cohorts = t.ds.contract.fs, t.names[0], [], {}
     for name in a.cohort:
         other = Dataset(name)
@@ -1028,7 +1045,7 @@ def robustness(families, t, a, out):
         if not at or other.contract.differs(t.ds.contract) or not len(known) or t.numbers.any():
             raise Stop(f'--cohort {name}: a dataset of patients seen neither here nor in pretraining, with the same contract and some of the same yes/no labels is needed')
         cohorts[name] = other, known, list(at), np.array(other.labels[known][:, [other.label_names.index(n) for n in at.values()]], float)
-    arms = arms_of(families, 'linear', PROTOCOLS['quick'], None, False, False, t)
+    arms = arms_of(families, t)
     changes = {f'noise at {s} dB': noisy(s) for s in (20, 10, 0)} | {'limb leads only': without(*range(6, 12)), 'lead I only': without(*range(1, 12)),
                                                                      'arm electrodes swapped': swap_arms, 'through 100 Hz': at_rate(fs, 100)}
     age, sex, columns = t.ds.age[t.test], t.ds.sex[t.test], t.parts[task]
@@ -1091,8 +1108,8 @@ def label_law(n, error):
 
 def efficiency(families, t, a, out):
     """1 to 1 / 128 of the labelled records, one per patient, stratified, linear probe: points, fitted laws, and the share of labels with
-    which a pretraining reaches what its reference has with all of them. Returns rows for the CSV file."""
-    arms, rows = arms_of(families, 'linear', PROTOCOLS['quick'], None, False, False, t), []
+    which a pretraining reaches what its reference has with all of them."""
+    arms, rows = arms_of(families, t), []
     task, (train, val, _) = t.names[0], t.plans[-1]
     train, val = one_per_patient(t.ds, train), one_per_patient(t.ds, val)
     y, test = t.scaled(t.plans[-1]), t.group == len(t.plans) - 1
@@ -1100,9 +1117,7 @@ def efficiency(families, t, a, out):
     print(f'\n{t.ds.name}, {task}: {len(train) + len(val):,} labelled records, one per patient, halved seven times or while ten remain, '
           f'{a.draws} stratified draws; {test.sum():,} test records')
     for k in range(8):
-        draws = [(train, val)] if k == 0 else []
-        for d in range(a.draws if k else 0):
-            draws.append([part[stratify(balance(t, part), folds=2 ** k, seed=d) == 0] for part in (train, val)])
+        draws = [[part[stratify(balance(t, part), folds=2 ** k, seed=d) == 0] for part in (train, val)] for d in range(a.draws if k else 1)]
         n = round(np.mean([len(p) + len(q) for p, q in draws]))
         if n < 10 or min(len(q) for _, q in draws) < 2:
             break
@@ -1168,8 +1183,8 @@ def layer_features(encoder, ds, rows, samples, device):
 
 
 def similarity(families, t, a, out):
-    """Debiased CKA of every pair of layers of the arms' encoders on up to 512 test records, with a figure. Returns rows for the CSV file."""
-    arms = arms_of(families, 'linear', PROTOCOLS['quick'], None, False, False, t)
+    """Debiased CKA of every pair of layers of the arms' encoders on up to 512 test records, with a figure."""
+    arms = arms_of(families, t)
     rows = t.test[:512]
     if len(rows) < 4:
         raise Stop(f'CKA needs 4 test records or more; {t.ds.name} has {len(rows)}')
@@ -1179,25 +1194,27 @@ def similarity(families, t, a, out):
             for l, X in enumerate(layer_features(e, t.ds, rows, t.crop(e), t.device)):
                 stages[f'{name}, {i}', f'layer {l}' if l else 'stem'] = X
     table = np.array([[cka(X, Y) for Y in stages.values()] for X in stages.values()])
-    fig, ax = figure(figsize=(1.5 + .22 * len(table), 1.2 + .22 * len(table)), layout='constrained')
+    fig, ax = figure(figsize=(2.5 + .16 * len(table), 2 + .16 * len(table)), layout='constrained')
     image = ax.imshow(table, vmin=0, vmax=1, cmap='magma')
-    ticks = [f'{m} {l}' for m, l in stages]
+    ticks, models = [l.replace('layer ', '') for _, l in stages], [m for m, _ in stages]
     ax.set_xticks(range(len(ticks)), ticks, rotation=90, fontsize=6), ax.set_yticks(range(len(ticks)), ticks, fontsize=6)
+    for name in dict.fromkeys(models):                           # written once beside its layers, with a line above them
+        first, size, text = models.index(name), models.count(name), textwrap.fill(name, 20)
+        ax.text(-2.5, first + (size - 1) / 2, text, fontsize=7, ha='right', va='center')
+        ax.text(first + (size - 1) / 2, len(ticks) + 1.5, text, fontsize=7, ha='center', va='top', rotation=90)
+        ax.axhline(first - .5, color='w', lw=1), ax.axvline(first - .5, color='w', lw=1)
     fig.colorbar(image, shrink=.6, label=f'CKA, {len(rows)} records')
     fig.savefig(out / f'cka_{slug(t.ds.name)}.png', dpi=120)
     print(f'\n{t.ds.name}: debiased CKA of last layers on {len(rows)} records')
-    last = {}
-    for i, (model, _) in enumerate(stages):
-        last[model] = i
-    for (m, i), (n, j) in itertools.combinations(last.items(), 2):
+    for (m, i), (n, j) in itertools.combinations({m: i for i, m in enumerate(models)}.items(), 2):           # the last index of each
         print(f'  {m} and {n}: {table[i, j]:.3f}')
     return [dict(data=t.ds.name, n=len(rows), model=m, layer=l, other=n, other_layer=k, cka=table[i, j])
-            for i, (m, l) in enumerate(stages) for j, (n, k) in enumerate(stages) if i < j]
+            for (i, (m, l)), (j, (n, k)) in itertools.combinations(enumerate(stages), 2)]
 
 
 def calibration(families, t, a, out):
-    """Reliability and ROC curves of linear probes, all classes pooled, with the expected calibration error. Returns rows for the CSV file."""
-    arms, rows = arms_of(families, 'linear', PROTOCOLS['quick'], None, False, False, t), []
+    """Reliability and ROC curves of linear probes, all classes pooled, with the expected calibration error."""
+    arms, rows = arms_of(families, t), []
     fig, axes = figure(1, 2, figsize=(10, 4.4), layout='constrained')
     columns = [c for c in t.parts[t.names[0]] if not t.numbers[c]]
     known = np.isfinite(t.y[:, columns])
@@ -1246,14 +1263,15 @@ def open_run(path):
     """The checkpoint of a run folder, with its path and hash. Prints what was loaded."""
     path = Path(path).parent if Path(path).name == 'ckpt.pt' else Path(path)
     file = path / 'ckpt.pt'
+    if not file.exists() and (inside := sorted(str(f.parent) for f in path.glob('*/ckpt.pt'))):
+        raise Stop(f'{path} is a folder of runs, no run: name some of {" ".join(inside[:6])}' + (f' ... ({len(inside)} in all)' if len(inside) > 6 else ''))
     try:
         c = load(file)
-    except ValueError as e:
-        raise Stop(str(e))
-    try:
         c |= dict(path=str(path), hash=hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest(), patients=set(c['patients']))
         c['net'] = load_encoder(c)
         c['net'].window = c['contract']['window']
+    except ValueError as e:
+        raise Stop(str(e))
     except (RuntimeError, KeyError, TypeError) as e:
         raise Stop(f'{file} is no checkpoint of train.py, or of another version of it: {" ".join(str(e).split())[:200]}')
     if c['step'] < c['args']['steps']:
@@ -1279,15 +1297,18 @@ def show_tasks():
     metas = {}
     for file in sorted(Path('datasets').glob('[!.]*/meta.json')):
         try:
-            metas[file.parent.name] = json.loads(file.read_text())
-            metas[file.parent.name]['tasks'], metas[file.parent.name]['records']
+            m = json.loads(file.read_text())
+            metas[file.parent.name] = {k: m[k] for k in ('tasks', 'records', 'source')} | dict(contract=Contract.read(m['contract']))
         except (ValueError, KeyError, TypeError):
-            metas.pop(file.parent.name, None)
             print(f'datasets/{file.parent.name}: damaged, prepare it again')
-    print('task                  labels  scored by  data')
+    print('task                   labels  scored by  data')
     for name, task in TASKS.items():
-        state = f'{metas[task.data]["records"]:,} records in datasets/{task.data}' if task.data in metas else f'not prepared: {task.prepare}'
-        print(f'{name:21s} {task.classes or "":>6}  {task.metric:9s}  {state}')
+        state = f'not prepared: {task.prepare}'
+        if m := metas.get(task.data):
+            slow = '--rate 500' in task.prepare and '--rate 500' not in m['source'] and 'from the 100 Hz files'
+            differs = m['contract'].differs(arguments(shlex.split(task.prepare)[2:])[1]) or slow
+            state = f'{m["records"]:,} records in datasets/{task.data}' + (f', but {differs}; as in the paper: {task.prepare}' if differs else '')
+        print(f'{name:21s} {task.classes or "by data":>7}  {task.metric:9s}  {state}')
     for name, m in metas.items():
         print(f'datasets/{name}: {m["records"]:,} records; label sets ' + ', '.join(f'{t} ({len(c)})' for t, c in m['tasks'].items()))
 
@@ -1328,16 +1349,16 @@ def write_csv(path, rows):
 
 def write_markdown(path, rows, pairs):
     """The table of arms, and of their differences, as markdown."""
-    lines = ['| data, task | mode | labels | arm | metric | value | minus reference |', '|---|---|---|---|---|---|---|']
-    for r in {(r['data'], r['task'], r['mode'], r['labels'], r['arm'], r['metric']): r for r in rows}.values():
-        d = ['{:+.3f}'.format(float(v)) for v in r['minus_reference'].split()]
-        lines.append(f'| {r["data"]}, {r["task"]} | {r["mode"]} | {r["labels"]} | {r["arm"]} | {r["metric"]} | {r["mean"]:.3f} [{r["low"]:.3f}, {r["high"]:.3f}] | '
-                     + (f'{d[0]} [{d[1]}, {d[2]}]' if d else '') + ' |')
+    last, shown = {tuple(r[k] for k in ('data', 'task', 'mode', 'labels', 'arm', 'metric')): r for r in rows}, '{:+.3f} [{:+.3f}, {:+.3f}]'.format      # of the seeds
+    table = [['data, task', 'mode', 'labels', 'arm', 'metric', 'value', 'minus reference'], ['---'] * 7]
+    for (data, task, *what), r in last.items():
+        minus = map(float, r['minus_reference'].split())
+        table.append([f'{data}, {task}', *what, f'{r["mean"]:.3f} [{r["low"]:.3f}, {r["high"]:.3f}]', shown(*minus) if r['minus_reference'] else ''])
     if pairs:
-        lines += ['', '| data, task | mode | labels | a | b | a - b | p, Holm | a is |', '|---|---|---|---|---|---|---|---|']
-        lines += [f'| {r["data"]}, {r["task"]} | {r["mode"]} | {r["labels"]} | {r["a"]} | {r["b"]} | {r["difference"]:+.3f} [{r["low"]:+.3f}, {r["high"]:+.3f}] | '
-                  f'{r["p_holm"]:.3f} | {r["verdict"]} |' for r in pairs]
-    Path(path).write_text('\n'.join(lines) + '\n')
+        table += [[], ['data, task', 'mode', 'labels', 'a', 'b', 'a - b', 'p, Holm', 'a is'], ['---'] * 8]
+    for r in pairs:
+        table.append([f'{r["data"]}, {r["task"]}', r['mode'], r['labels'], r['a'], r['b'], shown(r['difference'], r['low'], r['high']), f'{r["p_holm"]:.3f}', r['verdict']])
+    Path(path).write_text(''.join(f'| {" | ".join(map(str, line))} |\n' if line else '\n' for line in table))
 
 
 def parse(argv=None):
@@ -1381,6 +1402,8 @@ def parse(argv=None):
         raise Stop('--ablate takes fine-tuning apart: add --mode finetune')
     if 'finetune' not in a.mode and any(v is not None for v in (a.preview, a.drop_path, a.dropout, a.layer_decay)):
         raise Stop('--preview, --drop-path, --dropout and --layer-decay belong to --mode finetune')
+    if 'scratch' in a.mode and a.scratch is False:
+        raise Stop('--mode scratch asks for what --no-scratch leaves out: give one of the two')
     if a.cohort and 'robustness' not in a.analyse:
         raise Stop('--cohort belongs to --analyse robustness')
     return a

@@ -1,6 +1,7 @@
 """Metrics, intervals and probes against brute force and closed forms; protocols against leaks; the command line end to end."""
 import copy
 import csv
+import dataclasses
 import itertools
 import json
 from dataclasses import replace
@@ -217,6 +218,8 @@ def test_verdicts_and_ranks():
     assert verdict['a', 'c'] == verdict['b', 'd'] == 'better' and verdict['a', 'e'] == verdict['d', 'e'] == "can't tell"
     assert ranks == dict(a=1, b=1, c=3, d=3, e=1)
     assert all(r['p'] <= r['p_holm'] <= 1 and 'equivalent' not in r for r in rows)
+    rows, ranks = compare(dict(a=made_score(.903, .0005, 1), c=made_score(.9, .0005, 2)))      # sure, and yet too small to matter
+    assert rows[0]['p_holm'] < .05 and rows[0]['verdict'] == 'equivalent within 0.005' and ranks == dict(a=1, c=1)
     rows, ranks = compare({n: made_score(m, noise=i, main='MAE') for i, (n, m) in enumerate((('low', .4), ('high', .6)))})
     assert rows[0]['verdict'] == 'better' and ranks == dict(low=1, high=2)                   # of errors the lower is the better
     assert compare({'only': made_score(.9)}) == ([], {'only': 1})
@@ -257,6 +260,18 @@ def test_rare_class_leaves_an_interval():
     score = Score([[np.random.default_rng(0).random((40, 1))]], y, np.arange(40))
     assert np.isnan(score.boot['AUROC']).mean() == pytest.approx((39 / 40) ** 40, abs=.05) and np.isfinite(score.interval()).all()
     assert np.isfinite(score.minus(score)).all() and p_value(*score.difference(score)) == 1
+
+
+def test_large_tasks_take_fewer_resamples(monkeypatch):
+    """The first of those that a smaller one would take, so nothing else changes."""
+    rng = np.random.default_rng(0)
+    s, y, patient = rng.random((50, 3)), rng.integers(0, 2, (50, 3)).astype(float), rng.integers(0, 40, 50)
+    full = Score([[s]], y, patient, margins=[[s - .5]])
+    monkeypatch.setattr(evaluate, 'WORK', 150 * 300)
+    fewer = Score([[s]], y, patient, margins=[[s - .5]])
+    monkeypatch.setattr(evaluate, 'WORK', 1)
+    for m in ('AUROC', 'AUPRC', 'F1'):
+        assert len(full.boot[m]) == 1000 and np.allclose(fewer.boot[m], full.boot[m][:300]) and len(Score([[s]], y, patient).boot['AUROC']) == 200
 
 
 # --- probes
@@ -336,6 +351,7 @@ def test_training_free_equals_brute_force():
         centre = [c / np.linalg.norm(c) for c in centre]
         assert far(X[[i]])[0, k] == pytest.approx(Z[i] @ centre[1] - Z[i] @ centre[0])
     assert np.allclose(training_free(X, Y, train_, val, 'knn')[1], training_free(X[:45], Y[:45], train_, val, 'knn')[1])      # nothing of the test records
+    assert np.allclose(near(np.tile(X, (20, 1))), np.tile(near(X), (20, 1)))                 # 1,200 records, 400 at a time
 
 
 # --- what an encoder makes of records
@@ -630,7 +646,7 @@ def test_two_tasks_share_one_training(here, run):
     name = lambda c: ds.label_names[c].split('/')
     assert {name(c)[0] for c in t.columns} == {'all'} and t.parts['ptbxl_all'] == list(range(len(t.columns)))
     positives = {name(c)[1]: np.nansum(ds.labels[:, c] > 0) for c in ds.tasks['all']}
-    assert {name(c)[1] for c in t.columns} == {n for n, p in positives.items() if p >= 10} - {n.split('/')[1] for n in t.unscored}
+    assert {name(c)[1] for c in t.columns} == {n for n, p in positives.items() if p >= 10} and not t.unscored
     assert sum(0 < p < 10 for p in positives.values()) > 5
     for task in ('diag', 'rhythm'):
         kept = {name(t.columns[i])[1] for i in t.parts[f'ptbxl_{task}']}
@@ -685,11 +701,24 @@ def test_the_benchmarks_convention_counts_classes_without_positives(here, run, m
     runs = [open_run(run)]
     monkeypatch.setattr(evaluate, 'plans', lambda *given: (plans(*given)[0][-1:], False))
     plain, all_ = (Task('sample', ['form'], runs, CPU, empty=e) for e in (None, .5))
-    assert plain.unscored and len(all_.columns) == len(plain.columns) + len(plain.unscored)
+    assert plain.unscored and all_.columns == plain.columns and len(all_.parts['form']) == len(plain.parts['form']) + len(plain.unscored)
     arm = Arm('pretrained', [runs[0]['net']], 'linear', PROTOCOLS['quick'])
     table = auroc(all_.output(arm.encoders[0], arm, 'all', 0, 0)[0], all_.y)[0]
     assert np.isnan(table).sum() == len(plain.unscored)
     assert all_.score(arm)['form'].point['AUROC'][0, 0] == pytest.approx((np.nansum(table) + .5 * len(plain.unscored)) / len(table), abs=1e-9)
+
+
+def test_classes_that_cannot_be_scored_are_trained_on(here, run, monkeypatch):
+    """As in the papers' code: a label counts by its positives in the whole dataset, whether or not the test fold has one."""
+    monkeypatch.setattr(evaluate, 'plans', lambda *given: (plans(*given)[0][-1:], False))
+    runs, given = [open_run(run)], []
+    t, ds = Task('sample', ['ptbxl_all'], runs, CPU), Dataset('sample')
+    assert t.unscored and set(t.unscored) < {ds.label_names[c] for c in t.columns}
+    assert {ds.label_names[t.columns[c]] for c in t.parts['ptbxl_all']} == {ds.label_names[c] for c in t.columns} - set(t.unscored)
+    monkeypatch.setattr(evaluate, 'fit', lambda encoder, source, y, train, val, test, *rest: (given.append(y), (np.zeros((len(val), y.shape[1])), np.zeros((len(test), y.shape[1]))))[1])
+    score = t.score(Arm('pretrained', [runs[0]['net']], 'finetune', PROTOCOLS['released']))['ptbxl_all']
+    positives = (np.array(ds.labels[:, ds.tasks['all']]) > 0).sum(0)
+    assert given[0].shape[1] == (positives >= 10).sum() and np.isfinite(score.per_class['AUROC']).all()
 
 
 def test_the_preview_has_not_seen_validation(here, run, monkeypatch):
@@ -734,6 +763,22 @@ def test_random_encoders_have_the_runs_shape(here, others, monkeypatch):
     assert a.config == runs[0]['net'].config and c.config == runs[1]['net'].config and t.random_encoders(runs[0], 2)[0] is a
     assert not torch.equal(next(a.parameters()), next(b.parameters())) and a.stem[1].num_batches_tracked == 8
     assert t.crop(a) == t.crop(runs[0]['net']) == 600 and t.crop(c) == t.crop(runs[1]['net']) == 1200 == t.samples                # each its own window
+
+
+@pytest.mark.parametrize('name, pretrained', [('few', 'gone'), ('sample', 'gone'), ('synthetic', 'gone'), ('sample', 'sample')])
+def test_random_encoders_see_nothing_that_is_tested_on(here, run, monkeypatch, name, pretrained):
+    """Whether or not what the run was pretrained on is prepared, in one split as in ten folds."""
+    seen = []
+    monkeypatch.setattr(Dataset, 'batch', lambda self, rows, *rest: seen.append((self, rows)))
+    monkeypatch.setattr(evaluate, 'see_data', lambda encoder, batches: (list(batches), encoder)[1])
+    ds, loaded = Dataset(name), dict(open_run(run), data=pretrained)
+    loaded['patients'] = set(ds.patient[ds.fold <= 8]) if pretrained == name else set()
+    t = Task(name, None, [loaded], CPU)
+    t.random_encoders(loaded, 2)
+    held = np.concatenate([np.r_[p[1], p[2]] for p in t.plans])
+    assert len(seen) == 16
+    for source, rows in seen:
+        assert len(rows) and not set(source.patient[rows]) & set(t.ds.patient[held]) and not set(source.id[rows]) & set(t.ds.id[held])
 
 
 # --- groups of runs
@@ -820,10 +865,11 @@ def test_changed_signals(here):
     assert torch.equal(swap_arms(swapped), x) and torch.equal(swapped[:, 6:], x[:, 6:]) and torch.equal(swapped[:, 0], -x[:, 0])
     I, II, III, R, L, F_ = swapped[:, :6].unbind(1)              # Einthoven and Goldberger still hold, so this is an ECG
     assert (I + III - II).abs().max() < 3e-3 and (R + (I + II) / 2).abs().max() < 3e-3 and (L - (I - III) / 2).abs().max() < 3e-3 and torch.equal(F_, x[:, 5])
+    rows, starts = np.arange(20), np.zeros(20, int)
     for snr in (20, 0):
-        noise = noisy(snr)(x) - x
+        noise = noisy(snr)(x, rows, starts) - x
         measured = 10 * torch.log10(x.var((1, 2)) / noise.var((1, 2)))
-        assert (measured - snr).abs().max() < .5 and not torch.equal(noisy(snr)(x), x)
+        assert (measured - snr).abs().max() < .5 and not torch.equal(noisy(snr)(x, rows, starts), x)
     bare = without(0, 7)(x)
     assert not bare[:, [0, 7]].any() and torch.equal(bare[:, 1:7], x[:, 1:7]) and x[:, 0].any()
     t = torch.arange(2400) / 240
@@ -831,6 +877,16 @@ def test_changed_signals(here):
     fast = torch.sin(2 * torch.pi * 80 * t).expand(1, 12, -1)
     inside = slice(100, -100)
     assert (at_rate(240, 100)(sine) - sine)[..., inside].abs().max() < .02 and at_rate(240, 100)(fast)[..., inside].abs().max() < .05
+
+
+def test_noise_belongs_to_the_record(here):
+    """In whatever order, batches and windows encoders ask, and however often, a record's samples get the same noise."""
+    ds, rows = Dataset('synthetic'), np.arange(6)
+    changed, loud = evaluate.Changed(ds, noisy(0)), lambda rows, starts, samples: ds.crop(rows, starts, samples).var((1, 2), keepdim=True).sqrt()
+    noise = lambda rows, starts, samples: (changed.collate(rows, starts, samples)['x'] - ds.crop(rows, starts, samples)) / loud(rows, starts, samples)
+    once, again = noise(rows, np.full(6, 600), 600), noise(rows[[4, 1]], np.full(2, 600), 600)
+    assert torch.allclose(once[[4, 1]], again) and torch.allclose(noise(rows, np.zeros(6, int), 1200)[..., 600:], once, atol=1e-4)
+    assert (once[0] - once[1]).abs().mean() > .5 and (once - noise(rows, np.zeros(6, int), 600)).abs().mean() > .5
 
 
 # --- the command line
@@ -990,6 +1046,33 @@ def test_list(here, run, capsys):
     assert all(name in out for name in TASKS) and 'not prepared: python data.py' in out and 'datasets/synthetic: 640 records' in out
 
 
+def test_list_tells_other_preparations_apart(tmp_path, monkeypatch, capsys):
+    """PTB-XL's 100 Hz files where the papers take 500 Hz, and another contract; label counts nobody published are said to be the data's."""
+    monkeypatch.chdir(tmp_path)
+    meta = lambda name, source, **changes: dict(records=500, tasks={}, source=source, contract=dataclasses.asdict(replace(data.Contract(), **changes)))
+    for name, m in dict(ptbxl=meta('ptbxl', 'ptbxl --root P'), ningbo=meta('ningbo', 'challenge', fs=100), georgia=meta('georgia', 'challenge')).items():
+        (tmp_path / 'datasets' / name).mkdir(parents=True)
+        (tmp_path / 'datasets' / name / 'meta.json').write_text(json.dumps(m))
+    evaluate.main(['--list'])
+    line = {text.split()[0]: text for text in capsys.readouterr().out.splitlines()}
+    assert 'from the 100 Hz files; as in the paper: python data.py ptbxl --root ROOT --rate 500' in line['ptbxl_all'] and 'fs 100 against 240' in line['ningbo']
+    assert line['georgia'].endswith('500 records in datasets/georgia') and 'by data' in line['chapman_rhythm'] and 'by data' in line['sc_csn']
+    (tmp_path / 'datasets/ptbxl/meta.json').write_text(json.dumps(meta('ptbxl', 'ptbxl --root P --rate 500')))
+    evaluate.main(['--list'])
+    assert 'ptbxl_all             ' in (out := capsys.readouterr().out) and 'Hz files' not in out
+
+
+def test_labels_of_the_cka_figure_are_short(here, run, monkeypatch):
+    """Layers at the ticks, each model's name once beside them, wrapped."""
+    drawn = []
+    monkeypatch.setattr(evaluate, 'figure', lambda *a, **k: drawn.append(data.figure(*a, **k)) or drawn[-1])
+    evaluate.main([run, '--data', 'few', '--analyse', 'cka'])
+    (_, ax), = drawn
+    names = [t.get_text() for t in ax.texts]
+    assert {t.get_text() for t in ax.get_yticklabels()} == {'stem', '1'} and {n.replace('\n', ' ') for n in names} == {'random encoder, 0', 'pretrained, 0'}
+    assert len(names) == 4 and max(len(line) for n in names for line in n.split('\n')) <= 20
+
+
 def test_overlap_can_be_allowed(here, run, capsys):
     train.main('--steps 1 --batch 4 --layers 1 --probe-every 0 --data few --out out/onfew'.split())
     evaluate.main(['out/onfew', '--data', 'few', '--mode', 'knn'])
@@ -1003,7 +1086,7 @@ def test_overlap_can_be_allowed(here, run, capsys):
     (['--labels', '5', '--data', 'few'], 'nothing was scored'), (['--labels', '100000', '--data', 'few'], 'nothing was scored'), (['--device', 'tpu'], 'cannot be used here'),
     (['--data', 'nowhere'], "no dataset 'nowhere'"), (['--task', 'nothing', '--data', 'few'], 'has no task'), (['--task', 'nothing'], 'is no task of the papers'),
     (['--task', 'ptbxl_all'], 'task ptbxl_all needs datasets/ptbxl: python data.py ptbxl'), (['--draws', '0'], '--draws must lie between 1'), (['--drop-path', '1'], '--drop-path'), (['--ablate'], 'add --mode finetune'),
-    (['--preview'], 'belong to --mode finetune'), (['--cohort', 'sample'], 'belongs to --analyse robustness'),
+    (['--preview'], 'belong to --mode finetune'), (['--mode', 'scratch', '--no-scratch'], 'give one of the two'), (['--cohort', 'sample'], 'belongs to --analyse robustness'),
     (['--analyse', 'robustness', '--data', 'few', '--cohort', 'sample'], 'some of the same yes/no labels')])
 def test_bad_requests_stop_with_one_line(here, run, flags, why):
     with pytest.raises(Stop if '--device' not in flags else SystemExit, match=why) as stop:
@@ -1014,6 +1097,8 @@ def test_bad_requests_stop_with_one_line(here, run, flags, why):
 def test_missing_run_is_one_line(here):
     with pytest.raises(Stop, match='no checkpoint at'):
         evaluate.main(['out/nowhere'])
+    with pytest.raises(Stop, match='^out is a folder of runs, no run: name some of .*out/'):
+        evaluate.main(['out'])
 
 
 def test_other_contract_is_refused(here, run):

@@ -1,4 +1,5 @@
 """The readers of the papers' datasets on tiny files of each published schema, stratified folds, the table of tasks, the command line."""
+import dataclasses
 import shlex
 import sys
 from collections import Counter
@@ -258,9 +259,11 @@ def test_folds_given_by_the_source_are_never_stratified_anew(tmp_path, monkeypat
         assert fold == expected if expected else len(set(fold)) == 4
 
 
-def test_sequences(tmp_path, monkeypatch):
+def test_sequences(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data.main('sequences --records 40 --seed 3'.split())
+    assert 'III' not in capsys.readouterr().out                  # Einthoven's law is of hearts
+    assert data.finish(dataclasses.replace(next(data.sequences(1)), peaks=None), data.Contract(), False)[2]['einthoven']       # and is still looked at there
     ds = Dataset('sequences')
     assert {t: len(c) for t, c in ds.tasks.items()} == {'sequence': 8} and (ds.labels.sum(0) == 5).all() and (ds.labels.sum(1) == 1).all()
     loudest = np.array([signal(ds, i).std(0).max() for i in range(40)])
