@@ -475,10 +475,10 @@ def test_what_the_printed_exponents_hang_on():
     _, M = scaling.printed_losses('table_s5_model_bins', 'model_bin')
     _, D = scaling.printed_losses('table_s6_data_bins', 'data_bin')
     for grid in scaling.D_GRIDS.values():
-        free, zero = (scaling.printed_exponents(grid, D, floor).mean(1) for floor in ('free', '0'))
+        free, zero = (scaling.printed_exponents(grid, D, floor)[0].mean(1) for floor in ('free', '0'))
         assert free[1] / free[0] > 5 and free[3] / free[2] > 3   # SSL over SL
         assert zero[3] / zero[2] < 1                             # reversed for ResNets without a floor
-    alpha = scaling.printed_exponents(scaling.N_GRID, M, 'free').mean(1)
+    alpha = scaling.printed_exponents(scaling.N_GRID, M, 'free')[0].mean(1)
     assert alpha[2] > alpha[0] and alpha[3] > alpha[1]
 
 
@@ -490,3 +490,18 @@ def test_published_command(tmp_path, capsys):
     assert float(transformer.split()[0]) > .85 and float(contrast.split()[2]) < .5
     assert [r['note'] for r in rows if r['quantity'].startswith('S.')] == ['agrees'] * 3 and [r['refitted'] for r in rows if r['quantity'].startswith('S.')] == ['22 of 22', '23 of 23', '22 of 22']
     assert 'REVERSED' in said and 'likely a copied column' in said and (tmp_path / 'bins.png').exists() and (tmp_path / 'exponents.png').exists()
+
+
+def test_one_axis_is_fitted_at_one_level_of_the_other(tmp_path):
+    table(tmp_path / 'runs.csv')
+    scaling.main(['fit', str(tmp_path / 'runs.csv'), '--axis', 'D', '--loss', 'ood_a_test', '--resamples', '200'])
+    rows = list(csv.DictReader(open(tmp_path / 'runs_fit.csv')))
+    assert [(r['runs'], r['levels_N'], r['levels_D']) for r in rows] == [('10', '1', '5')] * 2 and 'alpha' not in rows[0]
+    assert all(float(r['beta_low95']) < .22 < float(r['beta_high95']) for r in rows)
+
+
+def test_models_that_got_worse_are_flagged():
+    N, D = cells(5, 5)
+    L = noisy(N, D, 0) * np.where((N == N.max()) & (D == D.min()), 1.5, 1)
+    flags = fit_runs(as_rows(N, D, L), 'loss', resamples=200).flags
+    assert flags[-1] == f'largest N worse than a smaller one at D = {D.min():,.0f}'
