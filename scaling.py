@@ -107,9 +107,9 @@ def configurations(rows):
 def incomparable(rows, loss):
     """Why these runs' losses cannot be held against each other, or ''."""
     objective = rows[0].get('objective', '').lower().rstrip('+')
-    if loss.startswith('id_') and objective in MOVING:
+    if objective in MOVING and not loss.startswith('ood_'):
         return f"{objective}'s targets come from a network or codebook that learns too, so losses of two runs do not compare: only ood_*_test is fitted"
-    if loss.startswith('id_') and objective == 'cmsc' and len({r.get('batch') for r in rows}) > 1:
+    if objective == 'cmsc' and not loss.startswith('ood_') and len({str(r.get('batch')) for r in rows}) > 1:
         return "cmsc's loss depends on the batch size (the number of negatives), and these runs have several"
     return ''
 
@@ -133,7 +133,7 @@ def select(rows, loss):
     for row in rows:
         if not 0 < row[loss] < math.inf:
             raise Stop(f'line {row["line"]}: {loss} is {row[loss]:g}; losses must be positive numbers: repair the row or leave it out')
-    if 'run' not in rows[0] and len({r.get('step') for r in rows}) > 1 and len({(r['N'], r['D'], r.get('seed')) for r in rows}) < len(rows):
+    if 'run' not in rows[0] and len({str(r.get('step')) for r in rows}) > 1 and len({(r['N'], r['D'], r.get('seed')) for r in rows}) < len(rows):
         raise Stop('there are several steps, but no column `run` that says which rows belong together')
     runs, twins = {}, {}
     for row in rows:
@@ -143,7 +143,7 @@ def select(rows, loss):
         twins.setdefault((row['N'], row['D'], row.get('labels'), row.get('seed', row['line'])), []).append(row)
     chosen = []
     for (N, D, _, seed), group in twins.items():
-        tuned = len({r.get('lr') for r in group}) > 1
+        tuned = len({str(r.get('lr')) for r in group}) > 1
         chosen += [best(group, f'N = {N:,.0f}, D = {D:,.0f}, seed {seed:g} has several learning rates')] if tuned else group
     return sorted(chosen, key=lambda r: (r['N'], r['D'], str(r.get('seed')), r['line']))
 
@@ -228,7 +228,8 @@ def overfit_extent(L, N, law):
 
 def minimum_data(N, law, tolerance):
     """Records for which the overfitting extent of a model of N parameters is `tolerance` (2605.17276, Appendix B)."""
-    return (law.B / (tolerance * joint_law(N, np.inf, *law))) ** (1 / law.beta)
+    with np.errstate(over='ignore'):                             # an exponent at its lower bound asks for more than a float holds
+        return np.float_power(law.B / (tolerance * joint_law(N, np.inf, *law)), 1 / law.beta)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,8 +415,9 @@ class Fit:
     exponents = property(lambda self: {'joint': ('alpha', 'beta'), 'N': ('alpha',), 'D': ('beta',)}[self.axis])
 
     def interval(self, value, level=.95):
-        """Percentiles of value(law) over resamples."""
-        return np.quantile(value(self.boot), [.5 - level / 2, .5 + level / 2], axis=0)
+        """Percentiles of value(law) over resamples; some may be infinite, so none are interpolated."""
+        with np.errstate(all='ignore'):
+            return np.quantile(value(self.boot), [.5 - level / 2, .5 + level / 2], axis=0, method='inverted_cdf')
 
 
 def unfit(N, D, axis):
@@ -906,7 +908,7 @@ def effective_data(D, L, wanted):
     mean = np.bincount(index, L) / np.bincount(index)
     if not unfit(D, D, 'D'):
         E, B, b, _ = marginal(D, L)
-        with np.errstate(divide='ignore', invalid='ignore'):
+        with np.errstate(all='ignore'):
             found, lowest = np.where(wanted > E, (B / (wanted - E)) ** (1 / b), np.inf), max(E, mean.min())
     else:
         if len(levels) < 2:
@@ -914,9 +916,9 @@ def effective_data(D, L, wanted):
         smooth = scipy.optimize.isotonic_regression(mean, weights=np.bincount(index), increasing=False).x
         curve = scipy.interpolate.PchipInterpolator(np.log(levels), smooth)
         fine = np.linspace(*np.log(levels[[0, -1]]), 20001)
-        found, lowest = np.exp(np.interp(-wanted, -curve(fine), fine, left=math.nan, right=math.inf)), smooth.min()
-    status = np.where(wanted < lowest, 'censored', np.where((found > levels[-1] * (1 + 1e-9)) | ~(found >= levels[0] * (1 - 1e-9)), 'extrapolated', 'ok'))
-    return found, status
+        found, lowest = np.exp(np.interp(-wanted, -curve(fine), fine, left=fine[0] - 1e-6, right=math.inf)), smooth.min()
+    outside = (found > levels[-1] * (1 + 1e-9)) | (found < levels[0] * (1 - 1e-9))
+    return found, np.where(wanted < lowest, 'censored', np.where(outside, 'extrapolated', 'ok'))
 
 
 def data_transferred(rows, loss):
@@ -930,7 +932,7 @@ def data_transferred(rows, loss):
         D_F, wanted = column(tuned, 'D_F'), column(tuned, loss)
         D_E, status = effective_data(column(scratch, 'D_F'), column(scratch, loss), wanted)
         for f, e, s, v in zip(D_F, D_E, status, wanted):
-            points.append(dict(N=N, D_F=f, loss=v, D_E=e, D_T=e - f, multiplier=e / f, status='negative' if s == 'ok' and e <= f else str(s)))
+            points.append(dict(N=N, D_F=f, loss=v, D_E=e, D_T=e - f, multiplier=e / f, status='negative' if s != 'censored' and e <= f else str(s)))
     good = [p for p in points if p['status'] == 'ok']
     X = np.c_[np.ones(len(good)), np.log([[p['D_F'], p['N']] for p in good]).reshape(-1, 2)]
     one = len({p['N'] for p in good}) < 2                         # a single size tells nothing about N
@@ -1050,6 +1052,7 @@ def overfit_command(a):
         row[1].plot(ends, f.law.B / ends, 'k--', lw=1, label='slope -1'), row[1].legend(fontsize=7)
         row[1].set(xscale='log', yscale='log', xlabel='D^beta L(N, inf)', title='collapse')
         trajectories(row[2], everything[f.name], f.rows)
+    print('the law was fitted to these very runs, so a slope near -1 is no proof of it, but one far from -1 speaks against it')
     deliver(a, ('overfit', lines), ('minimum_data', table), ('overfit', fig))
 
 

@@ -251,8 +251,9 @@ def test_effective_data_comes_back():
 
 def test_points_that_cannot_be_read_are_counted():
     rows = transferred() + [dict(N=1e5, D_F=1e3, mode='finetune', loss=v) for v in (.19, .2005, .2 + 4 * 500 ** -.4, .2 + 4 * 50 ** -.4)]
+    rows += [dict(N=1e5, D_F=10, mode='finetune', loss=.2 + 4 * 50 ** -.4)]
     _, law, counts = data_transferred(rows, 'loss')
-    assert law == pytest.approx((2, .6, -.1), rel=1e-6) and counts == dict(ok=15, censored=2, extrapolated=1, negative=1)
+    assert law == pytest.approx((2, .6, -.1), rel=1e-6) and counts == dict(ok=15, censored=2, extrapolated=1, negative=2)
 
 
 def test_few_scratch_sizes_are_read_off_a_monotone_curve():
