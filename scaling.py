@@ -605,6 +605,9 @@ def row_of(fit, shared=None):
                 row[f'{c}_low{level}'], row[f'{c}_high{level}'] = fit.interval(lambda law: getattr(law, c), level / 100)
             if c in fit.profiles:
                 row[f'{c}_profile_low'], row[f'{c}_profile_high'] = fit.profiles[c]
+    for e, c in (('alpha', 'N'), ('beta', 'D')):
+        if e in fit.exponents:
+            row[f'excess_left_by_10x_{c}'] = excess_ratio(10, row[e])
     if fit.axis == 'joint':
         row['data_share'] = shares(fit.law)[1]
         row['data_share_low95'], row['data_share_high95'] = fit.interval(lambda law: shares(law)[1])
@@ -616,7 +619,7 @@ def row_of(fit, shared=None):
 def ratios(fits):
     """Ratios of exponents between configurations, each with an interval from joint resamples: per loss, and of the mean over the
     out-of-distribution losses that both have. A bound at either side censors a ratio. In distribution only within an objective: the losses
-    of two have different units."""
+    of two have different units. worth_of_10x: by how much b must grow to gain what a gains from ten times the size (2605.17276, Eq. 3)."""
     by, rows = {}, []
     for f in fits:
         by.setdefault(f.name, {})[f.loss] = f
@@ -633,7 +636,7 @@ def ratios(fits):
                 point, boot = ([sum(getattr(getattr(by[n][loss], which), exponent) for loss in free) for n in (one, two)] for which in ('law', 'boot'))
                 low, high = np.quantile(boot[0] / boot[1], [.025, .975])
                 rows.append(dict(exponent=exponent, loss=label, a=one, b=two, ratio=point[0] / point[1], low=low, high=high,
-                                 censored=len(losses) - len(free)))
+                                 worth_of_10x=equivalent_scale_up(10, *point), censored=len(losses) - len(free)))
     return rows
 
 
@@ -669,7 +672,7 @@ def fit_command(a):
         print(f'one floor E = {next(iter(laws.values())).E:.3g} on {loss}: {exponents}')
     pairs = ratios(fits) if a.axis == 'joint' else []
     for r in pairs:
-        found = f'{r["ratio"]:.2f} [{r["low"]:.2f}, {r["high"]:.2f}]' if 'ratio' in r else 'unknown'
+        found = f'{r["ratio"]:.2f} [{r["low"]:.2f}, {r["high"]:.2f}], 10x is worth {r["worth_of_10x"]:.3g}x' if 'ratio' in r else 'unknown'
         print(f'{r["exponent"]:5s} {r["loss"]}: {r["a"]} / {r["b"]} {found}' + f'; {r["censored"]} at a bound left out' * bool(r['censored']))
     laws = [row_of(f, shared.get(f.loss, {}).get(f.name) if f.axis == 'joint' else None) for f in fits + marginals]
     content = [row | dict(law=f.law, projected=f.projected, delta=f.delta, checks=f.checks) for row, f in zip(laws, fits + marginals)]
@@ -765,7 +768,8 @@ def simulate_command(a):
         share = {k: np.mean([r[k] for r in mine]) for k in ('covered', 'profile_covered')}
         worst, e = min(worst, share['covered']), np.array([r['estimate'] for r in mine])
         print(f'{c:5s} truth {getattr(truth, c):.4g}, estimates {e.mean():.4g} +- {e.std():.2g}; covered by 95 % intervals: '
-              f'bootstrap {share["covered"]:.1%}, profile {share["profile_covered"]:.1%}; median width {np.median([r["high"] - r["low"] for r in mine]):.3g}')
+              f'bootstrap {share["covered"]:.1%}, profile {share["profile_covered"]:.1%}; '
+              f'median width {np.median([r["high"] - r["low"] for r in mine]):.3g}')
     print(f'{out}/simulate.csv')
     if worst < .88:
         raise Stop(f'95 % intervals cover the truth in {worst:.1%} only')
@@ -832,8 +836,8 @@ def allocate_command(a):
             continue
         for flag in f.flags + ['the interval of the exponent of D includes zero, at which nothing could be allocated'] * bool(v <= g['q_95']):
             print('  careful: ' + flag)
-        print(f'  of a marginal increase in log compute, data get {spread(f, lambda w: shares(w, u, v)[1])}, parameters {spread(f, lambda w: shares(w, u, v)[0])}'
-              f' (at constant epochs and MACs = N: data {spread(f, lambda w: shares(w)[1])})')
+        print(f'  of a marginal increase in log compute, data get {spread(f, lambda w: shares(w, u, v)[1])}, '
+              f'parameters {spread(f, lambda w: shares(w, u, v)[0])} (at constant epochs and MACs = N: data {spread(f, lambda w: shares(w)[1])})')
         C = spent(f.rows)
         line = np.geomspace(C.min(), C.max() * 10, 40)
         for budget in line[::13]:
@@ -964,7 +968,8 @@ def transfer_command(a):
         R2 = 1 - ((y - transfer_law(x, kappa, gamma)) ** 2).sum() / ((y - y.mean()) ** 2).sum()
         expected, flags = (o.law.alpha / i.law.alpha, o.law.beta / i.law.beta), '; '.join(i.flags + o.flags)
         table.append(dict(configuration=i.name, loss=o.loss, points=len(x), dropped=int(dropped), E_id=i.law.E, E_ood=o.law.E, kappa=kappa, kappa_low=klow,
-                          kappa_high=khigh, gamma=gamma, gamma_low=glow, gamma_high=ghigh, R2=R2, alpha_ratio=expected[0], beta_ratio=expected[1], flags=flags))
+                          kappa_high=khigh, gamma=gamma, gamma_low=glow, gamma_high=ghigh, R2=R2, alpha_ratio=expected[0], beta_ratio=expected[1],
+                          flags=flags))
         print(f'{i.name:28s} {o.loss:20s} {kappa:8.3g}  {f"{gamma:.3f} [{glow:.3f}, {ghigh:.3f}]":22s} {R2:6.3f} {dropped:3d} of {len(both):3d}  '
               f'alphas {expected[0]:.2f}, betas {expected[1]:.2f}  {flags}')
         line = np.geomspace(x.min(), x.max(), 40)
@@ -1033,8 +1038,8 @@ def overfit_command(a):
         (c, slope), (_, half) = ols(np.c_[np.ones(good.sum()), np.log(z[good])], np.log(extent[good]))
         lines.append(dict(configuration=f.name, loss=f.loss, slope=slope, slope_95=half, intercept=math.exp(c), B=f.law.B, dropped=int((~good).sum()),
                           flags='; '.join(f.flags)))
-        print(f'{f.name}, {f.loss}: extent falls with slope {slope:.2f} +- {half:.2f} in D^beta L(N, inf), the law says -1 with intercept B = {f.law.B:.3g} '
-              f'(found {math.exp(c):.3g}); {(~good).sum()} of {len(good)} points at or below the limit left out  {"; ".join(f.flags)}')
+        print(f'{f.name}, {f.loss}: extent falls with slope {slope:.2f} +- {half:.2f} in D^beta L(N, inf), the law says -1 with intercept '
+              f'B = {f.law.B:.3g} (found {math.exp(c):.3g}); {(~good).sum()} of {len(good)} points at or below the limit left out  {"; ".join(f.flags)}')
         sizes = np.unique(f.N)
         for N in sizes:
             for eps in a.tolerance:
@@ -1143,7 +1148,8 @@ def winners_command(a):
                         up = one if after[one] < after[two] else two
                         crossings.append({'loss': field, 'overtakes': up, 'other': two if up == one else one, 'along': moving, 'from': before[moving],
                                           'to': after[moving], 'fixed': fixed, 'at': level})
-                        print('{loss}: {overtakes} overtakes {other} between {along} {from:,.0f} and {to:,.0f} at {fixed} {at:,.0f}'.format(**crossings[-1]))
+                        print('{loss}: {overtakes} overtakes {other} between {along} {from:,.0f} and {to:,.0f} at {fixed} {at:,.0f}'
+                              .format(**crossings[-1]))
     fields = list(dict.fromkeys(r['loss'] for r in table))
     fig, axes = figure(len(fields), 2, figsize=(10, 3.6 * len(fields)), squeeze=False, layout='constrained')
     for field, row in zip(fields, axes):
@@ -1314,7 +1320,8 @@ def published_command(a):
     print(f'  {"":58s} {"published":>10s}  refitted')
     sets, gamma, ends = printed_transfer()
     for c, g, (mean, std) in zip(SHORT, gamma, ends):
-        say(f'{c} transfer exponent, mean (std) of {len(sets)} sets', f'{mean:.3f}', f'{g.mean():.3f} ({g.std():.3f}; printed {std:.3f})', 'std divides by n')
+        say(f'{c} transfer exponent, mean (std) of {len(sets)} sets', f'{mean:.3f}', f'{g.mean():.3f} ({g.std():.3f}; printed {std:.3f})',
+            'std divides by n')
     say('transfer exponents under 1', '', f'{(gamma < 1).sum()} of {gamma.size}')
     bound = gamma == .05
     say('transfer exponents of exactly .050, a bound of their fit', '', f'{bound.sum()} of {bound.size}', 'censored: anything up to .050')
@@ -1335,7 +1342,8 @@ def published_command(a):
         for one, two, label in ((1, 0, 'Transformer'), (3, 2, 'ResNet')):
             r = [b[one].mean() / b[two].mean() for b in beta.values()]
             n = [(b[one] > b[two]).sum() for b in beta.values()]
-            say(f'data exponent SSL / SL, {label}, floor {floor}', 'up to 16x' if floor == 'free' else '', f'{min(r):.2f} to {max(r):.2f} over {len(r)} grids',
+            say(f'data exponent SSL / SL, {label}, floor {floor}', 'up to 16x' if floor == 'free' else '',
+                f'{min(r):.2f} to {max(r):.2f} over {len(r)} grids',
                 f'SSL larger on {min(n)}-{max(n)} of 11 sets' + (', REVERSED' if max(r) < 1 else ''))
         if floor == 'free':
             free_beta = beta
@@ -1350,7 +1358,8 @@ def published_command(a):
     for floor in ('free', 'shared', '0'):
         alpha, _ = printed_exponents(N_GRID, M, floor)
         for s, label in ((0, 'SL'), (1, 'SSL')):
-            say(f'model exponent R / T, {label}, floor {floor}', '1.3-2.5x' if floor == 'free' else '', f'{alpha[2 + s].mean() / alpha[s].mean():.2f} of means',
+            say(f'model exponent R / T, {label}, floor {floor}', '1.3-2.5x' if floor == 'free' else '',
+                f'{alpha[2 + s].mean() / alpha[s].mean():.2f} of means',
                 f'{np.median(alpha[2 + s]) / np.median(alpha[s]):.2f} of medians, R larger on {(alpha[2 + s] > alpha[s]).sum()} of 11 sets')
         if floor == 'free':
             free_alpha = alpha
@@ -1371,7 +1380,8 @@ def published_command(a):
         rows.append(dict(quantity=text, published='yes', refitted=f'{found} of {of}', note='agrees' if agrees else 'differs'))
         print(f'  {"agrees " if agrees else "differs"}  {found:3d} of {of:3d}  {text}')
     s9, s10 = printed('table_s9_benchmark_auroc'), {r['method']: r for r in printed('table_s10_ptbxl_detail')}
-    tasks, areas = ('ptbxl_avg', 'echonext', 'mimic_sex', 'mimic_icu', 'mimic_mort', 'cpsc2018'), [f'{c}_auc' for c in ('diag', 'sub', 'sup', 'form', 'rhythm')]
+    tasks = 'ptbxl_avg', 'echonext', 'mimic_sex', 'mimic_icu', 'mimic_mort', 'cpsc2018'
+    areas = 'diag_auc', 'sub_auc', 'sup_auc', 'form_auc', 'rhythm_auc'
     off = lambda r, columns, total: abs(np.mean([float(r[c]) for c in columns]) - float(r[total]))
     for text, good, of in (('S.9: the mean is that of its six columns', sum(off(r, tasks, 'mean') < 6e-4 for r in s9), len(s9)),
                            ('S.10: the average is that of its five AUROCs', sum(off(r, areas, 'macro_auc_avg') < 6e-5 for r in s10.values()), len(s10)),

@@ -367,6 +367,7 @@ def test_moving_targets_are_fitted_out_of_distribution_only(tmp_path, capsys):
     assert 'not fitted: s4 SSL jepa, id_test' in said and "cpc's targets are learned too" in said and 'one floor E' in said
     pairs = json.loads((tmp_path / 'runs_fit.json').read_text())['ratios']
     assert {p['loss'] for p in pairs} == {'ood_a_test'} and all(p['low'] < p['ratio'] < p['high'] for p in pairs)
+    assert all(p['worth_of_10x'] == pytest.approx(10 ** p['ratio']) for p in pairs)
     assert next(p for p in pairs if p['exponent'] == 'beta')['low'] < 1 < next(p for p in pairs if p['exponent'] == 'beta')['high']
 
 
