@@ -1,23 +1,1429 @@
-"""Sweeps over model and data size.
+"""Scaling laws of ECG pretraining: fitted to a table of runs, with intervals, and refused where the runs cannot tell.
 
-    python scaling.py sweep joint --family s4 --objective cpc supervised
+    python scaling.py                                    # the papers' printed tables refitted, published against refitted: half a minute
+    python scaling.py sweep joint --estimate             # what a sweep over sizes and numbers of records would cost; without the flag: make it
+    python scaling.py fit runs.csv                       # L(N, D) = E + A N^-alpha + B D^-beta of each configuration and loss
+    python scaling.py fit mine.csv --loss val_loss       # anybody's runs: columns N (parameters), D (records) and a loss
+    python scaling.py fit runs.csv --axis D              # one axis alone, where the other has one level
+    python scaling.py allocate runs.csv                  # how to split compute between parameters and records
+    python scaling.py transfer runs.csv                  # loss against loss; effective data, where rows have mode and D_F
+    python scaling.py overfit runs.csv                   # what too few records cost, and how many suffice
+    python scaling.py labels runs.csv                    # more training labels, seen on the same anchor labels
+    python scaling.py winners runs.csv                   # which configuration is lowest where, and where they cross
+    python scaling.py loss-vs-error runs.csv             # does a lower pretraining loss mean a smaller error downstream?
+    python scaling.py simulate --studies 200             # do the intervals cover a planted truth? some minutes
+
+Laws and experiments of arXiv 2605.17276, fitted as Hoffmann et al. (2203.15556, Approach 3) with the corrections of Besiroglu et al.
+(2404.10102); loss-vs-error is of 2605.12241. Where a run has several rows, the one with the lowest validation loss stands for it, and its
+test loss is fitted. Tables, figures and JSON in full precision land beside the CSV of runs, or in --out.
 """
-import argparse, contextlib, copy, csv, itertools, math, multiprocessing, os, shutil, sys, time
+import argparse, contextlib, copy, csv, itertools, json, math, multiprocessing, os, re, shutil, time
+from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import scipy.interpolate
+import scipy.optimize
+import scipy.stats
 import torch
 from tqdm import tqdm
 
 import train
-from data import Contract, Dataset, Stop
-from evaluate import Arm, PROTOCOLS, Task, auroc, embed, first_task, fresh, linear_probe, macro, open_run, write_csv
+from data import Dataset, Stop, figure
+from evaluate import Arm, PROTOCOLS, Task, auroc, embed, first_task, fresh, linear_probe, macro, open_run, slug, write_csv
 from models import CHUNK, SIZES, flops, load, net1d, parameters, pick_device, to_device
 from objectives import OBJECTIVES
 
 MOVING = ('jepa', 'data2vec', 'dinosr', 'hubert')                # their targets move with the run: losses of two runs do not compare
+TEXT = ('run', 'family', 'paradigm', 'objective', 'arm', 'mode', 'size', 'task')             # columns that are no numbers
+LOW, HIGH = 1e-3, 3.                                             # what an exponent may be
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a table of runs
+
+def read_runs(path, losses=None, needed=('N', 'D')):
+    """(rows, losses) of a CSV with one row per evaluation. Numbers are floats (NaN where empty), row['line'] is the line in the file.
+    losses: columns to fit, by default id_test and all ood_*_test. Raises Stop on missing columns, mixed units and duplicates."""
+    try:
+        with open(path, newline='', encoding='utf-8-sig') as f:
+            reader = csv.DictReader(f)
+            rows = [row | dict(line=reader.line_num) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise Stop(f'{path} cannot be read as CSV: {e}')
+    if not rows:
+        raise Stop(f'{path} has no rows')
+    columns = [c for c in reader.fieldnames if c]
+    losses = losses or [c for c in columns if re.fullmatch('id_test|ood_.+_test', c)] or [c for c in columns if c == 'loss']
+    missing = [c for c in (*needed, *losses) if c not in columns]
+    if missing or not losses:
+        lacks = f'the column {", ".join(missing)}' if missing else 'id_test and ood_*_test: name the column of its loss with --loss'
+        raise Stop(f'{path} lacks {lacks}; it has {", ".join(columns)}')
+    for row in rows:
+        if None in row or None in row.values():
+            raise Stop(f'{path}, line {row["line"]}: not as many cells as the header has')
+        row |= {c: real(row[c]) for c in columns if c not in TEXT}
+    for column, what, least in (('N', 'parameters', 10), ('D', 'records', 1)):
+        if column in needed:
+            check_units(path, rows, column, what, least)
+    seen = {}
+    for row in rows:
+        key = [row.get(c) for c in (('run', 'step', 'mode', 'D_F') if row.get('run') else columns)]
+        if (first := seen.setdefault(str(key), row['line'])) != row['line']:
+            raise Stop(f'{path}: lines {first} and {row["line"]} are the same ' + (f'step of run {row["run"]}' if row.get('run') else 'row')
+                       + ': remove one')
+    return rows, losses
+
+
+def real(text):
+    """A cell as a float, NaN for blanks and words."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def check_units(path, rows, column, what, least):
+    """Raises Stop where N or D is no count, or looks like thousands or millions in some rows and like ones in others."""
+    for row in rows:
+        value = row[column]
+        if not 0 < value < math.inf:
+            raise Stop(f'{path}, line {row["line"]}: {column} must be a positive number of {what}')
+        if value < least or value % 1:
+            raise Stop(f'{path}, line {row["line"]}: {column} = {value:g} is no count of {what}; thousands or millions? Write the number out in every row')
+    levels = np.unique([row[column] for row in rows])
+    gap = int(np.argmax(levels[1:] / levels[:-1])) if len(levels) > 1 else 0
+    if levels[-1] / levels[0] > 1e7 or len(levels) > 1 and levels[gap + 1] / levels[gap] >= 1000:
+        raise Stop(f'{path}: {column} runs from {levels[0]:,.0f} to {levels[-1]:,.0f} with nothing between {levels[gap]:,.0f} and '
+                   f'{levels[gap + 1]:,.0f}; mixed units? Give the number of {what} in every row')
+
+
+def configurations(rows):
+    """Rows by (family, paradigm, objective), and by arm where there are several: {name: rows}."""
+    columns = ['family', 'paradigm', 'objective'] + ['arm'] * (len({r.get('arm') for r in rows}) > 1)
+    groups = {}
+    for row in rows:
+        groups.setdefault(' '.join(row[c] for c in columns if row.get(c)) or 'all runs', []).append(row)
+    return groups
+
+
+def incomparable(rows, loss):
+    """Why these runs' losses cannot be held against each other, or ''."""
+    objective = rows[0].get('objective', '').lower().rstrip('+')
+    if objective in MOVING and not loss.startswith('ood_'):
+        return f"{objective}'s targets come from a network or codebook that learns too, so losses of two runs do not compare: only ood_*_test is fitted"
+    if objective == 'cmsc' and not loss.startswith('ood_') and len({str(r.get('batch')) for r in rows}) > 1:
+        return "cmsc's loss depends on the batch size (the number of negatives), and these runs have several"
+    return ''
+
+
+def validation(loss):
+    """The column on which runs are selected for a test loss."""
+    return re.sub('_test$', '_val', loss)
+
+
+def select(rows, loss):
+    """One row per run: the one with the lowest validation loss; then, of runs that differ in their learning rate only, the best by
+    validation. Never looks at the test loss to choose. Sorted by (N, D, seed). Raises Stop on losses that are no positive numbers."""
+    val = validation(loss)
+
+    def best(group, what):
+        if len(group) > 1 and (val == loss or any(not math.isfinite(r.get(val, math.nan)) for r in group)):
+            raise Stop(f'{what} for {loss}, and no validation loss ({val if val != loss else "NAME_val beside NAME_test"}) to choose by: '
+                       'the lowest test loss would be optimistic. Keep one of them')
+        return min(group, key=lambda r: r[val]) if len(group) > 1 else group[0]
+
+    for row in rows:
+        if not 0 < row[loss] < math.inf:
+            raise Stop(f'line {row["line"]}: {loss} is {row[loss]:g}; losses must be positive numbers: repair the row or leave it out')
+    if 'run' not in rows[0] and len({str(r.get('step')) for r in rows}) > 1 and len({(r['N'], r['D'], r.get('seed')) for r in rows}) < len(rows):
+        raise Stop('there are several steps, but no column `run` that says which rows belong together')
+    runs, twins = {}, {}
+    for row in rows:
+        runs.setdefault(row.get('run') or row['line'], []).append(row)
+    for name, group in runs.items():
+        row = best(group, f'run {name} has {len(group)} rows')
+        twins.setdefault((row['N'], row['D'], row.get('labels'), row.get('seed', row['line'])), []).append(row)
+    chosen = []
+    for (N, D, _, seed), group in twins.items():
+        tuned = len({str(r.get('lr')) for r in group}) > 1
+        chosen += [best(group, f'N = {N:,.0f}, D = {D:,.0f}, seed {seed:g} has several learning rates')] if tuned else group
+    return sorted(chosen, key=lambda r: (r['N'], r['D'], str(r.get('seed')), r['line']))
+
+
+def column(rows, name):
+    return np.array([r.get(name, math.nan) for r in rows], float)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# laws
+
+Law = namedtuple('Law', 'E A B alpha beta')                      # numbers, or arrays (R,) of as many resamples
+
+
+def joint_law(N, D, E, A, B, alpha, beta):
+    """Loss L(N, D) = E + A N^-alpha + B D^-beta (2605.17276, Eq. 1; Hoffmann 2022, Approach 3). N parameters, D records."""
+    return E + A * N ** -alpha + B * D ** -beta
+
+
+def excess_ratio(k, alpha):
+    """What is left of the excess loss L - E after k times the scale, k^-alpha (2605.17276, Eq. 3)."""
+    return k ** -alpha
+
+
+def equivalent_scale_up(k, alpha, other):
+    """By how much a family with exponent `other` must grow to gain what one with `alpha` gains from k, k^(alpha / other)."""
+    return k ** (alpha / other)
+
+
+def transfer_law(excess_id, kappa, gamma, floor=0.):
+    """Out-of-distribution loss floor + kappa (L_id - E_id)^gamma (2605.17276, Eq. 4; Brandfonbrener et al., 2411.12925)."""
+    return floor + kappa * excess_id ** gamma
+
+
+def compute(macs, batch, step, extra_macs=0.):
+    """Training FLOPs (6 M + 2 M_extra) batch step (2605.17276, Section 4.2): a MAC is two FLOPs, and backward is twice forward; teachers
+    and tokenizers (extra) only go forward. macs: of one crop."""
+    return (6 * macs + 2 * extra_macs) * batch * step
+
+
+def optimum(C, law, k, u=1., v=1.):
+    """(N*, D*) of least loss under C = k N^u D^v (2605.17276, Appendix B.4, for u = v = 1; other u and v, where epochs or the cost of a
+    parameter change with size, by the same Lagrangian). Raises ValueError where v or u <= 0: then there is no optimum."""
+    if v <= 0 or u <= 0:
+        raise ValueError(f'compute grows as N^{u:.2f} D^{v:.2f}: with an exponent of zero or less that side is free, and no optimum exists')
+    E, A, B, alpha, beta = law
+    H, total = (v * alpha * A / (u * beta * B)) ** (1 / (u * beta + v * alpha)), u * beta + v * alpha
+    return H ** v * (C / k) ** (beta / total), H ** -u * (C / k) ** (alpha / total)
+
+
+def shares(law, u=1., v=1.):
+    """(of parameters, of records): the shares of a marginal log-increase in compute at the optimum; they sum to 1."""
+    total = u * law.beta + v * law.alpha
+    return u * law.beta / total, v * law.alpha / total
+
+
+def optimal_loss(C, law, k, u=1., v=1.):
+    """Loss at the optimum, E + K (C / k)^-g with g = alpha beta / (u beta + v alpha) (2605.17276, Appendix B.4)."""
+    return joint_law(*optimum(C, law, k, u, v), *law)
+
+
+def frontier_curve(C, a, b, c, d):
+    """Loss a (C + d)^-b + c along the compute frontier, with saturation at both ends (2605.17276, Appendix B.4; Zhai et al. 2022)."""
+    return a * (C + d) ** -b + c
+
+
+def pareto(C, L):
+    """Indices, by growing compute, of points that no point of as little compute beats (2605.17276, Figure 5a). Of ties the first stays."""
+    order = np.lexsort((L, C))
+    kept = []
+    for i in order:
+        if not kept or L[i] < L[kept[-1]]:
+            kept.append(int(i))
+    return kept
+
+
+def overfit_extent(L, N, law):
+    """L / L(N, inf) - 1, the share of loss that is owed to too few records (2605.17276, Appendix B; after Kaplan 2020, Section 4).
+    Under the joint law it is B / (D^beta L(N, inf)) exactly: one line of slope -1 for all sizes."""
+    return L / joint_law(N, np.inf, *law) - 1
+
+
+def minimum_data(N, law, tolerance):
+    """Records for which the overfitting extent of a model of N parameters is `tolerance` (2605.17276, Appendix B)."""
+    with np.errstate(over='ignore'):                             # an exponent at its lower bound asks for more than a float holds
+        return np.float_power(law.B / (tolerance * joint_law(N, np.inf, *law)), 1 / law.beta)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fitting
+
+def project(N, D, L, grid=25):
+    """The joint law by variable projection: for given exponents it is linear in (E, A, B) >= 0, so only those two are searched, on a log
+    grid and then by Nelder-Mead. Least squares of the raw loss. N, D, L (n,). Returns Law."""
+    N0, D0 = (np.exp(np.log(v).mean()) for v in (N, D))          # else A and B span decades
+    X = np.ones((len(L), 3))
+
+    def solve(alpha, beta):
+        X[:, 1], X[:, 2] = (N / N0) ** -alpha, (D / D0) ** -beta
+        return scipy.optimize.nnls(X, L)
+
+    values = np.geomspace(LOW, HIGH, grid)
+    coarse = min(itertools.product(values, values), key=lambda e: solve(*e)[1])
+    inside = lambda q: np.exp(np.clip(q, math.log(LOW), math.log(HIGH)))
+    fine = scipy.optimize.minimize(lambda q: solve(*inside(q))[1], np.log(coarse), method='Nelder-Mead', options=dict(xatol=1e-10, fatol=0, maxiter=400))
+    alpha, beta = inside(fine.x)
+    E, A, B = solve(alpha, beta)[0]
+    return Law(*map(float, (E, A * N0 ** alpha, B * D0 ** beta, alpha, beta)))
+
+
+def marginal(x, L, floor=None, weight=1.):
+    """L = E + A x^-alpha by variable projection (2605.17276, Eq. 2), least squares of the raw loss. x, L (n,). floor: E, where it is given;
+    A, and E where it is free, are not negative. weight: of each point. At finite D the floor E of a curve over N is that of the joint law
+    PLUS what the records held fixed cost, and the other way round. Returns (E, A, alpha, sum of squares)."""
+    x0, w = np.exp(np.log(x).mean()), np.broadcast_to(weight, x.shape)
+    grid = np.linspace(math.log(LOW), math.log(HIGH), 150)
+    for _ in range(7):
+        z = (x / x0) ** -np.exp(grid)[:, None]                   # (exponents, n)
+        Sw, Sz, Szz, Sy, Szy = w.sum(), z @ w, z ** 2 @ w, L @ w, z @ (w * L)
+        E = np.full(len(grid), floor) if floor is not None else np.maximum(0, (Sy * Szz - Sz * Szy) / np.maximum(Sw * Szz - Sz ** 2, 1e-300))
+        A = (Szy - E * Sz) / Szz
+        E = np.where(A < 0, Sy / Sw, E) if floor is None else E
+        A = np.maximum(A, 0)
+        rss = ((L - E[:, None] - A[:, None] * z) ** 2) @ w
+        i = rss.argmin()
+        best, step = (float(E[i]), float(A[i] * x0 ** np.exp(grid[i])), float(np.exp(grid[i])), float(rss[i])), grid[1] - grid[0]
+        grid = np.clip(np.linspace(grid[i] - step, grid[i] + step, 41), math.log(LOW), math.log(HIGH))
+    return best
+
+
+def huber(r, delta):
+    a = np.abs(r)
+    return np.where(a <= delta, r * r / 2, delta * (a - delta / 2))
+
+
+def residual(p, x, y, l):
+    """Residuals of the log loss (R, n) and the gradient of the log law (R, n, 5), for R parameter vectors p = (log A, log B, E, alpha,
+    beta) in units of the geometric means; x = log N, y = log D, l = log L, centred. E itself, and not its log, so that it can be 0."""
+    terms = np.stack([np.exp(p[:, :1] - p[:, 3:4] * x), np.exp(p[:, 1:2] - p[:, 4:] * y)])
+    model = terms.sum(0) + p[:, 2:3]
+    s = terms / model
+    return l - np.log(model), np.stack([s[0], s[1], 1 / model, -x * s[0], -y * s[1]], -1)
+
+
+def objective_sum(p, x, y, l, delta):
+    """The SUM of Huber losses of the residuals, and its gradient. A mean would be so small that usual tolerances stop the search early
+    (Besiroglu et al., 2404.10102)."""
+    r, J = (v[0] for v in residual(p[None], x, y, l))
+    return huber(r, delta).sum(), -(np.clip(r, -delta, delta)[:, None] * J).sum(0)
+
+
+def descend(p, x, y, l, weight, delta, low, high, steps=300, tolerance=1e-10):
+    """R weighted Huber fits at once, by Levenberg-Marquardt on reweighted squares: every step lowers the sum or is not made.
+    p, low, high (R, 5); weight (R, n). Returns (p, sums)."""
+    p, damping, live = np.clip(p, low, high), np.full(len(p), 1e-3), np.arange(len(p))
+    r, J = residual(p, x, y, l)
+    f = (weight * huber(r, delta)).sum(1)
+    for _ in range(steps):
+        if not len(live):
+            break
+        i = live
+        WJ = (weight[i] / np.maximum(1, np.abs(r[i]) / delta))[..., None] * J[i]
+        H, g = WJ.transpose(0, 2, 1) @ J[i], (WJ * r[i][..., None]).sum(1)
+        stuck = ((p[i] <= low[i]) & (g < 0)) | ((p[i] >= high[i]) & (g > 0))                 # at a bound, and pushing outwards
+        g, H = np.where(stuck, 0, g), np.where(stuck[:, :, None] | stuck[:, None, :], 0, H)
+        diagonal = np.einsum('ijj->ij', H)
+        H = H + (damping[i, None] * diagonal + 1e-12 * diagonal.max(1, keepdims=True) + stuck + 1e-300)[:, :, None] * np.eye(5)
+        q = np.clip(p[i] + np.linalg.solve(H, g[..., None])[..., 0], low[i], high[i])
+        r2, J2 = residual(q, x, y, l)
+        f2 = (weight[i] * huber(r2, delta)).sum(1)
+        better = f2 < f[i]
+        done = np.where(better, f[i] - f2 < tolerance * f[i], damping[i] > 1e8)
+        p[i[better]], r[i[better]], J[i[better]], f[i[better]] = q[better], r2[better], J2[better], f2[better]
+        damping[i] = np.where(better, damping[i] / 5, damping[i] * 4)
+        live = i[~done]
+    return p, f
+
+
+class Scaled:
+    """N, D, L in units of their geometric means, as logs; the bounds of the five parameters. axis N or D: the other term is pinned at 0."""
+
+    def __init__(self, N, D, L, axis='joint'):
+        logs = [np.log(np.asarray(v, float)) for v in (N, D, L)]
+        self.zero = [v.mean() for v in logs]
+        self.x, self.y, self.l = (v - m for v, m in zip(logs, self.zero))
+        self.low, self.high = np.array([-20, -20, 0, LOW, LOW]), np.array([6, 6, math.exp(self.l.min()), HIGH, HIGH])
+        for term in {'joint': (), 'N': (1,), 'D': (0,)}[axis]:
+            self.low[term] = self.high[term] = -60
+            self.low[3 + term] = self.high[3 + term] = 1
+        self.free = int((self.low < self.high).sum())
+
+    def law(self, p):
+        """Parameter vectors (..., 5) as Law in the units of the data."""
+        a, b, E, alpha, beta = np.moveaxis(p, -1, 0)
+        n, d, l = self.zero
+        law = E * math.exp(l), np.exp(a + l + alpha * n), np.exp(b + l + beta * d), alpha, beta
+        return Law(*law) if p.ndim > 1 else Law(*map(float, law))
+
+    def vector(self, law):
+        n, d, l = self.zero
+        A, B = (max(c * math.exp(-e * z - l), 1e-9) for c, e, z in ((law.A, law.alpha, n), (law.B, law.beta, d)))
+        return np.clip([math.log(A), math.log(B), law.E * math.exp(-l), law.alpha, law.beta], self.low, self.high)
+
+    def descend(self, p, weight=None, delta=1e-3, low=None, high=None, **more):
+        p = np.atleast_2d(p)
+        shape = (len(p), len(self.l))
+        wide = lambda v: np.broadcast_to(v, p.shape)
+        return descend(p, self.x, self.y, self.l, np.ones(shape) if weight is None else weight, delta,
+                       wide(self.low if low is None else low), wide(self.high if high is None else high), **more)
+
+
+def robust(s, delta=1e-3, first=None):
+    """The parameters (5,) of least summed Huber loss of Scaled data (Hoffmann 2022, Eq. 3), and that sum: from 72 starts on a grid and
+    from `first`, all at once; the best is polished by L-BFGS-B with tight tolerances."""
+    half = math.log(.5), math.log(.1)
+    starts = [np.clip(p, s.low, s.high) for p in itertools.product(half, half, (0, .5 * s.high[2]), (.1, .3, .9), (.1, .3, .9))]
+    ends, sums = s.descend(np.unique(starts + ([] if first is None else [first]), axis=0), delta=delta, steps=1000)
+    best = ends[sums.argmin()]
+    fine = scipy.optimize.minimize(objective_sum, best, (s.x, s.y, s.l, delta), 'L-BFGS-B', True, bounds=list(zip(s.low, s.high)),
+                                   options=dict(ftol=1e-15, gtol=1e-12, maxiter=5000))
+    return (fine.x, fine.fun) if fine.fun < sums.min() else (best, sums.min())
+
+
+def draws(n, resamples, free, seed):
+    """Weights (R, n) of a bootstrap over all runs of a study. Gamma weights: every run, and so every level of N and D, stays in every
+    resample, which counts drawn with replacement do not grant; their variance n / (n - free) makes up for residuals that the fit has
+    shrunk. Resampling within replicates instead would cover too little: with three seeds a third of the noise is missing."""
+    shape = max(n - free, 1) / n
+    return np.random.default_rng(seed).gamma(shape, 1 / shape, (resamples, n))
+
+
+def profile(s, p, which, level=.95):
+    """(low, high) of a parameter by its profile: values at which the least squares of log loss over all the others are within Student's
+    bound of the best (an F test). Equal to the bounds of the search where the data cannot exclude them."""
+    p, n = s.descend(p, delta=1e9)[0][0], len(s.l)
+    start, end, least = s.low[which], s.high[which], math.inf
+    for _ in range(3):                                           # the second and third time only around the bounds of the interval
+        values = np.unique(np.r_[p[which], np.linspace(start, end, 80) if which == 2 else np.geomspace(start, end, 80)])
+        low, high, starts = (np.tile(v, (len(values), 1)) for v in (s.low, s.high, p))
+        low[:, which] = high[:, which] = values
+        sums = s.descend(starts, delta=1e9, low=low, high=high)[1]
+        least = min(least, sums.min())
+        inside = np.flatnonzero(sums <= least * (1 + scipy.stats.f.ppf(level, 1, n - s.free) / (n - s.free)) + 1e-25)
+        start, end = values[max(inside[0] - 1, 0)], values[min(inside[-1] + 1, len(values) - 1)]
+    return float(values[inside[0]]), float(values[inside[-1]])
+
+
+@dataclass
+class Fit:
+    """A law with what is needed to trust it. rows: one per run; boot: Law of arrays (R,); checks: R2, log RMSE, held-out errors, AICc;
+    profiles {E, alpha, beta: (low, high)}; flags: words."""
+    name: str
+    loss: str
+    axis: str
+    rows: list
+    s: Scaled
+    p: np.ndarray
+    delta: float
+    projected: Law
+    law: Law
+    boot: Law
+    profiles: dict
+    checks: dict
+    flags: list
+
+    N = property(lambda self: column(self.rows, 'N'))
+    D = property(lambda self: column(self.rows, 'D'))
+    L = property(lambda self: column(self.rows, self.loss))
+    exponents = property(lambda self: {'joint': ('alpha', 'beta'), 'N': ('alpha',), 'D': ('beta',)}[self.axis])
+
+    def interval(self, value, level=.95):
+        """Percentiles of value(law) over resamples; some may be infinite, so none are interpolated."""
+        with np.errstate(all='ignore'):
+            return np.quantile(value(self.boot), [.5 - level / 2, .5 + level / 2], axis=0, method='inverted_cdf')
+
+
+def unfit(N, D, axis):
+    """Why runs at these sizes cannot tell the exponents of a law, or ''."""
+    levels = {'N': np.unique(N), 'D': np.unique(D)}
+    if axis != 'joint':
+        v = levels[axis]
+        if len(v) < 5 or math.log10(v[-1] / v[0]) < 1.5 - 1e-9:
+            return f'{axis} has {len(v)} level{"s" * (len(v) > 1)} over {math.log10(v[-1] / v[0]):.1f} decades; a curve with a floor needs 5 over 1.5'
+        return ''
+    for name, exponent, other in (('N', 'alpha', 'D'), ('D', 'beta', 'N')):
+        if len(levels[name]) < 3:
+            return f'{name} has {len(levels[name])} level{"s" * (len(levels[name]) > 1)} only, and {exponent} needs three' \
+                + f'; for the other axis alone add --axis {other}' * (len(levels[other]) > 4)
+    cells = np.unique(np.log(np.c_[N, D]), axis=0)
+    if len(N) < 8:
+        return f'{len(N)} runs are too few for five parameters; 8 are the least'
+    if abs(np.corrcoef(cells.T)[0, 1]) > .95:
+        return 'N and D grow together (correlation of their logs over .95), so nobody can tell which of them lowers the loss'
+    return ''
+
+
+def fit_runs(rows, loss, name='all runs', axis='joint', delta=1e-3, resamples=600, seed=0, checked=True):
+    """Fit a law to the runs of one configuration. rows: one per run (`select`). delta: of Huber's loss of log residuals, or 'mad': 1.345
+    of their normalised median absolute deviation. Returns Fit, or the reason, as text, why there is none."""
+    N, D, L = (column(rows, c) for c in ('N', 'D', loss))
+    if reason := unfit(N, D, axis):
+        return reason
+    s = Scaled(N, D, L, axis)
+    if axis == 'joint':
+        first = project(N, D, L)
+    else:
+        E, c, e, _ = marginal(N if axis == 'N' else D, L)
+        first = Law(E, c, 0., e, 1.) if axis == 'N' else Law(E, 0., c, 1., e)
+    if delta == 'mad':
+        r = residual(s.vector(first)[None], s.x, s.y, s.l)[0][0]
+        delta = max(1.345 * 1.4826 * np.median(np.abs(r - np.median(r))), 1e-6)
+    p, _ = robust(s, delta, s.vector(first))
+    law = s.law(p)
+    fit = Fit(name, loss, axis, rows, s, p, delta, first, law, None, {}, {}, [])
+    fit.profiles = {c: profile(s, p, i) for i, c in ((2, 'E'), (3, 'alpha'), (4, 'beta')) if c == 'E' or c in fit.exponents}
+    fit.profiles['E'] = tuple(v * math.exp(s.zero[2]) for v in fit.profiles['E'])
+    for exponent in fit.exponents:
+        low, high = fit.profiles[exponent]
+        if low <= LOW * 1.01 and high >= HIGH / 1.01:
+            return f'{exponent} fits as well at {LOW:g} as at {HIGH:g}: these runs do not identify it'
+    w = draws(len(L), resamples, s.free, seed)
+    fit.boot = s.law(s.descend(np.tile(p, (resamples, 1)), w, delta)[0])
+    fit.checks = checks(fit) if checked else {}
+    fit.flags = bounds(fit) + rising(fit)
+    return fit
+
+
+def bounds(fit):
+    """What ended at a bound of the search, and so is censored, not measured; and exponents whose profile is open to one side."""
+    law, least, flags = fit.law, fit.L.min(), []
+    for e in fit.exponents:
+        value, (low, high) = getattr(law, e), fit.profiles[e]
+        if value <= LOW * 1.01 or value >= HIGH / 1.01:
+            flags.append(f'{e} at its bound {value:.3g}')
+        elif low <= LOW * 1.01 or high >= HIGH / 1.01:
+            flags.append(f'{e} open ' + ('downwards' if low <= LOW * 1.01 else 'upwards'))
+    return flags + ['E = 0'] * int(law.E < 1e-6 * least) + ['E at the lowest loss'] * int(law.E > least * (1 - 1e-6))
+
+
+def rising(fit):
+    """Where the largest model is clearly worse than a smaller one: the law cannot bend up, so such runs pull its exponents."""
+    worse = []
+    for D in np.unique(fit.D):
+        means = {n: np.log(fit.L[(fit.D == D) & (fit.N == n)]).mean() for n in np.unique(fit.N[fit.D == D])}
+        best = min(means, key=means.get)
+        if means[max(means)] - means[best] > 3 * fit.checks.get('log_RMSE', math.inf):
+            worse.append(f'{D:,.0f}')
+    return [f'largest N worse than a smaller one at D = {", ".join(worse)}'] if worse else []
+
+
+def checks(fit):
+    """R2 of the raw loss, RMSE of its log, relative errors at the largest N and D when left out of the fit, and AICc minus that of a
+    straight line in log-log space (below zero: the law is better)."""
+    N, D, L, s, out = fit.N, fit.D, fit.L, fit.s, {}
+    at = joint_law(N, D, *fit.law)
+    out['R2'] = 1 - ((L - at) ** 2).sum() / ((L - L.mean()) ** 2).sum()
+    out['log_RMSE'] = float(np.sqrt((np.log(L / at) ** 2).mean()))
+    for c, v in (('N', N), ('D', D)):
+        kept, out[f'held_out_{c}'] = v < v.max(), math.nan
+        enough = min(len(np.unique(x[kept])) for x in ((N, D) if fit.axis == 'joint' else (v,))) > 2 and kept.sum() > s.free
+        if fit.axis in ('joint', c) and enough:
+            part = Scaled(N[kept], D[kept], L[kept], fit.axis)
+            law = part.law(robust(part, fit.delta)[0])
+            out[f'held_out_{c}'] = float((joint_law(N, D, *law)[~kept] / L[~kept] - 1).mean())
+            out[f'law_without_{c}'] = law
+    X = np.c_[np.ones(len(L)), *[v for v, c in ((s.x, 'N'), (s.y, 'D')) if fit.axis in ('joint', c)]]
+    line = ((s.l - X @ np.linalg.lstsq(X, s.l, rcond=None)[0]) ** 2).sum()
+    squares = 2 * s.descend(fit.p, delta=1e9)[1][0]
+    out['AICc_minus_line'] = aicc(squares, len(L), s.free) - aicc(line, len(L), X.shape[1])
+    return out
+
+
+def aicc(rss, n, k):
+    k += 1                                                       # the noise is a parameter too
+    return n * math.log(max(rss, 1e-300) / n) + 2 * k + (2 * k * (k + 1) / (n - k - 1) if n > k + 1 else math.inf)
+
+
+def shared_floor(fits):
+    """One floor for all configurations on a task, since what cannot be told belongs to the task: the E of least summed Huber loss.
+    Returns {name: Law}."""
+    grid = np.linspace(0, min(f.L.min() for f in fits), 60)
+    for _ in range(3):
+        total, laws = 0, {}
+        for f in fits:
+            low, high, starts = (np.tile(v, (len(grid), 1)) for v in (f.s.low, f.s.high, f.p))
+            low[:, 2] = high[:, 2] = grid * math.exp(-f.s.zero[2])
+            ends, sums = f.s.descend(starts, delta=f.delta, low=low, high=high)
+            total, laws[f.name] = total + sums, f.s.law(ends)
+        i = total.argmin()
+        found = {name: Law(*(float(v[i]) for v in law)) for name, law in laws.items()}
+        grid = np.clip(np.linspace(grid[i] - grid[1] + grid[0], grid[i] + grid[1] - grid[0], 21), 0, grid[-1])
+    return found
+
+
+def slices(rows):
+    """{axis: rows}: the runs at the number of records that has most sizes (N), and at the size that has most numbers of records (D)."""
+    out = {}
+    for axis, other in (('N', 'D'), ('D', 'N')):
+        levels = {}
+        for r in rows:
+            levels.setdefault(r[other], []).append(r)
+        out[axis] = max(levels.items(), key=lambda item: (len({r[axis] for r in item[1]}), item[0]))[1]
+    return out
+
+
+def fit_all(a, axis='joint'):
+    """Fits of every configuration and loss of a.runs; what cannot be fitted is said in a line. Raises Stop where nothing can."""
+    rows, losses = read_runs(a.runs, a.loss)
+    fits, reasons = [], []
+    jobs = [(name, group, loss) for name, group in configurations(rows).items() for loss in losses]
+    for i, (name, group, loss) in enumerate(tqdm(jobs, desc='fitting', leave=False, disable=None)):
+        present = [r for r in group if math.isfinite(r[loss])]
+        reason = incomparable(group, loss) if present or a.loss else f'no {loss}'
+        if not reason:
+            chosen = select(group, loss)
+            chosen = slices(chosen).get(axis, chosen)            # one axis is fitted at one level of the other
+            fit = fit_runs(chosen, loss, name, axis, a.delta, a.resamples, [a.seed, *name.encode()])
+            reason = fit if isinstance(fit, str) else ''
+            fits += [fit] * (not reason)
+        if reason:
+            reasons.append(f'{name}, {loss}: {reason}')
+    if not fits:
+        raise Stop('nothing can be fitted. ' + reasons[0] + (f' ({len(reasons) - 1} more like it)' if len(reasons) > 1 else ''))
+    for reason in reasons:
+        print('not fitted: ' + reason)
+    for name in sorted({f.name for f in fits if f.rows[0].get('objective') == 'cpc' and f.loss.startswith('id_')}):
+        print(f"{name}: cpc's targets are learned too, so part of a change in its id_test is a change of the task")
+    return fits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fit
+
+def plain(value):
+    """What JSON can hold, in full precision."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, Law):
+        return plain(value._asdict())
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [plain(v) for v in value]
+    return None if isinstance(value, (float, np.floating)) and not math.isfinite(value) else value.item() if isinstance(value, np.generic) else value
+
+
+def spread(fit, value):
+    """value(law) with its 95 % interval, as text."""
+    low, high = fit.interval(value)
+    return f'{value(fit.law):.3g} [{low:.3g}, {high:.3g}]'
+
+
+def row_of(fit, shared=None):
+    """A fit as a flat row: values, percentile intervals (80 and 95 %), profile intervals, checks, absolute losses."""
+    row = dict(configuration=fit.name, loss=fit.loss, axis=fit.axis, runs=len(fit.rows), levels_N=len(set(fit.N)), levels_D=len(set(fit.D)),
+               lowest_loss=fit.L.min(), drop=math.log(fit.L.max() / fit.L.min()))
+    for c in ('E', 'A', 'B', 'alpha', 'beta'):
+        if fit.axis == 'joint' or c == 'E' or c in {'N': ('A', 'alpha'), 'D': ('B', 'beta')}[fit.axis]:
+            row[c] = getattr(fit.law, c)
+            for level in (95, 80):
+                row[f'{c}_low{level}'], row[f'{c}_high{level}'] = fit.interval(lambda law: getattr(law, c), level / 100)
+            if c in fit.profiles:
+                row[f'{c}_profile_low'], row[f'{c}_profile_high'] = fit.profiles[c]
+    for e, c in (('alpha', 'N'), ('beta', 'D')):
+        if e in fit.exponents:
+            row[f'excess_left_by_10x_{c}'] = excess_ratio(10, row[e])
+    if fit.axis == 'joint':
+        row['data_share'] = shares(fit.law)[1]
+        row['data_share_low95'], row['data_share_high95'] = fit.interval(lambda law: shares(law)[1])
+    if shared:
+        row |= dict(shared_E=shared.E, shared_alpha=shared.alpha, shared_beta=shared.beta)
+    return row | {k: v for k, v in fit.checks.items() if not k.startswith('law_')} | dict(flags='; '.join(fit.flags))
+
+
+def ratios(fits):
+    """Ratios of exponents between configurations, each with an interval from joint resamples: per loss, and of the mean over the
+    out-of-distribution losses that both have. A bound at either side censors a ratio. In distribution only within an objective: the losses
+    of two have different units. worth_of_10x: by how much b must grow to gain what a gains from ten times the size (2605.17276, Eq. 3)."""
+    by, rows = {}, []
+    for f in fits:
+        by.setdefault(f.name, {})[f.loss] = f
+    for one, two in itertools.combinations(by, 2):
+        alike = len({next(iter(by[n].values())).rows[0].get('objective') for n in (one, two)}) == 1
+        both = [loss for loss in by[one] if loss in by[two] and (alike or not loss.startswith('id_'))]
+        ood = [loss for loss in both if loss.startswith('ood_')]
+        for exponent in ('alpha', 'beta'):
+            for label, losses in [(loss, [loss]) for loss in both] + [('mean of ood', ood)] * (len(ood) > 1):
+                free = [loss for loss in losses if not any(flag.startswith(f'{exponent} at') for n in (one, two) for flag in by[n][loss].flags)]
+                if not free:
+                    rows.append(dict(exponent=exponent, loss=label, a=one, b=two, censored=len(losses)))
+                    continue
+                point, boot = ([sum(getattr(getattr(by[n][loss], which), exponent) for loss in free) for n in (one, two)] for which in ('law', 'boot'))
+                low, high = np.quantile(boot[0] / boot[1], [.025, .975])
+                rows.append(dict(exponent=exponent, loss=label, a=one, b=two, ratio=point[0] / point[1], low=low, high=high,
+                                 worth_of_10x=equivalent_scale_up(10, *point), censored=len(losses) - len(free)))
+    return rows
+
+
+def fit_command(a):
+    """Fit the law, or one axis of it; table, ratios, CSV, JSON and one figure per loss."""
+    fits = fit_all(a, a.axis)
+    marginals, shared = [], {}
+    for f in fits if a.axis == 'joint' else ():
+        for axis, rows in slices(f.rows).items():
+            m = fit_runs(rows, f.loss, f.name, axis, a.delta, a.resamples, a.seed)
+            if isinstance(m, str):
+                print(f'no marginal: {f.name}, {f.loss}: {m}')
+            else:
+                marginals.append(m)
+    for loss in dict.fromkeys(f.loss for f in fits if a.axis == 'joint'):
+        group = [f for f in fits if f.loss == loss]
+        if len(group) > 1 and loss.startswith('ood_'):
+            shared[loss] = shared_floor(group)
+    print(f'\n{"configuration":28s} {"loss":16s} {"axis":5s} runs  lowest  drop  {"E [95 %]":24s} {"alpha":22s} {"beta":22s} {"data share":22s} '
+          f'{"R2":>6s} {"RMSE":>6s}  out N  out D   AICc')
+    percent = lambda v: '' if math.isnan(v) else f'{100 * v:+.1f}%'
+    for f in fits + marginals:
+        c = f.checks
+        print(f'{f.name:28s} {f.loss:16s} {f.axis:5s} {len(f.rows):4d} {f.L.min():7.4f} {math.log(f.L.max() / f.L.min()):5.2f}  '
+              f'{spread(f, lambda w: w.E):24s} '
+              + ''.join(f'{spread(f, lambda w: getattr(w, e)) if e in f.exponents else "":22s} ' for e in ('alpha', 'beta'))
+              + f'{spread(f, lambda w: shares(w)[1]) if f.axis == "joint" else "":22s} {c["R2"]:6.3f} {c["log_RMSE"]:6.4f} {percent(c["held_out_N"]):>6s} '
+              f'{percent(c["held_out_D"]):>6s} {c["AICc_minus_line"]:+6.0f}  {"; ".join(f.flags)}')
+    print('drop: log of highest over lowest loss; an exponent says how soon a curve nears its own floor, not how low it is or how far it fell. '
+          'out: error at the largest N or D, left out.\nAICc: against a straight line in log-log space; above zero the line does better')
+    for loss, laws in shared.items():
+        exponents = '; '.join(f'{n} alpha {w.alpha:.3g}, beta {w.beta:.3g}' for n, w in laws.items())
+        print(f'one floor E = {next(iter(laws.values())).E:.3g} on {loss}: {exponents}')
+    pairs = ratios(fits) if a.axis == 'joint' else []
+    for r in pairs:
+        found = f'{r["ratio"]:.2f} [{r["low"]:.2f}, {r["high"]:.2f}], 10x is worth {r["worth_of_10x"]:.3g}x' if 'ratio' in r else 'unknown'
+        print(f'{r["exponent"]:5s} {r["loss"]}: {r["a"]} / {r["b"]} {found}' + f'; {r["censored"]} at a bound left out' * bool(r['censored']))
+    laws = [row_of(f, shared.get(f.loss, {}).get(f.name) if f.axis == 'joint' else None) for f in fits + marginals]
+    content = [row | dict(law=f.law, projected=f.projected, delta=f.delta, checks=f.checks) for row, f in zip(laws, fits + marginals)]
+    figures = [(f'fit_{slug(loss)}', draw_fits([f for f in fits if f.loss == loss], shared.get(loss, {}))) for loss in dict.fromkeys(f.loss for f in fits)]
+    deliver(a, ('fit', laws), *[('ratios', pairs)] * bool(pairs), ('fit', dict(fits=content, ratios=pairs, resamples=a.resamples, seed=a.seed)), *figures)
+
+
+def draw_fits(fits, shared):
+    """A row per configuration: loss against N and against D with the law, its 95 % band at the largest level, the floor, and the held-out
+    point; then the residuals."""
+    axes_of = {'joint': ('N', 'D'), 'N': ('N',), 'D': ('D',)}[fits[0].axis]
+    fig, axes = figure(len(fits), len(axes_of) + 1, figsize=(4.6 * (len(axes_of) + 1), 3.4 * len(fits)), squeeze=False, layout='constrained')
+    for f, row in zip(fits, axes):
+        for ax, c in zip(row, axes_of):
+            x, other = (f.N, f.D) if c == 'N' else (f.D, f.N)
+            line = np.geomspace(x.min(), x.max() * 3, 60)
+            at = lambda law, o: joint_law(line, o, *law) if c == 'N' else joint_law(o, line, *law)
+            levels = np.unique(other) if f.axis == 'joint' else [other[0]]
+            for i, o in enumerate(levels):
+                colour, mine = f'C{i % 10}', other == o if f.axis == 'joint' else np.ones(len(x), bool)
+                ax.plot(x[mine], f.L[mine], 'o', ms=4, color=colour, label=f'{"D" if c == "N" else "N"} = {o:,.0f}' if f.axis == 'joint' else None)
+                ax.plot(line, at(f.law, o), color=colour, lw=1)
+            ax.fill_between(line, *np.quantile([at(w, levels[-1]) for w in zip(*f.boot)], [.025, .975], axis=0), color=colour, alpha=.2)
+            law = f.checks.get(f'law_without_{c}')
+            if law:
+                at_end = joint_law(x.max(), levels[-1], *law) if c == 'N' else joint_law(levels[-1], x.max(), *law)
+                ax.plot(x.max(), at_end, 's', ms=8, mfc='none', color='k', label=f'predicted from smaller {c}')
+            ax.axhline(f.law.E, ls='--', color='C7', lw=1, label='floor E' + (' (at a bound)' if any('E' in flag for flag in f.flags) else ''))
+            if f.name in shared:
+                ax.axhline(shared[f.name].E, ls=':', color='C7', lw=1, label='one floor for all')
+            ax.set(xscale='log', yscale='log', xlabel={'N': 'N, parameters', 'D': 'D, records'}[c], ylabel=f.loss)
+            ax.set_title(f'{f.name}\n' + '; '.join(f.flags), fontsize=9)
+            ax.legend(fontsize=6)
+        for c, x, mark in (('N', f.N, 'o'), ('D', f.D, 'x')):
+            row[-1].plot(x, 100 * np.log(f.L / joint_law(f.N, f.D, *f.law)), mark, ms=4, label=f'against {c}')
+        row[-1].axhline(0, color='C7', lw=1), row[-1].set(xscale='log', xlabel='N or D', ylabel='residual of log loss, %', title='residuals')
+        row[-1].legend(fontsize=6)
+    return fig
+
+
+def deliver(a, *things):
+    """Write (name, table, dict or figure) as STEM_NAME.csv, .json or .png beside the runs, or to --out, and say so."""
+    path = Path(a.runs)
+    out, files = Path(a.out) if a.out else path.parent, []
+    out.mkdir(parents=True, exist_ok=True)
+    for name, thing in things:
+        files.append(out / (f'{path.stem}_{name}' + {list: '.csv', dict: '.json'}.get(type(thing), '.png')))
+        if isinstance(thing, list):
+            write_csv(files[-1], thing)
+        elif isinstance(thing, dict):
+            files[-1].write_text(json.dumps(plain(thing), indent=1))
+        else:
+            thing.savefig(files[-1], dpi=100)
+    print(f'\nin {out}/: ' + ', '.join(f.name for f in files))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# simulate
+
+def simulated(seed, truth, a):
+    """One study with a planted law, fitted: a row per parameter, with whether its intervals cover the truth."""
+    rng = np.random.default_rng([a.seed, seed])
+    N, D = (np.repeat(v.ravel(), a.seeds) for v in np.meshgrid(np.geomspace(2e4, 2e7, a.levels), np.geomspace(2e3, 2e6, a.levels)))
+    L = joint_law(N, D, *truth) * np.exp(a.noise * rng.standard_normal(len(N)))
+    fit = fit_runs([dict(N=n, D=d, loss=v, line=i) for i, (n, d, v) in enumerate(zip(N, D, L))], 'loss', delta=a.delta, resamples=a.resamples,
+                   seed=[a.seed, seed, 1], checked=False)
+    if isinstance(fit, str):
+        return [dict(study=seed, refused=fit)]
+    rows = []
+    for c in ('alpha', 'beta', 'E'):
+        true, (low, high), (plow, phigh) = getattr(truth, c), fit.interval(lambda w: getattr(w, c)), fit.profiles[c]
+        rows.append(dict(study=seed, parameter=c, truth=true, estimate=getattr(fit.law, c), low=low, high=high, covered=low <= true <= high,
+                         profile_low=plow, profile_high=phigh, profile_covered=plow <= true <= phigh))
+    return rows
+
+
+def simulate_command(a):
+    """Studies with a planted law and noise: how often do 95 % intervals cover the truth?"""
+    truth, rows = Law(*a.truth), []
+    with ProcessPoolExecutor(2) as pool:
+        parts = pool.map(simulated, range(a.studies), itertools.repeat(truth), itertools.repeat(a))
+        for part in tqdm(parts, total=a.studies, desc='studies', disable=None):
+            rows += part
+    out = Path(a.out or 'out')
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(out / 'simulate.csv', rows)
+    refused = [r for r in rows if 'refused' in r]
+    print(f'{a.studies} studies, {a.levels} x {a.levels} sizes over 3 decades each, {a.seeds} seeds, {100 * a.noise:g} % noise, {a.resamples} resamples, '
+          f'{len(refused)} refused')
+    worst = 1.
+    for c in ('alpha', 'beta', 'E'):
+        mine = [r for r in rows if r.get('parameter') == c]
+        share = {k: np.mean([r[k] for r in mine]) for k in ('covered', 'profile_covered')}
+        worst, e = min(worst, share['covered']), np.array([r['estimate'] for r in mine])
+        print(f'{c:5s} truth {getattr(truth, c):.4g}, estimates {e.mean():.4g} +- {e.std():.2g}; covered by 95 % intervals: '
+              f'bootstrap {share["covered"]:.1%}, profile {share["profile_covered"]:.1%}; '
+              f'median width {np.median([r["high"] - r["low"] for r in mine]):.3g}')
+    print(f'{out}/simulate.csv')
+    if worst < .88:
+        raise Stop(f'95 % intervals cover the truth in {worst:.1%} only')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# allocate
+
+def ols(X, y, level=.95):
+    """Least squares of y (n,) on X (n, k): (coefficients, half widths of their Student intervals)."""
+    n, k = X.shape
+    if n <= k or np.linalg.matrix_rank(X) < k:
+        return np.full(k, math.nan), np.full(k, math.nan)
+    b = np.linalg.lstsq(X, y, rcond=None)[0]
+    variance = ((y - X @ b) ** 2).sum() / (n - k) * np.linalg.inv(X.T @ X).diagonal()
+    return b, scipy.stats.t.ppf(.5 + level / 2, n - k) * np.sqrt(variance)
+
+
+def growth(rows):
+    """How compute grows with size, measured at the best steps: epochs = e0 N^p D^q and MACs (a third of extra_macs included) = m0 N^mu, so
+    that C = k N^u D^v with k = 6 m0 e0, u = mu + p, v = 1 + q. Returns dict of these, and of half widths p_95, q_95, mu_95."""
+    N, D, step, batch, macs = (column(rows, c) for c in ('N', 'D', 'step', 'batch', 'macs'))
+    macs = macs + np.nan_to_num(column(rows, 'extra_macs')) / 3
+    if not all((v > 0).all() for v in (step, batch, macs)):
+        raise Stop('allocate needs macs, batch and step in every row: compute is measured, not assumed')
+    (e, p, q), (_, p95, q95) = ols(np.c_[np.ones(len(N)), np.log(N), np.log(D)], np.log(step * batch / D))
+    (m, mu), (_, mu95) = ols(np.c_[np.ones(len(N)), np.log(N)], np.log(macs))
+    return dict(k=6 * math.exp(m + e), u=mu + p, v=1 + q, p=p, q=q, mu=mu, p_95=p95, q_95=q95, mu_95=mu95)
+
+
+def fit_frontier(C, L):
+    """Frontier curve through points (C, L): (a, b, c, d) of `frontier_curve`, by least squares of the log loss from 36 starts; C in units
+    of its geometric mean while fitting."""
+    C0, best = np.exp(np.log(C).mean()), None
+    x, l = C / C0, np.log(L)
+    at = lambda q: np.log(np.exp(q[0]) * (x + np.exp(q[3])) ** -np.exp(q[1]) + q[2]) - l
+    low, high = [-20, -7, 0, math.log(x.min()) - 9], [12, 2, L.min(), math.log(x.max()) + 2]
+    for b, c, d in itertools.product((.05, .2, .6), (.01, .3, .6, .9), (.01, .3, 3)):
+        start = np.clip([math.log(L.max() * .5), math.log(b), c * L.min(), math.log(d * np.median(x))], low, np.array(high) - 1e-9)
+        r = scipy.optimize.least_squares(at, start, bounds=(low, high), xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=400)
+        best = r if best is None or r.cost < best.cost else best
+    a, b, c, d = math.exp(best.x[0]), math.exp(best.x[1]), best.x[2], math.exp(best.x[3])
+    return a * C0 ** b, b, c, d * C0
+
+
+def spent(rows):
+    """FLOPs (n,) that rows of a table took."""
+    return compute(*(column(rows, c) for c in ('macs', 'batch', 'step')), np.nan_to_num(column(rows, 'extra_macs')))
+
+
+def allocate_command(a):
+    """The sizes and records of least loss for a budget, with intervals; iso-loss map; Pareto frontier of all evaluations."""
+    groups = configurations(read_runs(a.runs, a.loss, ('N', 'D', 'macs', 'batch', 'step'))[0])
+    fits, table, figures, refused = fit_all(a), [], [], []
+    for f in fits:
+        g = growth(f.rows)
+        k, u, v = g['k'], g['u'], g['v']
+        print(f'\n{f.name}, {f.loss}: epochs to the best step = N^{g["p"]:.2f}+-{g["p_95"]:.2f} D^{g["q"]:.2f}+-{g["q_95"]:.2f}, '
+              f'MACs = N^{g["mu"]:.2f}+-{g["mu_95"]:.2f}; C = {k:.3g} N^{u:.2f} D^{v:.2f}')
+        if v <= 1e-6 or u <= 0:
+            refused.append(f'{f.name}, {f.loss}: compute grows as N^{u:.2f} D^{v:.2f}. With a fixed number of steps more records cost nothing, so '
+                           'there is nothing to allocate: train to early stopping, or for a fixed number of epochs')
+            print('refused: ' + refused[-1])
+            continue
+        for flag in f.flags + ['the interval of the exponent of D includes zero, at which nothing could be allocated'] * bool(v <= g['q_95']):
+            print('  careful: ' + flag)
+        print(f'  of a marginal increase in log compute, data get {spread(f, lambda w: shares(w, u, v)[1])}, '
+              f'parameters {spread(f, lambda w: shares(w, u, v)[0])} (at constant epochs and MACs = N: data {spread(f, lambda w: shares(w)[1])})')
+        C = spent(f.rows)
+        line = np.geomspace(C.min(), C.max() * 10, 40)
+        for budget in line[::13]:
+            n, d = optimum(budget, f.law, k, u, v)
+            (nl, dl), (nh, dh) = f.interval(lambda w: np.array(optimum(budget, w, k, u, v)).T)
+            beyond = ' '.join(c for c, x, most in (('N', n, f.N.max()), ('D', d, f.D.max())) if x > most)
+            table.append(dict(configuration=f.name, loss=f.loss, C=budget, N=n, N_low=nl, N_high=nh, D=d, D_low=dl, D_high=dh,
+                              predicted=optimal_loss(budget, f.law, k, u, v), share_data=shares(f.law, u, v)[1], beyond_the_runs=beyond, **g))
+            print(f'  C {budget:9.2e}: N* {n:11,.0f} [{nl:,.0f}, {nh:,.0f}], D* {d:11,.0f} [{dl:,.0f}, {dh:,.0f}], loss {table[-1]["predicted"]:.4f}'
+                  + (f'  extrapolated in {beyond}' if beyond else ''))
+        figures.append((f'allocate_{slug(f.name, f.loss)}', draw_allocation(f, groups[f.name], line, (k, u, v))))
+    if not table:
+        raise Stop('nothing to allocate. ' + refused[0])
+    print('\nthe frontier is chosen by validation loss where there is one; evaluations before the end of a decaying learning rate look worse than '
+          'runs that end there')
+    deliver(a, ('allocate', table), *figures)
+
+
+def draw_allocation(f, rows, line, kuv):
+    """Left: loss over (C, N) at D = (C / k N^u)^(1/v), the optimal N, and where D exceeds what there is. Right: all evaluations, their
+    Pareto frontier, the curve through it, and the law's optimal loss."""
+    k, u, v = kuv
+    fig, (ax, bx) = figure(1, 2, figsize=(12, 4.6), layout='constrained')
+    N = np.geomspace(f.N.min() / 3, f.N.max() * 3, 80)[:, None]
+    D = (line / (k * N ** u)) ** (1 / v)
+    Z = joint_law(N, np.maximum(D, 1), *f.law)
+    shown = ax.contourf(line, N[:, 0], Z, levels=np.geomspace(Z.min(), min(Z.max(), 3 * f.L.max()), 14), cmap='viridis_r', extend='max')
+    fig.colorbar(shown, ax=ax, label=f.loss, format='%.3g')
+    ax.contourf(line, N[:, 0], D > f.D.max(), levels=[.5, 1.5], colors='none', hatches=['///'])
+    ax.plot(line, optimum(line, f.law, *kuv)[0], 'r-', label='N*(C)')
+    band = np.quantile([optimum(line, Law(*w), *kuv)[0] for w in zip(*f.boot)], [.025, .975], axis=0)
+    ax.fill_between(line, *band, color='r', alpha=.25)
+    ax.plot(spent(f.rows), f.N, 'k.', ms=4, label='runs')
+    ax.set(xscale='log', yscale='log', xlabel='C, training FLOPs', ylabel='N, parameters', ylim=(N.min(), N.max()),
+           title=f'{f.name}, {f.loss}; hatched: more records than there are')
+    ax.legend(fontsize=7)
+    test, val, C = column(rows, f.loss), column(rows, validation(f.loss)), spent(rows)
+    chosen = pareto(C, val if np.isfinite(val).all() else test)
+    bx.plot(C, test, '.', color='C7', ms=3, label='evaluations')
+    bx.plot(C[chosen], test[chosen], 'o-', ms=4, color='C0', label='Pareto frontier')
+    if len(chosen) > 5:
+        q = fit_frontier(C[chosen], test[chosen])
+        bx.plot(line, frontier_curve(line, *q), 'k--', lw=1, label=f'{q[0]:.2g} (C + {q[3]:.2g})^-{q[1]:.2g} + {q[2]:.2g}')
+    bx.plot(line, optimal_loss(line, f.law, *kuv), 'r-', lw=1, label='law at its optimum')
+    bx.axhline(f.law.E, ls=':', color='C7', label='floor E')
+    bx.set(xscale='log', yscale='log', xlabel='C, training FLOPs', ylabel=f.loss)
+    bx.legend(fontsize=7)
+    return fig
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transfer
+
+def loss_to_loss(excess_id, excess_ood, weight=None):
+    """kappa, gamma of L_ood - E_ood = kappa (L_id - E_id)^gamma by a line in logs (2605.17276, Eq. 4), over the points where both excesses
+    are positive. excess_* (..., n), weight alike. Returns (kappa, gamma, points dropped)."""
+    x, y = np.asarray(excess_id, float), np.asarray(excess_ood, float)
+    good = (x > 0) & (y > 0)
+    w = good * (1. if weight is None else weight)
+    x, y = (np.log(np.where(good, v, 1)) for v in (x, y))
+    mean = lambda v: (w * v).sum(-1, keepdims=True) / w.sum(-1, keepdims=True)
+    gamma = (w * (x - mean(x)) * (y - mean(y))).sum(-1) / (w * (x - mean(x)) ** 2).sum(-1)
+    return np.exp(mean(y)[..., 0] - gamma * mean(x)[..., 0]), gamma, (~good).sum(-1)
+
+
+def effective_data(D, L, wanted):
+    """Records D_E at which training from scratch reaches each loss of `wanted` (2605.17276, Appendix B; Hernandez 2102.01293), by inverting
+    a smooth curve through scratch runs (D, L): the law E + B D^-b where there are 5 sizes over 1.5 decades, else isotonic and monotone in
+    log D. Returns (D_E, status): 'ok'; 'censored', lower than any scratch run or than the floor; 'extrapolated', beyond the sizes."""
+    D, L, wanted = (np.asarray(v, float) for v in (D, L, wanted))
+    levels, index = np.unique(D, return_inverse=True)
+    mean = np.bincount(index, L) / np.bincount(index)
+    if not unfit(D, D, 'D'):
+        E, B, b, _ = marginal(D, L)
+        with np.errstate(all='ignore'):
+            found, lowest = np.where(wanted > E, (B / (wanted - E)) ** (1 / b), np.inf), max(E, mean.min())
+    else:
+        if len(levels) < 2:
+            raise Stop(f'training from scratch has {len(levels)} number of records: two are the least to read a size off')
+        smooth = scipy.optimize.isotonic_regression(mean, weights=np.bincount(index), increasing=False).x
+        curve = scipy.interpolate.PchipInterpolator(np.log(levels), smooth)
+        fine = np.linspace(*np.log(levels[[0, -1]]), 20001)
+        found, lowest = np.exp(np.interp(-wanted, -curve(fine), fine, left=fine[0] - 1e-6, right=math.inf)), smooth.min()
+    outside = (found > levels[-1] * (1 + 1e-9)) | (found < levels[0] * (1 - 1e-9))
+    return found, np.where(wanted < lowest, 'censored', np.where(outside, 'extrapolated', 'ok'))
+
+
+def data_transferred(rows, loss):
+    """D_T = D_E - D_F = k D_F^a N^b of one task (2605.17276, Appendix B): points from rows with mode scratch or finetune, D_F, N and a loss,
+    then a line in logs over those that can be used. Returns (points, (k, a, b), counts by status)."""
+    points = []
+    for N in sorted({r['N'] for r in rows}):
+        scratch, tuned = ([r for r in rows if r['N'] == N and r['mode'] == m] for m in ('scratch', 'finetune'))
+        if not tuned or not scratch:
+            continue
+        D_F, wanted = column(tuned, 'D_F'), column(tuned, loss)
+        D_E, status = effective_data(column(scratch, 'D_F'), column(scratch, loss), wanted)
+        for f, e, s, v in zip(D_F, D_E, status, wanted):
+            points.append(dict(N=N, D_F=f, loss=v, D_E=e, D_T=e - f, multiplier=e / f, status='negative' if s != 'censored' and e <= f else str(s)))
+    good = [p for p in points if p['status'] == 'ok']
+    X = np.c_[np.ones(len(good)), np.log([[p['D_F'], p['N']] for p in good]).reshape(-1, 2)]
+    one = len({p['N'] for p in good}) < 2                         # a single size tells nothing about N
+    (b, _) = ols(X[:, :2] if one else X, np.log([p['D_T'] for p in good])) if good else (np.full(3, math.nan), 0)
+    law = math.exp(b[0]), b[1], 0. if one and good else b[-1]
+    return points, law, {s: sum(p['status'] == s for p in points) for s in ('ok', 'censored', 'extrapolated', 'negative')}
+
+
+def transfer_command(a):
+    """Loss out of distribution against loss in distribution; effective data transferred where the rows have `mode`."""
+    rows, losses = read_runs(a.runs, a.loss, ())
+    if tuned := [r for r in rows if r.get('mode') in ('scratch', 'finetune')]:
+        return effective(a, tuned, losses)
+    fits, table = fit_all(a), []
+    pairs = [(i, o) for i in fits for o in fits if i.name == o.name and i.loss == 'id_test' and o.loss.startswith('ood_')]
+    if not pairs:
+        raise Stop('no configuration has a law of id_test and of an ood_*_test, whose floors loss-to-loss needs')
+    fig, axes = figure(1, len(pairs), figsize=(4.4 * len(pairs), 4), squeeze=False, layout='constrained')
+    print(f'\n{"configuration":28s} {"out of distribution":20s}    kappa  {"gamma [95 %]":22s}     R2    dropped  expected where one term rules')
+    for (i, o), ax in zip(pairs, axes[0]):
+        mate = {unit(r): r for r in o.rows}                      # the same run, perhaps at another step
+        both = [(r, mate[unit(r)]) for r in i.rows if unit(r) in mate]
+        x, y = np.array([(r[i.loss] - i.law.E, m[o.loss] - o.law.E) for r, m in both]).T
+        kappa, gamma, dropped = loss_to_loss(x, y)
+        shift = [(f.law.E - f.boot.E)[:, None] for f in (i, o)]  # floors of the same resamples of runs
+        boot = loss_to_loss(x + shift[0], y + shift[1], draws(len(x), a.resamples, i.s.free, [a.seed, *i.name.encode()]))[:2]
+        (klow, glow), (khigh, ghigh) = np.nanquantile(boot, [.025, .975], axis=1)
+        x, y = x[(x > 0) & (y > 0)], y[(x > 0) & (y > 0)]
+        R2 = 1 - ((y - transfer_law(x, kappa, gamma)) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+        expected, flags = (o.law.alpha / i.law.alpha, o.law.beta / i.law.beta), '; '.join(i.flags + o.flags)
+        table.append(dict(configuration=i.name, loss=o.loss, points=len(x), dropped=int(dropped), E_id=i.law.E, E_ood=o.law.E, kappa=kappa, kappa_low=klow,
+                          kappa_high=khigh, gamma=gamma, gamma_low=glow, gamma_high=ghigh, R2=R2, alpha_ratio=expected[0], beta_ratio=expected[1],
+                          flags=flags))
+        print(f'{i.name:28s} {o.loss:20s} {kappa:8.3g}  {f"{gamma:.3f} [{glow:.3f}, {ghigh:.3f}]":22s} {R2:6.3f} {dropped:3d} of {len(both):3d}  '
+              f'alphas {expected[0]:.2f}, betas {expected[1]:.2f}  {flags}')
+        line = np.geomspace(x.min(), x.max(), 40)
+        ax.plot(x, y, 'o', ms=4), ax.plot(line, transfer_law(line, kappa, gamma), label=f'kappa {kappa:.2g}, gamma {gamma:.2f}; {dropped} dropped')
+        ax.fill_between(line, *np.nanquantile(transfer_law(line, boot[0][:, None], boot[1][:, None]), [.025, .975], axis=0), alpha=.2)
+        ax.set(xscale='log', yscale='log', xlabel=f'id_test - {i.law.E:.3g}', ylabel=f'{o.loss} - {o.law.E:.3g}', title=f'{i.name}\n{flags}')
+        ax.legend(fontsize=7)
+    print('gamma under 1: diminishing returns. It moves with both floors; where one term of the laws rules it is the ratio of their alphas or betas, '
+          'so one clean power needs the two ratios alike')
+    deliver(a, ('transfer', table), ('transfer', fig))
+
+
+def unit(row):
+    """What two losses of one run share, also where they were best at different steps."""
+    return tuple(str(row.get(c)) for c in ('run', 'N', 'D', 'seed')) if row.get('run') else row['line']
+
+
+def effective(a, rows, losses):
+    """Effective data transferred, per configuration, task and loss; training from scratch is that of the same family."""
+    for r in rows:
+        if not (0 < r.get('D_F', 0) < math.inf and 0 < r.get('N', 0) < math.inf):
+            raise Stop(f'{a.runs}, line {r["line"]}: N and D_F must be positive numbers, of parameters and of records')
+    table, laws = [], []
+    groups = configurations([r for r in rows if r['mode'] == 'finetune']).items()
+    for (group, tuned), task, loss in itertools.product(groups, dict.fromkeys(r.get('task', '') for r in rows), losses):
+        mine = tuned + [r for r in rows if r['mode'] == 'scratch' and r.get('family') == tuned[0].get('family')]
+        part = [r for r in mine if r.get('task', '') == task and r[loss] > 0]
+        points, (k, p, b), counts = data_transferred(part, loss)
+        if not points:
+            continue
+        boot, rng = [], np.random.default_rng(a.seed)
+        for _ in tqdm(range(200), desc='resamples', leave=False, disable=None):              # of runs: points of a smooth curve are not independent
+            try:
+                boot.append(data_transferred([part[i] for i in rng.integers(0, len(part), len(part))], loss)[1])
+            except Stop:
+                continue                                         # training from scratch at one number of records only
+        low, high = np.nanquantile(boot, [.025, .975], axis=0)
+        laws.append(dict(configuration=group, task=task, loss=loss, k=k, a=p, a_low=low[1], a_high=high[1], b=b, b_low=low[2], b_high=high[2], **counts))
+        table += [dict(configuration=group, task=task or loss) | p for p in points]
+        print(f'{group}, {task or loss}: D_T = {k:.3g} D_F^{p:.2f} [{low[1]:.2f}, {high[1]:.2f}] N^{b:.2f} [{low[2]:.2f}, {high[2]:.2f}] from '
+              f'{counts["ok"]} points; left out: {counts["censored"]} censored (no training from scratch is as good), {counts["extrapolated"]} beyond the '
+              f'sizes, {counts["negative"]} where pretraining harms')
+    if not table:
+        raise Stop(f'{a.runs}: no size N has both scratch and finetune rows')
+    fig, ax = figure(figsize=(6, 4.4), layout='constrained')
+    for i, key in enumerate(dict.fromkeys((p['configuration'], p['task']) for p in table)):
+        for status, mark in (('ok', 'o'), ('extrapolated', '^')):
+            part = [p for p in table if (p['configuration'], p['task'], p['status']) == (*key, status) and p['D_T'] > 0]
+            ax.plot([p['D_F'] for p in part], [p['D_T'] for p in part], mark, color=f'C{i % 10}', label=f'{" ".join(key)}, {status}' if part else None)
+    ax.set(xscale='log', yscale='log', xlabel='D_F, records fine-tuned on', ylabel='D_T, effective records transferred'), ax.legend(fontsize=7)
+    print('a larger a means more saved per record, but read k and D_T themselves, not a alone')
+    deliver(a, ('effective', laws), ('effective_points', table), ('effective', fig))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# overfit
+
+def overfit_command(a):
+    """Overfitting extent, its collapse on one line, the records that suffice, and training against validation loss over steps."""
+    fits, table, lines = fit_all(a), [], []
+    everything = configurations(read_runs(a.runs, a.loss)[0])
+    fig, axes = figure(len(fits), 3, figsize=(13, 3.6 * len(fits)), squeeze=False, layout='constrained')
+    for f, row in zip(fits, axes):
+        extent, z = overfit_extent(f.L, f.N, f.law), f.D ** f.law.beta * joint_law(f.N, np.inf, *f.law)
+        good = extent > 0
+        (c, slope), (_, half) = ols(np.c_[np.ones(good.sum()), np.log(z[good])], np.log(extent[good]))
+        lines.append(dict(configuration=f.name, loss=f.loss, slope=slope, slope_95=half, intercept=math.exp(c), B=f.law.B, dropped=int((~good).sum()),
+                          flags='; '.join(f.flags)))
+        print(f'{f.name}, {f.loss}: extent falls with slope {slope:.2f} +- {half:.2f} in D^beta L(N, inf), the law says -1 with intercept '
+              f'B = {f.law.B:.3g} (found {math.exp(c):.3g}); {(~good).sum()} of {len(good)} points at or below the limit left out  {"; ".join(f.flags)}')
+        sizes = np.unique(f.N)
+        for N in sizes:
+            for eps in a.tolerance:
+                low, high = f.interval(lambda w: minimum_data(N, w, eps))
+                table.append(dict(configuration=f.name, loss=f.loss, N=N, tolerance=eps, D_min=minimum_data(N, f.law, eps), low=low, high=high))
+        for r in table[-len(sizes) * len(a.tolerance):]:
+            print(f'  N {r["N"]:12,.0f}: within {r["tolerance"]:.0%} of endless data from D = {r["D_min"]:.3g} [{r["low"]:.3g}, {r["high"]:.3g}] records')
+        for i, N in enumerate(sizes):
+            mine = good & (f.N == N)
+            row[0].plot(f.D[mine], extent[mine], 'o', ms=4, color=f'C{i % 10}', label=f'N = {N:,.0f}')
+            row[0].plot(np.unique(f.D), overfit_extent(joint_law(N, np.unique(f.D), *f.law), N, f.law), color=f'C{i % 10}', lw=1)
+            row[1].plot(z[mine], extent[mine], 'o', ms=4, color=f'C{i % 10}')
+        row[0].set(xscale='log', yscale='log', xlabel='D, records', ylabel='L / L(N, inf) - 1', title=f'{f.name}, {f.loss}'), row[0].legend(fontsize=6)
+        ends = np.array([z.min(), z.max()])
+        row[1].plot(ends, f.law.B / ends, 'k--', lw=1, label='slope -1'), row[1].legend(fontsize=7)
+        row[1].set(xscale='log', yscale='log', xlabel='D^beta L(N, inf)', title='collapse')
+        trajectories(row[2], everything[f.name], f.rows)
+    print('the law was fitted to these very runs, so a slope near -1 is no proof of it, but one far from -1 speaks against it')
+    deliver(a, ('overfit', lines), ('minimum_data', table), ('overfit', fig))
+
+
+def trajectories(ax, rows, chosen):
+    """Training and validation loss over steps, of the largest model on the least and on the most records."""
+    most = max(r['N'] for r in chosen)
+    for D, colour in zip(sorted({r['D'] for r in chosen if r['N'] == most})[::max(1, len({r['D'] for r in chosen}) - 1)][:2], ('C0', 'C1')):
+        run = next(r.get('run') for r in chosen if r['N'] == most and r['D'] == D)
+        mine = sorted((r for r in rows if run and r.get('run') == run), key=lambda r: r.get('step', 0))
+        for c, style in (('id_train', '--'), ('id_val', '-')):
+            if c in (mine or [{}])[0]:
+                ax.plot(column(mine, 'step'), column(mine, c), style, color=colour, label=f'{c}, D = {D:,.0f}')
+    ax.set(xscale='log', yscale='log', xlabel='step', title=f'N = {most:,.0f}')
+    if ax.lines:
+        ax.legend(fontsize=7)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# labels, winners, loss against error
+
+def labels_command(a):
+    """Loss and AUROC on an arm's anchor labels, and out of distribution, against the number of labels trained on."""
+    rows, losses = read_runs(a.runs, a.loss, ('arm', 'labels'))
+    rows = [r for r in rows if r['arm'] in ('dominant', 'tail')]
+    if not rows:
+        raise Stop(f'{a.runs} has no rows whose arm is dominant or tail: labels needs training on more and more labels around a fixed anchor')
+    table, slopes = [], []
+    for group, mine in configurations(rows).items():
+        group = group if mine[0]['arm'] in group.split() else f'{group} {mine[0]["arm"]}'
+        for loss in losses:
+            part = [r for r in mine if math.isfinite(r[loss])]
+            chosen = select(part, loss) if part else []
+            areas = [loss.replace('_test', '_auroc'), loss + '_auroc']
+            for measure in [loss] + [c for c in areas if chosen and math.isfinite(chosen[0].get(c, math.nan))]:
+                x, y = column(chosen, 'labels'), column(chosen, measure)
+                for count in np.unique(x):
+                    v = y[x == count]
+                    table.append(dict(configuration=group, measure=measure, labels=int(count), seeds=len(v), mean=v.mean(), sd=v.std(ddof=len(v) > 1)))
+                if len(np.unique(x)) > 1:
+                    (c, b), (_, half) = ols(np.c_[np.ones(len(x)), np.log(x)], np.log(y))
+                    slopes.append(dict(configuration=group, measure=measure, slope=b, low=b - half, high=b + half, runs=len(x)))
+                    line = ', '.join(f'{r["labels"]} labels {r["mean"]:.4f}' for r in table if (r['configuration'], r['measure']) == (group, measure))
+                    print(f'{group}, {measure}: {line}; d log / d log labels {b:+.3f} [{b - half:+.3f}, {b + half:+.3f}]')
+    if not slopes:
+        raise Stop(f'{a.runs}: every arm has one number of labels only')
+    measures = list(dict.fromkeys(r['measure'] for r in table))
+    fig, axes = figure(1, len(measures), figsize=(4.6 * len(measures), 4), squeeze=False, layout='constrained')
+    for m, ax in zip(measures, axes[0]):
+        for group in dict.fromkeys(r['configuration'] for r in table if r['measure'] == m):
+            part = [r for r in table if r['measure'] == m and r['configuration'] == group]
+            ax.errorbar(*([r[c] for r in part] for c in ('labels', 'mean', 'sd')), marker='o', capsize=3, label=group)
+        ax.set(xscale='log', xlabel='labels trained on', title=m), ax.legend(fontsize=7)
+    print('id_* is on the anchor labels, the same at every point of an arm; bars are standard deviations over seeds')
+    deliver(a, ('labels', table), ('labels_slopes', slopes), ('labels', fig))
+
+
+def half_decade(N):
+    return 10 ** (round(2 * math.log10(N)) / 2)
+
+
+def winners_command(a):
+    """Absolute losses per size and number of records, the lowest configuration of each cell, and where two configurations cross."""
+    rows, losses = read_runs(a.runs, a.loss)
+    table, cells = [], {}
+    for group, mine in configurations(rows).items():
+        for loss in losses:
+            part = [r for r in mine if math.isfinite(r[loss])]
+            if not part or (reason := incomparable(part, loss)):
+                print(f'left out: {group}, {loss}: {reason}') if part else None
+                continue
+            field = loss if loss.startswith('ood_') else f'{loss} of {part[0].get("objective") or group}'     # losses of two objectives have two units
+            for r in select(part, loss):
+                cells.setdefault((field, half_decade(r['N']), r['D']), {}).setdefault(group, []).append(r[loss])
+    for (field, N, D), found in sorted(cells.items()):
+        means = {g: float(np.mean(v)) for g, v in found.items()}
+        best = min(means, key=means.get)
+        table.append(dict(loss=field, N_near=N, D=D, winner=best if len(means) > 1 else 'alone', **means))
+        print(f'{field:28s} N near {N:11,.0f}, D {D:9,.0f}: ' + ', '.join(f'{g} {v:.4f}{"*" * (g == best and len(means) > 1)}' for g, v in means.items()))
+    crossings = []
+    for field in dict.fromkeys(r['loss'] for r in table):
+        mine = [r for r in table if r['loss'] == field]
+        groups = sorted({k for r in mine for k in r} - {'loss', 'N_near', 'D', 'winner'})
+        for (one, two), (fixed, moving) in itertools.product(itertools.combinations(groups, 2), (('N_near', 'D'), ('D', 'N_near'))):
+            for level in sorted({r[fixed] for r in mine}):
+                line = sorted((r for r in mine if r[fixed] == level and one in r and two in r), key=lambda r: r[moving])
+                for before, after in zip(line, line[1:]):
+                    if (before[one] - before[two]) * (after[one] - after[two]) < 0:
+                        up = one if after[one] < after[two] else two
+                        crossings.append({'loss': field, 'overtakes': up, 'other': two if up == one else one, 'along': moving, 'from': before[moving],
+                                          'to': after[moving], 'fixed': fixed, 'at': level})
+                        print('{loss}: {overtakes} overtakes {other} between {along} {from:,.0f} and {to:,.0f} at {fixed} {at:,.0f}'
+                              .format(**crossings[-1]))
+    fields = list(dict.fromkeys(r['loss'] for r in table))
+    fig, axes = figure(len(fields), 2, figsize=(10, 3.6 * len(fields)), squeeze=False, layout='constrained')
+    for field, row in zip(fields, axes):
+        mine = [r for r in table if r['loss'] == field]
+        for ax, moving, fixed in ((row[0], 'N_near', 'D'), (row[1], 'D', 'N_near')):
+            level = max(r[fixed] for r in mine)
+            for g in sorted({k for r in mine for k in r} - {'loss', 'N_near', 'D', 'winner'}):
+                line = sorted((r[moving], r[g]) for r in mine if r[fixed] == level and g in r)
+                ax.plot(*zip(*line), 'o-', ms=4, label=g) if line else None
+            ax.set(xscale='log', yscale='log', xlabel=moving, title=f'{field}, {fixed} {level:,.0f}'), ax.legend(fontsize=6)
+    print('means over seeds; N to half a decade; a crossing within the spread of seeds is none')
+    deliver(a, ('winners', table), *[('crossings', crossings)] * bool(crossings), ('winners', fig))
+
+
+def permutation_p(x, y, most=8, seed=0):
+    """(Spearman's rho, two-sided p, exact): p over all orders of up to `most` points, over 20,000 random ones beyond."""
+    x, y = (scipy.stats.rankdata(v) for v in (x, y))
+    x, y, exact = x - x.mean(), y - y.mean(), len(x) <= most
+    rng, norm = np.random.default_rng(seed), math.sqrt((x @ x) * (y @ y))
+    if norm == 0:
+        return math.nan, math.nan, exact
+    orders = np.array(list(itertools.permutations(range(len(x))))) if exact else rng.permuted(np.tile(np.arange(len(x)), (20000, 1)), axis=1)
+    rho, others = x @ y / norm, y[orders] @ x / norm
+    extreme = (np.abs(others) >= abs(rho) - 1e-9).sum()
+    return float(rho), float(extreme / len(orders) if exact else (extreme + 1) / (len(orders) + 1)), exact
+
+
+def error_command(a):
+    """Within one configuration: pretraining loss against 1 - AUROC downstream, a point per (N, D), seeds averaged (2605.12241)."""
+    rows, _ = read_runs(a.runs, ['id_test'])
+    tasks = [c for c in rows[0] if re.fullmatch('ood_.+_auroc', c)]
+    if not tasks:
+        raise Stop(f'{a.runs} has no ood_*_auroc')
+    table, drawn = [], []
+    for group, mine in configurations(rows).items():
+        chosen = select([r for r in mine if math.isfinite(r['id_test'])], 'id_test')
+        if any(r.get('objective', '').lower().rstrip('+') in MOVING for r in chosen):
+            print(f"{group}: careful, the targets move with the run, so its loss is no common scale")
+        elif reason := incomparable(chosen, 'id_test'):
+            print(f'{group}: left out, {reason}')
+            continue
+        for task in tasks + ['all'] * (len(tasks) > 1):
+            points = {}
+            for r in chosen:
+                area = np.mean([r[t] for t in (tasks if task == 'all' else [task])])
+                if math.isfinite(area):
+                    points.setdefault((r['N'], r['D']), []).append((r['id_test'], 1 - area))
+            if len(points) < 4:
+                print(f'{group}, {task}: {len(points)} points are too few to correlate')
+                continue
+            x, y = np.array([np.mean(v, 0) for v in points.values()]).T
+            rho, p, exact = permutation_p(x, y)
+            pearson = float(np.corrcoef(np.log(x), np.log(np.maximum(y, 1e-6)))[0, 1])
+            table.append(dict(configuration=group, task=task, points=len(x), spearman=rho, p=p, exact=exact, pearson_of_logs=pearson))
+            drawn.append((x, y, table[-1]))
+            print(f'{group}, {task}: {len(x)} points, Spearman {rho:+.2f}, p {p:.2g} ({"exact" if exact else "of 20,000 random orders"}), '
+                  f'Pearson of logs {pearson:+.2f}')
+    if not table:
+        raise Stop('no configuration has four points with an id_test and an AUROC')
+    fig, axes = figure(1, len(drawn), figsize=(3.8 * len(drawn), 3.6), squeeze=False, layout='constrained')
+    for (x, y, r), ax in zip(drawn, axes[0]):
+        ax.plot(x, y, 'o')
+        ax.set(xscale='log', yscale='log', xlabel='id_test', ylabel=f'1 - AUROC, {r["task"]}',
+               title=f'{r["configuration"]}\nSpearman {r["spearman"]:+.2f}, p {r["p"]:.3f}')
+    print('objectives are never pooled: their losses have different units')
+    deliver(a, ('loss_vs_error', table), ('loss_vs_error', fig))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# published tables
+
+PUBLISHED = Path(__file__).resolve().parent / 'tests/published'
+CONFIGS = [(arch, paradigm) for arch in ('transformer', 'resnet') for paradigm in ('SL', 'SSL')]
+SHORT = ('T-SL', 'T-SSL', 'R-SL', 'R-SSL')
+# the tables do not say how many records a bin holds: five assumptions, in percent of all
+D_GRIDS = {'log 1-100': np.geomspace(1, 100, 6), 'log .1-100': np.geomspace(.1, 100, 6), '1 5 10 25 50 100': np.array([1., 5, 10, 25, 50, 100]),
+           '.1 .5 1 10 50 100': np.array([.1, .5, 1, 10, 50, 100]), '.1 1 5 10 50 100': np.array([.1, 1, 5, 10, 50, 100])}
+N_GRID, RECORDS = np.geomspace(2e4, 2e8, 5), 2.3e6               # of the sizes only the two ends are known
+
+
+def printed(name):
+    """Rows of a published table."""
+    with open(PUBLISHED / f'{name}.csv', newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def printed_losses(name, bins):
+    """(datasets, losses (4, datasets, bins)) of Table S.5 or S.6, in the order of CONFIGS."""
+    rows = printed(name)
+    sets = list(dict.fromkeys(r['dataset'] for r in rows))
+    L = np.full((4, len(sets), 1 + max(int(r[bins]) for r in rows)), math.nan)
+    for r in rows:
+        L[CONFIGS.index((r['arch'], r['paradigm'])), sets.index(r['dataset']), int(r[bins])] = float(r['loss'])
+    return sets, L[:, :, 1:]
+
+
+def printed_exponents(x, L, floor):
+    """Exponents (4, datasets) of curves L (4, datasets, bins) over x. floor: free, shared (one E per dataset) or 0. And the number of
+    datasets whose shared floor ended at their lowest loss, which is a bound."""
+    out, bound = np.empty(L.shape[:2]), 0
+    for d in range(L.shape[1]):
+        E = None if floor == 'free' else 0.
+        if floor == 'shared':
+            total = lambda e: sum(marginal(x, L[c, d], e)[3] for c in range(4))
+            grid = np.linspace(0, L[:, d].min(), 25)
+            i = int(np.argmin([total(e) for e in grid]))
+            bound += i == 24
+            E = min(grid[i], scipy.optimize.minimize_scalar(total, bounds=(grid[max(i - 1, 0)], grid[min(i + 1, 24)]), method='bounded').x, key=total)
+        out[:, d] = [marginal(x, L[c, d], E)[2] for c in range(4)]
+    return out, bound
+
+
+def claims():
+    """What the text says of Tables S.5 and S.6 and what they hold: [(claim, found, of, agrees)]."""
+    sets, M = printed_losses('table_s5_model_bins', 'model_bin')
+    _, D = printed_losses('table_s6_data_bins', 'data_bin')
+    ts, tx, rs, rx = range(4)
+    best_M, best_D = M.argmin(0), D.argmin(0)
+    wins = M[tx] < M[ts], D[tx] < D[ts]
+    over = [s for d, s in enumerate(sets) if (D[rs, d, 3] < D[rx, d, 3]) and not (D[rs, d, 2] < D[rx, d, 2])]
+    full, stays = [s for d, s in enumerate(sets) if best_D[d, 5] == rs], [D[rs, sets.index(s), 5] < D[rx, sets.index(s), 5] for s in over]
+    says = lambda text, found, of, agrees: (text, int(found), of, bool(agrees))
+    most = lambda text, cells: says(text, cells.sum(), cells.size, cells.mean() > .5)
+    return [
+        says('(i) T-SSL below T-SL in every model-size cell', wins[0].sum(), 55, wins[0].all()),
+        says('(i) and in the three larger model bins', wins[0][:, 2:].sum(), 33, wins[0][:, 2:].all()),
+        says('(i) T-SSL below T-SL in every data-size cell', wins[1].sum(), 66, wins[1].all()),
+        says('(i) and in the smallest data bin', wins[1][:, 0].sum(), 11, wins[1][:, 0].all()),
+        *(most(f'(ii) R-SSL lowest on most sets in data bin {b}', best_D[:, b - 1] == rx) for b in (1, 2, 3)),
+        says('(iii) R-SL lowest with all data on ' + ', '.join(full), len(full), 11, {'CPSC2018', 'PTB-XL(rhythm)'} <= set(full)),
+        says('(iii) R-SL overtakes R-SSL at data bin 4 on ' + ', '.join(over), len(over), 11, len(over) > 0),
+        says('(iii) and stays below with all data', sum(stays), len(stays), all(stays)),
+        *(most(f'(iv) R-SL lowest on most sets in model bin {b}', best_M[:, b - 1] == rs) for b in (1, 2, 3)),
+        says('(v) T-SL is not the lowest, in any cell', (best_M != ts).sum() + (best_D != ts).sum(), 121, (best_M != ts).all() and (best_D != ts).all()),
+        most('(v) a ResNet lowest in most model-size cells', best_M >= rs), most('(v) a ResNet lowest in most data-size cells', best_D >= rs),
+        most('(v) R-SSL below R-SL in most model-size cells', M[rx] < M[rs]), most('(v) R-SSL below R-SL in most data-size cells', D[rx] < D[rs])]
+
+
+def printed_transfer():
+    """Datasets, exponents gamma (4, datasets) of Table S.7, and its own means and standard deviations (4, 2)."""
+    rows = printed('table_s7_loss_to_loss')
+    sets = list(dict.fromkeys(r['dataset'] for r in rows if r['category']))
+    of = lambda c, summary: [float(r['transfer_exponent']) for r in rows if (r['arch'], r['paradigm']) == c and (not r['category']) == summary]
+    return sets, np.array([of(c, False) for c in CONFIGS]), np.array([of(c, True) for c in CONFIGS])
+
+
+def printed_shares(grid):
+    """Share of data in marginal compute (4, datasets), from joint laws through the 11 points of each set: Table S.5, taken to be at full
+    data, and S.6, taken to be at the size of its fourth bin; and how many of the fits ended at a bound."""
+    _, M = printed_losses('table_s5_model_bins', 'model_bin')
+    _, D = printed_losses('table_s6_data_bins', 'data_bin')
+    N, R = np.r_[N_GRID, np.full(6, N_GRID[3])], np.r_[np.full(5, RECORDS), grid * RECORDS / 100]
+    laws = [[project(N, R, np.r_[M[c, d], D[c, d]], 12) for d in range(M.shape[1])] for c in range(4)]
+    bound = sum(e <= LOW * 1.01 or e >= HIGH / 1.01 for row in laws for w in row for e in (w.alpha, w.beta))
+    return np.array([[shares(w)[1] for w in row] for row in laws]), bound
+
+
+def published_command(a):
+    """The printed tables of 2605.17276, refitted: what follows from them, what does not, and what hangs on a choice."""
+    out, rows = Path(a.out or 'out/published'), []
+    out.mkdir(parents=True, exist_ok=True)
+
+    def say(quantity, published, refitted, note=''):
+        rows.append(dict(quantity=quantity, published=published, refitted=refitted, note=note))
+        print(f'  {quantity:58s} {published:>10s}  {refitted:32s} {note}')
+
+    print('arXiv 2605.17276, refitted from its printed tables (tests/published). T Transformer, R ResNet; SL supervised, SSL self-supervised\n')
+    print(f'  {"":58s} {"published":>10s}  refitted')
+    sets, gamma, ends = printed_transfer()
+    for c, g, (mean, std) in zip(SHORT, gamma, ends):
+        say(f'{c} transfer exponent, mean (std) of {len(sets)} sets', f'{mean:.3f}', f'{g.mean():.3f} ({g.std():.3f}; printed {std:.3f})',
+            'std divides by n')
+    say('transfer exponents under 1', '', f'{(gamma < 1).sum()} of {gamma.size}')
+    bound = gamma == .05
+    say('transfer exponents of exactly .050, a bound of their fit', '', f'{bound.sum()} of {bound.size}', 'censored: anything up to .050')
+    sex, echo = sets.index('MIMIC(sex)'), sets.index('Echonext')
+    say('transfer efficiency on clinical tasks, SSL over SL', 'up to 7.6x', f'{gamma[3, sex] / gamma[2, sex]:.2f}x (sex, ResNets)',
+        f'{gamma[3, sex]:.3f} over the bound {gamma[2, sex]:.3f}')
+    say('the same on EchoNext, Transformers', '', f'{gamma[1, echo] / gamma[0, echo]:.1f}x', f'{gamma[1, echo]:.3f} over the bound {gamma[0, echo]:.3f}')
+    print('  7.6x divides by .050, where the search ended and not what was measured: had it ended at .010, the same data would have said 38x\n')
+
+    blocks = [12 * int(r['depth']) * int(r['width_or_hidden']) ** 2 for r in printed('table_s4_configs') if r['arch'] == 'transformer']
+    say('largest model, millions of parameters', '200', f'{max(blocks) / 1e6:.0f} in Transformer blocks of S.4',
+        'so 200 can only be a ResNet, if it counts parameters')
+    names, M = printed_losses('table_s5_model_bins', 'model_bin')
+    _, D = printed_losses('table_s6_data_bins', 'data_bin')
+    for floor in ('free', 'shared', '0'):
+        found = {k: printed_exponents(g, D, floor) for k, g in D_GRIDS.items()}
+        beta = {k: b for k, (b, _) in found.items()}
+        for one, two, label in ((1, 0, 'Transformer'), (3, 2, 'ResNet')):
+            r = [b[one].mean() / b[two].mean() for b in beta.values()]
+            n = [(b[one] > b[two]).sum() for b in beta.values()]
+            say(f'data exponent SSL / SL, {label}, floor {floor}', 'up to 16x' if floor == 'free' else '',
+                f'{min(r):.2f} to {max(r):.2f} over {len(r)} grids',
+                f'SSL larger on {min(n)}-{max(n)} of 11 sets' + (', REVERSED' if max(r) < 1 else ''))
+        if floor == 'free':
+            free_beta = beta
+        if floor == 'shared':
+            ended = [n for _, n in found.values()]
+            print(f'  the shared floor ends at the lowest loss of all on {min(ended)}-{max(ended)} of 11 sets: the bins do not hold enough to find it')
+    print('  "more data-efficient" hangs on the floor: with a free one it is large, with one floor per set small, with E = 0 reversed for ResNets.\n'
+          '  How many records a bin holds is not printed: five grids are assumed, above is the range over them')
+    drop = np.log(D[:, :, 0] / D[:, :, -1]).mean(1)
+    say('mean log drop of loss over the data bins, R-SL and R-SSL', '', f'{drop[2]:.3f} and {drop[3]:.3f}', 'the larger exponent has the smaller drop')
+    print()
+    for floor in ('free', 'shared', '0'):
+        alpha, _ = printed_exponents(N_GRID, M, floor)
+        for s, label in ((0, 'SL'), (1, 'SSL')):
+            say(f'model exponent R / T, {label}, floor {floor}', '1.3-2.5x' if floor == 'free' else '',
+                f'{alpha[2 + s].mean() / alpha[s].mean():.2f} of means',
+                f'{np.median(alpha[2 + s]) / np.median(alpha[s]):.2f} of medians, R larger on {(alpha[2 + s] > alpha[s]).sum()} of 11 sets')
+        if floor == 'free':
+            free_alpha = alpha
+    at = ((free_alpha <= LOW * 1.01) | (free_alpha >= HIGH / 1.01)).sum()
+    print(f'  {at} of 44 model exponents are at a bound; sizes are assumed evenly spaced in log from 20K to 200M. Exponents are compared, not losses\n')
+    for k in ('log 1-100', '1 5 10 25 50 100'):
+        share, at = printed_shares(D_GRIDS[k])
+        for c, values, told in zip(SHORT, share, ('.90', '', '.79', '')):
+            told = '.27' if c == 'T-SSL' else told
+            say(f'data share of marginal compute, {c}, grid {k}', told, f'{values.mean():.2f} mean, {np.median(values):.2f} median',
+                f'alpha > beta on {(values > .5).sum()} of 11 sets')
+        print(f'  {at} of 88 exponents are at a bound')
+    same = D[0, names.index('Echonext')] == D[2, names.index('Echonext')]
+    print(f'\n  In Table S.6 EchoNext has the same loss for T-SL and R-SL in {same.sum()} of 6 bins, to four digits: likely a copied column, '
+          'so nothing is concluded from it\n')
+    print('what the text says of Tables S.5 and S.6, counted in them')
+    for text, found, of, agrees in claims():
+        rows.append(dict(quantity=text, published='yes', refitted=f'{found} of {of}', note='agrees' if agrees else 'differs'))
+        print(f'  {"agrees " if agrees else "differs"}  {found:3d} of {of:3d}  {text}')
+    s9, s10 = printed('table_s9_benchmark_auroc'), {r['method']: r for r in printed('table_s10_ptbxl_detail')}
+    tasks = 'ptbxl_avg', 'echonext', 'mimic_sex', 'mimic_icu', 'mimic_mort', 'cpsc2018'
+    areas = 'diag_auc', 'sub_auc', 'sup_auc', 'form_auc', 'rhythm_auc'
+    off = lambda r, columns, total: abs(np.mean([float(r[c]) for c in columns]) - float(r[total]))
+    for text, good, of in (('S.9: the mean is that of its six columns', sum(off(r, tasks, 'mean') < 6e-4 for r in s9), len(s9)),
+                           ('S.10: the average is that of its five AUROCs', sum(off(r, areas, 'macro_auc_avg') < 6e-5 for r in s10.values()), len(s10)),
+                           ('S.9: PTB-XL is the average of S.10', sum(off(r | s10[r['method']], ['ptbxl_avg'], 'macro_auc_avg') < 6e-4 for r in s9), len(s9))):
+        rows.append(dict(quantity=text, published='yes', refitted=f'{good} of {of}', note='agrees' if good == of else 'differs'))
+        print(f'  {"agrees " if good == of else "differs"}  {good:3d} of {of:3d}  {text}')
+    write_csv(out / 'published.csv', rows)
+    draw_published(names, M, D, free_alpha, free_beta['log 1-100'], sets, gamma, out)
+    print(f'\nin {out}/: published.csv, bins.png, exponents.png')
+
+
+def draw_published(names, M, D, alpha, beta, sets, gamma, out):
+    """Losses over bins with their free-floor curves and floors; exponents, hollow where they are at a bound."""
+    fig, axes = figure(4, 6, figsize=(20, 12), layout='constrained')
+    for d, name in enumerate(names):
+        for block, (x, L, label) in enumerate(((N_GRID, M, 'N (assumed)'), (D_GRIDS['log 1-100'], D, '% of records (assumed)'))):
+            ax = axes[2 * block + d // 6, d % 6]
+            for c in range(4):
+                E, A, e, _ = marginal(x, L[c, d])
+                line = np.geomspace(x[0], x[-1], 50)
+                ax.plot(x, L[c, d], 'o', color=f'C{c}', ms=4, label=f'{SHORT[c]} {e:.2f}' + (' at bound' if e <= LOW * 1.01 or e >= HIGH / 1.01 else ''))
+                ax.plot(line, E + A * line ** -e, color=f'C{c}', lw=1), ax.axhline(E, color=f'C{c}', lw=.6, ls=':')
+            ax.set(xscale='log', xlabel=label, title=name), ax.legend(fontsize=6)
+    for ax in axes[[1, 3], 5]:
+        ax.axis('off')
+    fig.savefig(out / 'bins.png', dpi=70)
+    fig, axes = figure(1, 3, figsize=(16, 4.6), layout='constrained')
+    for ax, values, labels, title, low, high in ((axes[0], alpha, names, 'alpha, refitted, free floor', LOW, HIGH),
+                                                 (axes[1], beta, names, 'beta, refitted, free floor', LOW, HIGH),
+                                                 (axes[2], gamma, sets, 'gamma, as printed', .05, math.inf)):
+        for c in range(4):
+            at = (values[c] <= low * 1.01) | (values[c] >= high / 1.01)
+            x = np.arange(len(labels)) + .15 * (c - 1.5)
+            ax.plot(x[~at], values[c][~at], 'o', color=f'C{c}', label=SHORT[c]), ax.plot(x[at], values[c][at], 'o', mfc='none', color=f'C{c}')
+        ax.set(yscale='log', title=f'{title}; hollow: at a bound'), ax.legend(fontsize=7)
+        ax.set_xticks(range(len(labels)), labels, rotation=60, ha='right', fontsize=7)
+    fig.savefig(out / 'exponents.png', dpi=120)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,7 +1661,7 @@ def worth(row):
     return float(np.mean([float(v) for v in values]))
 
 
-def rows_of(folder):
+def evaluations(folder):
     """Finished evaluations of a run."""
     file = folder / 'rows.csv'
     return list(csv.DictReader(open(file, newline=''))) if file.exists() else []
@@ -282,7 +1688,7 @@ def run_one(name, t, arm, anchors, a, threads):
 def legs(name, t, arm, anchors, a):
     folder = Path(a.out, 'runs', name)
     folder.mkdir(parents=True, exist_ok=True)
-    rows, ds, device, oods = rows_of(folder), Dataset(t.data), pick_device(t.device), a.ood if arm != 'rate' or t.objective in MOVING else ()
+    rows, ds, device, oods = evaluations(folder), Dataset(t.data), pick_device(t.device), a.ood if arm != 'rate' or t.objective in MOVING else ()
     saved = load(folder / 'ckpt.pt') if (folder / 'ckpt.pt').is_file() else {}
     for k, v in saved.get('args', {}).items():
         if v != getattr(t, k) and k not in ('save_every', 'log_every'):
@@ -304,7 +1710,7 @@ def legs(name, t, arm, anchors, a):
         row = dict(run=name, family=t.backbone, paradigm='SL' if t.objective == 'supervised' else 'SSL', objective=t.objective, arm=arm, size=t.size,
                    N=parameters(encoder), N_total=parameters(objective), macs=round(student), extra_macs=round(extra), batch=t.batch, D=t.records,
                    patients=patients, labels=len(getattr(objective, 'columns', ())), lr=t.lr, step=step, epochs=round(step * t.batch / t.records, 4),
-                   flops=float((6 * student + 2 * extra) * t.batch * step), seed=t.seed, **assess(objective, t, ds, anchors, oods, device))
+                   flops=float(compute(student, t.batch, step, extra)), seed=t.seed, **assess(objective, t, ds, anchors, oods, device))
         row['seconds'] = round(time.time() - began, 2)
         rows.append({k: str(v) for k, v in row.items()})
         if worth(rows[-1]) == min(map(worth, rows)):
@@ -344,7 +1750,7 @@ def estimate(a, ds, runs, device):
 
 def collect(out, prefix=''):
     """All rows of finished and unfinished runs in `out`, pilots apart, in one order whatever the order they were made in."""
-    rows = [r for folder in sorted(Path(out, 'runs').glob('*')) if folder.name.startswith('rate_') == (prefix == 'rate_') for r in rows_of(folder)]
+    rows = [r for folder in sorted(Path(out, 'runs').glob('*')) if folder.name.startswith('rate_') == (prefix == 'rate_') for r in evaluations(folder)]
     if rows:
         write_csv(Path(out, f'{prefix}runs.csv'), rows)
     return rows
@@ -364,7 +1770,7 @@ def run_all(work, a, name):
 
 
 def sweep(a):
-    """Make the rows of runs.csv that are not there yet."""
+    """Train and evaluate models of several sizes on several numbers of records, as far as runs.csv does not hold them yet."""
     ds, device = Dataset(a.data), pick_device(a.device)
     for name in a.ood:                                           # prepared, or refused, before anything is trained
         ood(name, ds.contract)
@@ -400,7 +1806,7 @@ def finetune_one(folder, a, threads):
             run = open_run(Path(folder, 'best'))
             data, _, task = a.ood[0].partition(':')
             t = Task(data, [task] if task else None, [run], pick_device(a.device))
-        origin, rows = rows_of(Path(folder))[0], []
+        origin, rows = evaluations(Path(folder))[0], []
         for mode, count in itertools.product(('finetune', 'scratch'), a.records):
             if count > t.available:
                 continue
@@ -420,7 +1826,7 @@ def finetune_one(folder, a, threads):
 def finetune(a):
     """Effective data transferred (2605.17276, Eq. S.9): rows of finetune.csv. Finished scores are kept in out/scores."""
     folders = [f.parent.parent for f in sorted(Path(a.out, 'runs').glob('*/best/ckpt.pt')) if not f.parent.parent.name.startswith('rate_')]
-    first = {f: rows_of(f)[0] for f in folders if rows_of(f)}
+    first = {f: evaluations(f)[0] for f in folders if evaluations(f)}
     most = max((int(r['D']) for r in first.values()), default=0)
     folders = [f for f, r in first.items() if r['family'] in a.family and r['objective'] in a.objective and int(r['seed']) in a.seeds and int(r['D']) == most]
     if not folders:
@@ -430,6 +1836,9 @@ def finetune(a):
     write_csv(Path(a.out, 'finetune.csv'), rows)
     print(f'{a.out}/finetune.csv: {len(rows)} rows; python scaling.py transfer {a.out}/finetune.csv')
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
 
 def number_or_all(text):
     return text if text == 'all' else int(text)
@@ -460,12 +1869,62 @@ def sweep_flags(p):
     p.add_argument('--out', default='out/scaling')
 
 
-def main(argv=None):
+def huber_delta(text):
+    if text == 'mad':
+        return text
+    if not 0 < float(text) < 1e6:
+        raise argparse.ArgumentTypeError('must be mad or a positive number')
+    return float(text)
+
+
+COMMANDS = {'sweep': sweep, 'fit': fit_command, 'allocate': allocate_command, 'transfer': transfer_command, 'overfit': overfit_command, 'labels': labels_command,
+            'winners': winners_command, 'loss-vs-error': error_command, 'simulate': simulate_command, 'published': published_command}
+
+
+def parse(argv=None):
+    """The arguments, checked."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = p.add_subparsers(dest='command')
-    sweep_flags(commands.add_parser('sweep'))
+    sub = p.add_subparsers(dest='command', metavar='COMMAND')
+    for name, command in COMMANDS.items():
+        q = sub.add_parser(name, help=command.__doc__.split('\n')[0].replace('%', '%%'), description=command.__doc__)
+        if name == 'sweep':
+            sweep_flags(q)
+            continue
+        q.add_argument('--out', help='folder to write to (default: beside the CSV of runs; out/published; out)')
+        if name == 'published':
+            continue
+        if name != 'simulate':
+            q.add_argument('runs', help='CSV of runs, one row per evaluation')
+        if name not in ('simulate', 'loss-vs-error'):
+            q.add_argument('--loss', nargs='+', help='columns of losses (default: id_test and every ood_*_test)')
+        if name in ('fit', 'allocate', 'transfer', 'overfit', 'simulate'):
+            q.add_argument('--resamples', type=int, default=600, help='of the runs, for intervals')
+            q.add_argument('--delta', type=huber_delta, default=1e-3,
+                           help="of Huber's loss of log residuals, or mad: 1.345 normalised median absolute deviations")
+            q.add_argument('--seed', type=int, default=0)
+        if name == 'fit':
+            q.add_argument('--axis', choices=['joint', 'N', 'D'], default='joint', help='N or D: one exponent alone')
+        if name == 'overfit':
+            q.add_argument('--tolerance', type=float, nargs='+', default=[.1], help='shares of loss that too few records may cost')
+        if name == 'simulate':
+            q.add_argument('--studies', type=int, default=200)
+            q.add_argument('--levels', type=int, default=5, help='of N and of D')
+            q.add_argument('--seeds', type=int, default=3, help='runs per cell')
+            q.add_argument('--noise', type=float, default=.01, help='standard deviation of the log loss between runs')
+            q.add_argument('--truth', type=float, nargs=5, default=[.11, 6, 3, .35, .22], metavar=('E', 'A', 'B', 'alpha', 'beta'))
     a = p.parse_args(argv)
-    sweep(a)
+    for name, low, high in (('resamples', 200, 100000), ('studies', 1, 100000), ('levels', 3, 50), ('seeds', 1, 100), ('noise', 0, 1)):
+        if a.command != 'sweep' and not low <= getattr(a, name, low) <= high:
+            raise Stop(f'--{name} must lie between {low:g} and {high:g}')
+    if any(not 0 < t < 1 for t in getattr(a, 'tolerance', [])):
+        raise Stop('--tolerance must lie between 0 and 1')
+    return a if a.command else parse(['published'])
+
+
+def main(argv=None):
+    """The command line: see the top of the file."""
+    a = parse(argv)
+    COMMANDS[a.command](a)
 
 
 if __name__ == '__main__':

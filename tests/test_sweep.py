@@ -139,7 +139,7 @@ def test_a_killed_run_goes_on_without_a_lost_or_doubled_row(here, monkeypatch, t
                 killed(patch, function, 2)
                 with pytest.raises(KeyboardInterrupt):
                     scaling.legs(name, *run, a)
-            assert len(scaling.rows_of(tmp_path / out / 'runs' / name)) == 1
+            assert len(scaling.evaluations(tmp_path / out / 'runs' / name)) == 1
         results.append([{k: v for k, v in r.items() if k != 'seconds'} for r in scaling.legs(name, *run, a)])
     assert results[0] == results[1] and [r['step'] for r in results[0]] == ['2', '4', '8']
     assert (tmp_path / 'broken/runs' / name / 'best/ckpt.pt').is_file()
