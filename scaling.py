@@ -1268,7 +1268,7 @@ def printed_exponents(x, L, floor):
 
 
 def claims():
-    """What the text says of Tables S.5 and S.6 and what they hold: [(claim, found, of, agrees)]."""
+    """Statements of the text about Tables S.5 and S.6, taken apart, and what the tables hold: [(claim, found, of, agrees)]."""
     sets, M = printed_losses('table_s5_model_bins', 'model_bin')
     _, D = printed_losses('table_s6_data_bins', 'data_bin')
     ts, tx, rs, rx = range(4)
@@ -1380,7 +1380,7 @@ def published_command(a):
     same = D[0, names.index('Echonext')] == D[2, names.index('Echonext')]
     print(f'\n  In Table S.6 EchoNext has the same loss for T-SL and R-SL in {same.sum()} of 6 bins, to four digits: likely a copied column, '
           'so nothing is concluded from it\n')
-    print('what the text says of Tables S.5 and S.6, counted in them')
+    print('statements about Tables S.5 and S.6, counted in them')
     for text, found, of, agrees in claims():
         rows.append(dict(quantity=text, published='yes', refitted=f'{found} of {of}', note='agrees' if agrees else 'differs'))
         print(f'  {"agrees " if agrees else "differs"}  {found:3d} of {of:3d}  {text}')

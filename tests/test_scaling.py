@@ -46,6 +46,7 @@ def test_identities_of_the_laws():
     assert equivalent_scale_up(10, 1.3, 1.) == pytest.approx(10 ** 1.3)
     assert shares(Law(0, 1, 1, .4, .1)) == pytest.approx((.2, .8)) and sum(shares(TRUTH, 1.1, .8)) == pytest.approx(1)
     assert joint_law(1e6, np.inf, *TRUTH) == pytest.approx(.11 + 6 * 1e6 ** -.35)
+    assert scaling.compute(100, 8, 10) == 48000 and scaling.compute(100, 8, 10, extra_macs=50) == 48000 + 8000
 
 
 @pytest.mark.parametrize('u, v, N, D', [(1, 1, 163353, 1.02029e6), (1.1, .8, 194062, 5.7068e6), (.9, 1.3, 125713, 126430)])
