@@ -8,6 +8,7 @@ import data
 import evaluate
 import models
 import objectives
+import scaling
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
