@@ -415,12 +415,11 @@ def unit_rows(x):
 @dataclass(frozen=True)
 class Recipe:
     """How a head, or everything, is trained downstream."""
-    epochs: dict = dataclasses.field(default_factory=lambda: dict(linear=20, frozen=20, finetune=3, scratch=6))
+    epochs: dict = dataclasses.field(default_factory=lambda: dict(linear=20, frozen=20, finetune=6, scratch=6))
     batch: int = 32
-    lr: float = 1e-3                                             # of the head
-    frozen: float = 10.                                          # rate of attention pooling, in lr
-    steps: int = 500                                             # at the least, where records are few
-    scratch: float = 5.                                          # that of training from scratch
+    lr: float = 1e-3                                             # of the head, times `factor`
+    steps: dict = dataclasses.field(default_factory=lambda: dict(linear=500, frozen=500, finetune=70, scratch=70))          # at the least
+    factor: dict = dataclasses.field(default_factory=lambda: dict(linear=1., frozen=10., finetune=20., scratch=5.))          # of lr: steps are few
     standardise: bool = True                                     # tokens of frozen encoders, by mean and SD over the training records
     weight_decay: float = 1e-3
     schedule: str = 'cosine'
@@ -430,13 +429,13 @@ class Recipe:
     cached: bool = True                                          # frozen encoders see each record's consecutive crops once, not random ones
     preview: bool = False                                        # the head starts as the converged linear probe
     path: float = 0.                                             # stochastic depth at the last block
-    dropout: float = None                                        # None: the encoder's own
+    dropout: float = None                                        # of encoder and mean token; None: the encoder's own
     decay: float = None                                          # layer-wise: lr decay^(L + 1 - l), l = 0 the stem, L + 1 the head
 
 
 # released: 2605.12241's code; sc: the probe of 2605.17276, whose rate and batch are lost (1e-3 and 64 are our choice)
-MODES, PAPERS = ('linear', 'frozen', 'finetune', 'scratch'), dict(batch=64, frozen=1., scratch=1., steps=0, standardise=False, solved=False,
-                                                                             schedule='constant')
+MODES = 'linear', 'frozen', 'finetune', 'scratch'
+PAPERS = dict(batch=64, steps=dict.fromkeys(MODES, 0), factor=dict.fromkeys(MODES, 1.), standardise=False, solved=False, schedule='constant')
 PROTOCOLS = {'quick': Recipe(), 'released': Recipe(dict.fromkeys(MODES, 100), clip=math.inf, cached=False, **PAPERS),
              'sc': Recipe(dict.fromkeys(MODES, 200), weight_decay=0., patience=5, **PAPERS)}
 # post-training's parts (2509.12991, whose values are known from a replication only; the decay of MTECG, 2309.07136, is not known: .75 is ours)
@@ -456,10 +455,10 @@ def loss_of(logits, target, numbers):
 def rates(encoder, head, mode, recipe):
     """Optimiser groups. finetune: head lr, backbone lr / 10, stem lr / 100, as in 2605.12241, or layer by layer where recipe.decay is
     given; scratch: one rate."""
-    lr, L = recipe.lr, len(encoder.blocks)
+    lr, L = recipe.lr * recipe.factor[mode], len(encoder.blocks)
     middle = nn.ModuleList([encoder.blocks, encoder.norm])
     parts = {'finetune': [(head, lr), (middle, lr / 10), (encoder.stem, lr / 100)],
-             'scratch': [(m, lr * recipe.scratch) for m in (head, middle, encoder.stem)]}.get(mode, [(head, lr * (recipe.frozen if mode == 'frozen' else 1))])
+             'scratch': [(m, lr) for m in (head, middle, encoder.stem)]}.get(mode, [(head, lr)])
     if mode == 'finetune' and recipe.decay:
         layers = [encoder.stem, *encoder.blocks[:-1], nn.ModuleList([encoder.blocks[-1], encoder.norm]), head]
         parts = [(m, lr * recipe.decay ** (L + 1 - l)) for l, m in enumerate(layers)]
@@ -475,7 +474,7 @@ def fit(encoder, source, y, train, val, test, samples, mode, recipe, device, see
     rng, cached, still = np.random.default_rng(seed), isinstance(source, Tokens), mode in ('linear', 'frozen')
     numbers = np.zeros(y.shape[1], bool) if numbers is None else numbers
     kinds = torch.from_numpy(numbers).to(device)
-    head = (AttentionPool if mode == 'frozen' else MeanPool)(encoder.dim, y.shape[1]).to(device)
+    head = (AttentionPool(encoder.dim, y.shape[1]) if mode == 'frozen' else MeanPool(encoder.dim, y.shape[1], recipe.dropout or 0.)).to(device)
     encoder = encoder.to(device) if still else copy.deepcopy(encoder).to(device).requires_grad_(True)
     if not still:
         regularise(encoder, recipe.path, recipe.dropout)
@@ -486,7 +485,7 @@ def fit(encoder, source, y, train, val, test, samples, mode, recipe, device, see
     learns = [p for g in optimiser.param_groups for p in g['params']]
     size = min(recipe.batch, len(train))
     per_epoch, best, since = len(train) // size, (-math.inf, None), 0
-    epochs = epochs or max(recipe.epochs[mode], -(-recipe.steps // per_epoch) if still else 0)
+    epochs = epochs or max(recipe.epochs[mode], -(-recipe.steps[mode] // per_epoch))
 
     shift, scale = 0., 1.
     if cached and recipe.standardise:
@@ -824,7 +823,7 @@ def arms_of(families, t, mode='linear', recipe=PROTOCOLS['quick'], epochs=None, 
         tail = '' if len(shapes) == 1 else f' ({c["backbone"]} {c["dim"]}x{c["layers"]}{" causal" * c["causal"]}, {window:g} s)'
         if scratch or mode == 'scratch':
             torch.manual_seed(0)
-            made.append(Arm('from scratch' + tail, [fresh(r) for r in runs], 'scratch', recipe, epochs and 2 * epochs, runs))
+            made.append(Arm('from scratch' + tail, [fresh(r) for r in runs], 'scratch', recipe, epochs, runs))
         if mode == 'scratch':
             continue
         if not ablate:
@@ -906,8 +905,8 @@ def report(t, task, arms, scores, count, a, several):
         minus = {m: score.minus(reference, m) if reference and reference is not score else () for m in score.point}
         closed = arm.mode in ('knn', 'prototypes') or (arm.mode == 'linear' and arm.recipe.solved)
         epochs = '' if closed else arm.epochs or arm.recipe.epochs[arm.mode]
-        if arm.mode in ('linear', 'frozen') and arm.recipe.steps and epochs and not arm.epochs:
-            epochs = f'{epochs}, or {arm.recipe.steps} steps'
+        if epochs and not arm.epochs and arm.recipe.steps[arm.mode]:
+            epochs = f'{epochs}, or {arm.recipe.steps[arm.mode]} steps'
         text = '{:+.3f} [{:+.3f}, {:+.3f}]'.format(*d) + (' *' if several and d[1] * d[2] > 0 else '') if (d := minus[main]) else ''
         print(f'{str(count):>8s}  {name:{wide}s}' + '{:.3f}        [{:.3f}, {:.3f}]  '.format(*score.interval()) + ''.join(f'{score.point[m].mean():.3f}  ' for m in others) + text)
         common = dict(data=t.ds.name, task=task, arm=name, mode=arm.mode, protocol=a.protocol, epochs=epochs, draws=a.draws, labels=count, n=len(t.test),
@@ -1377,9 +1376,9 @@ def parse(argv=None):
     p.add_argument('--list', action='store_true', help='show all tasks and the prepared datasets')
     p.add_argument('--device')
     g = p.add_argument_group('training, where the protocol shall not decide')
-    g.add_argument('--epochs', type=int, help='quick: 20 of frozen, or as many as make 500 steps, 3 of finetune; scratch takes twice as many')
+    g.add_argument('--epochs', type=int, help='quick: 20 of frozen, or as many as make 500 steps; 6 of finetune and scratch, or 70 steps')
     g.add_argument('--batch', type=int)
-    g.add_argument('--lr', type=float, help='of the head (1e-3); quick: ten times as much for attention pooling, five times for training from scratch')
+    g.add_argument('--lr', type=float, help='of the head (1e-3); quick: 10 times as much for attention pooling, 20 for fine-tuning, 5 for training from scratch')
     g.add_argument('--scratch', action=argparse.BooleanOptionalAction, help='train from scratch too (default: on synthetic data with one pretraining, and beside finetune)')
     g = p.add_argument_group('post-training (2509.12991), parts of --mode finetune')
     g.add_argument('--preview', action='store_true', default=None, help='the head starts as the linear probe')

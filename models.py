@@ -600,12 +600,12 @@ def pool(h, pad=None):
 class MeanPool(nn.Module):
     """Mean over tokens, then a linear map: the head of linear probing, fine-tuning and training from scratch."""
 
-    def __init__(self, dim, classes):
+    def __init__(self, dim, classes, dropout=0.):
         super().__init__()
-        self.out = nn.Linear(dim, classes)
+        self.out, self.p = nn.Linear(dim, classes), dropout
 
     def forward(self, h, pad=None):
-        return self.out(pool(h, pad))
+        return self.out(F.dropout(pool(h, pad), self.p, self.training))
 
 
 class AttentionPool(nn.Module):

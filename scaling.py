@@ -1758,7 +1758,7 @@ def collect(out, prefix=''):
 
 def run_all(work, a, name):
     """work: {name: (function, arguments)}, a.jobs at a time in processes of their own. Stops, after the others are done, with what failed."""
-    results, threads = {}, max(1, (os.cpu_count() or 1) // a.jobs)
+    results, threads = {}, max(1, torch.get_num_threads() // a.jobs)
     with ProcessPoolExecutor(a.jobs, multiprocessing.get_context('spawn')) as pool:
         futures = {pool.submit(function, *arguments, threads): key for key, (function, arguments) in work.items()}
         for future in tqdm(as_completed(futures), desc=name, total=len(futures), disable=None):
@@ -1778,7 +1778,7 @@ def sweep(a):
     a.records = sorted({most if r == 'all' else r for r in a.records})
     if a.records[-1] > most:
         raise Stop(f'{a.data} has {most:,} training records: --records must not exceed that')
-    a.jobs = a.jobs or (1 if device.type == 'cuda' else os.cpu_count() or 1)
+    a.jobs = a.jobs or (1 if device.type == 'cuda' else torch.get_num_threads())
     Path(a.out).mkdir(parents=True, exist_ok=True)
     if a.kind == 'finetune':
         return finetune(a)
@@ -1863,7 +1863,7 @@ def sweep_flags(p):
     p.add_argument('--lr-steps', type=int, default=150, help='of the runs that choose the rate')
     p.add_argument('--labels', default='findings+tail', help='labels: the label sets to draw from')
     p.add_argument('--tokenizer', help='beats: run folder of a vqbeat')
-    p.add_argument('--jobs', type=int, help='runs at a time (default: one per core, 1 on CUDA)')
+    p.add_argument('--jobs', type=int, help='runs at a time (default: one per thread that torch has, 1 on CUDA)')
     p.add_argument('--estimate', action='store_true', help='print what it would cost, train nothing')
     p.add_argument('--device')
     p.add_argument('--out', default='out/scaling')

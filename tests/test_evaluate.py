@@ -19,7 +19,7 @@ import data
 import evaluate
 import train
 from data import TASKS, Dataset, Stop
-from evaluate import (POST, PROTOCOLS, Arm, Recipe, Score, Task, Tokens, at_rate, auroc, average_precision, cka, compare, draw_labels, embed, f1, fit, grouped,
+from evaluate import (MODES, POST, PROTOCOLS, Arm, Recipe, Score, Task, Tokens, at_rate, auroc, average_precision, cka, compare, draw_labels, embed, f1, fit, grouped,
                       holm, hsic, interval, jobs_of, label_law, linear_probe, logistic, loss_of, macro, mae, noisy, one_per_patient, open_run, overlap, p_value,
                       per_record, plans, rates, resample_patients, ridge, swap_arms, thresholds, training_free, without)
 from models import AttentionPool, Config, Encoder, load, see_data, sized
@@ -402,7 +402,7 @@ def few(world):
 
 @pytest.mark.parametrize('mode', ['linear', 'frozen'])
 def test_probe_on_kept_tokens_equals_the_probe_on_crops(few, mode):
-    (ds, rows, y, numbers), recipe = few, replace(PROTOCOLS['quick'], epochs=dict(linear=3, frozen=3), batch=16, frozen=1., steps=0, standardise=False)
+    (ds, rows, y, numbers), recipe = few, replace(PROTOCOLS['quick'], epochs=dict(linear=3, frozen=3), batch=16, steps=dict.fromkeys(MODES, 0), factor=dict.fromkeys(MODES, 1.), standardise=False)
     torch.manual_seed(0)
     encoder, all_rows = Encoder(TINY).eval(), np.concatenate(rows)
     found = {}
@@ -415,7 +415,7 @@ def test_probe_on_kept_tokens_equals_the_probe_on_crops(few, mode):
 
 
 def test_quick_attention_pooling_standardises_tokens_by_the_training_records(few):
-    (ds, rows, y, numbers), recipe = few, replace(PROTOCOLS['quick'], epochs=dict(frozen=2), batch=16, steps=0)
+    (ds, rows, y, numbers), recipe = few, replace(PROTOCOLS['quick'], epochs=dict(frozen=2), batch=16, steps=dict.fromkeys(MODES, 0))
     torch.manual_seed(0)
     encoder = Encoder(TINY).eval()
     tokens, byhand = (Tokens(encoder, ds, np.concatenate(rows), 600, CPU, dtype=np.float32) for _ in range(2))
@@ -471,7 +471,7 @@ def test_fit_learns(here):
     y = np.array(ds.labels[:, column])
     given = Encoder(TINY)
     before = copy.deepcopy(given.state_dict())
-    val, test = fit(given, ds, y, rows, rows, rows, 600, 'scratch', Recipe(lr=3e-3, scratch=1.), CPU, epochs=12)
+    val, test = fit(given, ds, y, rows, rows, rows, 600, 'scratch', Recipe(lr=3e-3, factor=dict(scratch=1.)), CPU, epochs=12)
     assert macro(auroc(test, y[rows]))[0] > .8 and np.array_equal(val, test)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), given.state_dict().values()))                                # a copy learnt
 
@@ -520,7 +520,7 @@ def test_loss_is_the_released_joint_one():
 def test_rates(backbone):
     """Every tensor that learns once, at its rate: finetune 1, .1, .01; scratch all alike; layer by layer decay^(L + 1 - l)."""
     encoder, head = Encoder(sized(backbone, 'tiny')), torch.nn.Linear(3, 2)
-    L, recipe = len(encoder.blocks), Recipe(lr=1e-3, scratch=5.)
+    L, recipe = len(encoder.blocks), Recipe(lr=1e-3, factor=dict.fromkeys(MODES, 1.) | dict(scratch=5.))
     part = {id(p): 'head' for p in head.parameters()} | {id(p): 0 for p in encoder.stem.parameters()} | {id(p): L for p in encoder.norm.parameters()}
     part |= {id(p): l + 1 for l, block in enumerate(encoder.blocks) for p in block.parameters()}
     dynamic = {id(p) for n, p in encoder.named_parameters() if n.endswith(('.log_step', '.a', '.w'))}

@@ -241,6 +241,16 @@ def test_pools_leave_padding_out():
         assert torch.allclose(head(h, pad)[0], head(h[:1, :5])[0], atol=1e-6) and torch.allclose(head(h, pad)[1], head(h)[1], atol=1e-6)
 
 
+def test_dropout_of_the_mean_token():
+    torch.manual_seed(0)
+    h, plain, head = torch.ones(20_000, 1, 1), MeanPool(1, 1), MeanPool(1, 1, .3)
+    head.load_state_dict(plain.state_dict())
+    assert torch.equal(head.eval()(h), plain(h))
+    dropped = (head.train()(h) - plain.out.bias).detach() / plain.out.weight
+    assert torch.allclose(dropped[dropped != 0], torch.tensor(1 / .7)) and (dropped == 0).any()
+    assert abs(dropped.mean() - 1) < 4 * (.3 / .7 / 20_000) ** .5
+
+
 def test_dynamics_have_their_own_rate_and_no_decay():
     encoder = Encoder(sized('s4d', 'tiny'))
     rest, dynamics = groups(encoder, .01, .1)
