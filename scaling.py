@@ -33,7 +33,7 @@ from tqdm import tqdm
 import train
 from data import Dataset, Stop, figure
 from evaluate import Arm, PROTOCOLS, Task, auroc, embed, first_task, fresh, linear_probe, macro, open_run, slug, write_csv
-from models import CHUNK, SIZES, flops, load, net1d, parameters, pick_device, to_device
+from models import CHUNK, SIZES, flops, load, net1d, parameters, pick_device, sized, to_device
 from objectives import OBJECTIVES
 
 MOVING = ('jepa', 'data2vec', 'dinosr', 'hubert')                # their targets move with the run: losses of two runs do not compare
@@ -1779,13 +1779,13 @@ def sweep(a):
     if a.records[-1] > most:
         raise Stop(f'{a.data} has {most:,} training records: --records must not exceed that')
     a.jobs = a.jobs or (1 if device.type == 'cuda' else torch.get_num_threads())
-    Path(a.out).mkdir(parents=True, exist_ok=True)
     if a.kind == 'finetune':
         return finetune(a)
     trial, runs = {} if a.lr else pilots(a, ds), plan(a, ds, {})
     estimate(a, ds, trial | runs, device)
     if a.estimate:
         return
+    Path(a.out).mkdir(parents=True, exist_ok=True)
     rates = {}
     for name, rows in run_all({n: (run_one, (n, *r, a)) for n, r in trial.items()}, a, 'rates').items():
         key = tuple(rows[-1][k] for k in ('family', 'objective', 'size'))
@@ -1913,11 +1913,17 @@ def parse(argv=None):
             q.add_argument('--noise', type=float, default=.01, help='standard deviation of the log loss between runs')
             q.add_argument('--truth', type=float, nargs=5, default=[.11, 6, 3, .35, .22], metavar=('E', 'A', 'B', 'alpha', 'beta'))
     a = p.parse_args(argv)
-    for name, low, high in (('resamples', 200, 100000), ('studies', 1, 100000), ('levels', 3, 50), ('seeds', 1, 100), ('noise', 0, 1)):
-        if a.command != 'sweep' and not low <= getattr(a, name, low) <= high:
-            raise Stop(f'--{name} must lie between {low:g} and {high:g}')
-    if any(not 0 < t < 1 for t in getattr(a, 'tolerance', [])):
-        raise Stop('--tolerance must lie between 0 and 1')
+    sweeping = a.command == 'sweep'
+    limits = dict(resamples=(200, 100000), studies=(1, 100000), levels=(3, 50), noise=(0, 1), seed=(0, 2 ** 31), seeds=(0, 2 ** 31) if sweeping else (1, 100),
+                  tolerance=(1e-6, 1), records=(1, 1e12), steps=(1, 1e9), epochs=(1e-3, 1e6), batch=(1, 65536), lr=(1e-9, 10), lr_steps=(1, 1e9),
+                  patience=(1, 1000), jobs=(1, 1024))
+    for name, (low, high) in limits.items():
+        given = getattr(a, name, None)
+        for value in given if isinstance(given, list) else [given]:
+            if value not in (None, 'all') and not low <= value <= high:
+                raise Stop(f'--{name.replace("_", "-")} {value} must lie between {low:g} and {high:g}')
+    for family, size in itertools.product(a.family, a.size or ()) if sweeping else ():
+        sized(family, size)
     return a if a.command else parse(['published'])
 
 

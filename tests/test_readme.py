@@ -1,5 +1,6 @@
 """What the README and the module docstrings tell people to type."""
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,11 @@ def test_every_flag_named_is_a_flag(script, capsys, monkeypatch):
     commands = re.findall(rf'python {script}([^`\n#|&)]*)', TEXT)
     named = {flag for command in commands for flag in re.findall(r'--[a-z][a-z_-]*', command)}
     assert stop.value.code == 0 and commands and named <= known
+
+
+def test_every_command_of_scaling_is_one():
+    commands = re.findall(r'python scaling\.py([^`\n#|&)]*)', TEXT + scaling.__doc__)
+    assert len(commands) > 12 and all(scaling.parse(shlex.split(c)).command for c in commands)
 
 
 def test_files_linked_are_there():
