@@ -1321,29 +1321,50 @@ def published_command(a):
         rows.append(dict(quantity=quantity, published=published, refitted=refitted, note=note))
         print(f'  {quantity:58s} {published:>10s}  {refitted:32s} {note}')
 
+    def count(text, found, of, agrees):
+        rows.append(dict(quantity=text, published='yes', refitted=f'{found} of {of}', note='agrees' if agrees else 'differs'))
+        print(f'  {"agrees " if agrees else "differs"}  {found:3d} of {of:3d}  {text}')
+
     print('arXiv 2605.17276, refitted from its printed tables (tests/published). T Transformer, R ResNet; SL supervised, SSL self-supervised\n')
     print(f'  {"":58s} {"published":>10s}  refitted')
+    sets, gamma = refit_transfer(say)
+    names, M = printed_losses('table_s5_model_bins', 'model_bin')
+    _, D = printed_losses('table_s6_data_bins', 'data_bin')
+    beta = refit_data(say, D)
+    alpha = refit_model(say, M)
+    refit_shares(say)
+    same = D[0, names.index('Echonext')] == D[2, names.index('Echonext')]
+    print(f'\n  In Table S.6 EchoNext has the same loss for T-SL and R-SL in {same.sum()} of 6 bins, to four digits: likely a copied column, '
+          'so nothing is concluded from it\n')
+    print('statements about Tables S.5 and S.6, counted in them')
+    for statement in claims() + sums():
+        count(*statement)
+    write_csv(out / 'published.csv', rows)
+    draw_published(names, M, D, alpha, beta, sets, gamma, out)
+    print(f'\nin {out}/: published.csv, bins.png, exponents.png')
+
+
+def refit_transfer(say):
+    """Table S.7 and the 7.6x of the abstract. Returns datasets and exponents."""
     sets, gamma, ends = printed_transfer()
     for c, g, (mean, std) in zip(SHORT, gamma, ends):
         say(f'{c} transfer exponent, mean (std) of {len(sets)} sets', f'{mean:.3f}', f'{g.mean():.3f} ({g.std():.3f}; printed {std:.3f})',
             'std divides by n')
     say('transfer exponents under 1', '', f'{(gamma < 1).sum()} of {gamma.size}')
-    bound = gamma == .05
-    say('transfer exponents of exactly .050, a bound of their fit', '', f'{bound.sum()} of {bound.size}', 'censored: anything up to .050')
+    say('transfer exponents of exactly .050, a bound of their fit', '', f'{(gamma == .05).sum()} of {gamma.size}', 'censored: anything up to .050')
     sex, echo = sets.index('MIMIC(sex)'), sets.index('Echonext')
     say('transfer efficiency on clinical tasks, SSL over SL', 'up to 7.6x', f'{gamma[3, sex] / gamma[2, sex]:.2f}x (sex, ResNets)',
         f'{gamma[3, sex]:.3f} over the bound {gamma[2, sex]:.3f}')
     say('the same on EchoNext, Transformers', '', f'{gamma[1, echo] / gamma[0, echo]:.1f}x', f'{gamma[1, echo]:.3f} over the bound {gamma[0, echo]:.3f}')
     print('  7.6x divides by .050, where the search ended and not what was measured: had it ended at .010, the same data would have said 38x\n')
+    return sets, gamma
 
-    blocks = [12 * int(r['depth']) * int(r['width_or_hidden']) ** 2 for r in printed('table_s4_configs') if r['arch'] == 'transformer']
-    say('largest model, millions of parameters', '200', f'{max(blocks) / 1e6:.0f} in Transformer blocks of S.4',
-        'so 200 can only be a ResNet, if it counts parameters')
-    names, M = printed_losses('table_s5_model_bins', 'model_bin')
-    _, D = printed_losses('table_s6_data_bins', 'data_bin')
+
+def refit_data(say, D):
+    """Data exponents of Table S.6 under three kinds of floor. Returns those with free floors on a grid of 1 to 100 %."""
     for floor in ('free', 'shared', '0'):
         found = {k: printed_exponents(g, D, floor) for k, g in D_GRIDS.items()}
-        beta = {k: b for k, (b, _) in found.items()}
+        beta, ended = {k: b for k, (b, _) in found.items()}, [n for _, n in found.values()]
         for one, two, label in ((1, 0, 'Transformer'), (3, 2, 'ResNet')):
             r = [b[one].mean() / b[two].mean() for b in beta.values()]
             n = [(b[one] > b[two]).sum() for b in beta.values()]
@@ -1351,15 +1372,22 @@ def published_command(a):
                 f'{min(r):.2f} to {max(r):.2f} over {len(r)} grids',
                 f'SSL larger on {min(n)}-{max(n)} of 11 sets' + (', REVERSED' if max(r) < 1 else ''))
         if floor == 'free':
-            free_beta = beta
+            free = beta['log 1-100']
         if floor == 'shared':
-            ended = [n for _, n in found.values()]
             print(f'  the shared floor ends at the lowest loss of all on {min(ended)}-{max(ended)} of 11 sets: the bins do not hold enough to find it')
     print('  "more data-efficient" hangs on the floor: with a free one it is large, with one floor per set small, with E = 0 reversed for ResNets.\n'
           '  How many records a bin holds is not printed: five grids are assumed, above is the range over them')
     drop = np.log(D[:, :, 0] / D[:, :, -1]).mean(1)
     say('mean log drop of loss over the data bins, R-SL and R-SSL', '', f'{drop[2]:.3f} and {drop[3]:.3f}', 'the larger exponent has the smaller drop')
     print()
+    return free
+
+
+def refit_model(say, M):
+    """Model exponents of Table S.5 under three kinds of floor, and the largest model of S.4. Returns those with free floors."""
+    blocks = [12 * int(r['depth']) * int(r['width_or_hidden']) ** 2 for r in printed('table_s4_configs') if r['arch'] == 'transformer']
+    say('largest model, millions of parameters', '200', f'{max(blocks) / 1e6:.0f} in Transformer blocks of S.4',
+        'so 200 can only be a ResNet, if it counts parameters')
     for floor in ('free', 'shared', '0'):
         alpha, _ = printed_exponents(N_GRID, M, floor)
         for s, label in ((0, 'SL'), (1, 'SSL')):
@@ -1367,35 +1395,32 @@ def published_command(a):
                 f'{alpha[2 + s].mean() / alpha[s].mean():.2f} of means',
                 f'{np.median(alpha[2 + s]) / np.median(alpha[s]):.2f} of medians, R larger on {(alpha[2 + s] > alpha[s]).sum()} of 11 sets')
         if floor == 'free':
-            free_alpha = alpha
-    at = ((free_alpha <= LOW * 1.01) | (free_alpha >= HIGH / 1.01)).sum()
+            free = alpha
+    at = ((free <= LOW * 1.01) | (free >= HIGH / 1.01)).sum()
     print(f'  {at} of 44 model exponents are at a bound; sizes are assumed evenly spaced in log from 20K to 200M. Exponents are compared, not losses\n')
+    return free
+
+
+def refit_shares(say):
+    """What compute should be spent on, by the joint laws."""
     for k in ('log 1-100', '1 5 10 25 50 100'):
         share, at = printed_shares(D_GRIDS[k])
-        for c, values, told in zip(SHORT, share, ('.90', '', '.79', '')):
-            told = '.27' if c == 'T-SSL' else told
+        for c, values, told in zip(SHORT, share, ('.90', '.27', '.79', '')):
             say(f'data share of marginal compute, {c}, grid {k}', told, f'{values.mean():.2f} mean, {np.median(values):.2f} median',
                 f'alpha > beta on {(values > .5).sum()} of 11 sets')
         print(f'  {at} of 88 exponents are at a bound')
-    same = D[0, names.index('Echonext')] == D[2, names.index('Echonext')]
-    print(f'\n  In Table S.6 EchoNext has the same loss for T-SL and R-SL in {same.sum()} of 6 bins, to four digits: likely a copied column, '
-          'so nothing is concluded from it\n')
-    print('statements about Tables S.5 and S.6, counted in them')
-    for text, found, of, agrees in claims():
-        rows.append(dict(quantity=text, published='yes', refitted=f'{found} of {of}', note='agrees' if agrees else 'differs'))
-        print(f'  {"agrees " if agrees else "differs"}  {found:3d} of {of:3d}  {text}')
+
+
+def sums():
+    """Whether the means that Tables S.9 and S.10 print are those of their columns, to rounding: as `claims`."""
     s9, s10 = printed('table_s9_benchmark_auroc'), {r['method']: r for r in printed('table_s10_ptbxl_detail')}
     tasks = 'ptbxl_avg', 'echonext', 'mimic_sex', 'mimic_icu', 'mimic_mort', 'cpsc2018'
     areas = 'diag_auc', 'sub_auc', 'sup_auc', 'form_auc', 'rhythm_auc'
     off = lambda r, columns, total: abs(np.mean([float(r[c]) for c in columns]) - float(r[total]))
-    for text, good, of in (('S.9: the mean is that of its six columns', sum(off(r, tasks, 'mean') < 6e-4 for r in s9), len(s9)),
-                           ('S.10: the average is that of its five AUROCs', sum(off(r, areas, 'macro_auc_avg') < 6e-5 for r in s10.values()), len(s10)),
-                           ('S.9: PTB-XL is the average of S.10', sum(off(r | s10[r['method']], ['ptbxl_avg'], 'macro_auc_avg') < 6e-4 for r in s9), len(s9))):
-        rows.append(dict(quantity=text, published='yes', refitted=f'{good} of {of}', note='agrees' if good == of else 'differs'))
-        print(f'  {"agrees " if good == of else "differs"}  {good:3d} of {of:3d}  {text}')
-    write_csv(out / 'published.csv', rows)
-    draw_published(names, M, D, free_alpha, free_beta['log 1-100'], sets, gamma, out)
-    print(f'\nin {out}/: published.csv, bins.png, exponents.png')
+    return [(text, sum(good), len(good), all(good)) for text, good in (
+        ('S.9: the mean is that of its six columns', [off(r, tasks, 'mean') < 6e-4 for r in s9]),
+        ('S.10: the average is that of its five AUROCs', [off(r, areas, 'macro_auc_avg') < 6e-5 for r in s10.values()]),
+        ('S.9: PTB-XL is the average of S.10', [off(r | s10[r['method']], ['ptbxl_avg'], 'macro_auc_avg') < 6e-4 for r in s9]))]
 
 
 def draw_published(names, M, D, alpha, beta, sets, gamma, out):
