@@ -1141,32 +1141,46 @@ def winners_command(a):
         best = min(means, key=means.get)
         table.append(dict(loss=field, N_near=N, D=D, winner=best if len(means) > 1 else 'alone', **means))
         print(f'{field:28s} N near {N:11,.0f}, D {D:9,.0f}: ' + ', '.join(f'{g} {v:.4f}{"*" * (g == best and len(means) > 1)}' for g, v in means.items()))
-    crossings = []
-    for field in dict.fromkeys(r['loss'] for r in table):
+    crossed = crossings(table)
+    for c in crossed:
+        print('{loss}: {overtakes} overtakes {other} between {along} {from:,.0f} and {to:,.0f} at {fixed} {at:,.0f}'.format(**c))
+    print('means over seeds; N to half a decade; a crossing within the spread of seeds is none')
+    deliver(a, ('winners', table), *[('crossings', crossed)] * bool(crossed), ('winners', draw_winners(table)))
+
+
+def contestants(rows):
+    """The configurations with losses in rows of the table of winners."""
+    return sorted({k for r in rows for k in r} - {'loss', 'N_near', 'D', 'winner'})
+
+
+def crossings(table):
+    """Neighbouring cells along N or D, the other held fixed, between which two configurations change places."""
+    found = []
+    for field, (fixed, moving) in itertools.product(dict.fromkeys(r['loss'] for r in table), (('N_near', 'D'), ('D', 'N_near'))):
         mine = [r for r in table if r['loss'] == field]
-        groups = sorted({k for r in mine for k in r} - {'loss', 'N_near', 'D', 'winner'})
-        for (one, two), (fixed, moving) in itertools.product(itertools.combinations(groups, 2), (('N_near', 'D'), ('D', 'N_near'))):
-            for level in sorted({r[fixed] for r in mine}):
-                line = sorted((r for r in mine if r[fixed] == level and one in r and two in r), key=lambda r: r[moving])
-                for before, after in zip(line, line[1:]):
-                    if (before[one] - before[two]) * (after[one] - after[two]) < 0:
-                        up = one if after[one] < after[two] else two
-                        crossings.append({'loss': field, 'overtakes': up, 'other': two if up == one else one, 'along': moving, 'from': before[moving],
-                                          'to': after[moving], 'fixed': fixed, 'at': level})
-                        print('{loss}: {overtakes} overtakes {other} between {along} {from:,.0f} and {to:,.0f} at {fixed} {at:,.0f}'
-                              .format(**crossings[-1]))
+        for (one, two), level in itertools.product(itertools.combinations(contestants(mine), 2), sorted({r[fixed] for r in mine})):
+            line = sorted((r for r in mine if r[fixed] == level and one in r and two in r), key=lambda r: r[moving])
+            for before, after in itertools.pairwise(line):
+                if (before[one] - before[two]) * (after[one] - after[two]) < 0:
+                    up, other = (one, two) if after[one] < after[two] else (two, one)
+                    found.append({'loss': field, 'overtakes': up, 'other': other, 'along': moving, 'from': before[moving], 'to': after[moving],
+                                  'fixed': fixed, 'at': level})
+    return found
+
+
+def draw_winners(table):
+    """A row per loss: against N at the most records, and against D at the largest size."""
     fields = list(dict.fromkeys(r['loss'] for r in table))
     fig, axes = figure(len(fields), 2, figsize=(10, 3.6 * len(fields)), squeeze=False, layout='constrained')
     for field, row in zip(fields, axes):
         mine = [r for r in table if r['loss'] == field]
         for ax, moving, fixed in ((row[0], 'N_near', 'D'), (row[1], 'D', 'N_near')):
             level = max(r[fixed] for r in mine)
-            for g in sorted({k for r in mine for k in r} - {'loss', 'N_near', 'D', 'winner'}):
+            for g in contestants(mine):
                 line = sorted((r[moving], r[g]) for r in mine if r[fixed] == level and g in r)
                 ax.plot(*zip(*line), 'o-', ms=4, label=g) if line else None
             ax.set(xscale='log', yscale='log', xlabel=moving, title=f'{field}, {fixed} {level:,.0f}'), ax.legend(fontsize=6)
-    print('means over seeds; N to half a decade; a crossing within the spread of seeds is none')
-    deliver(a, ('winners', table), *[('crossings', crossings)] * bool(crossings), ('winners', fig))
+    return fig
 
 
 def permutation_p(x, y, most=8, seed=0):
