@@ -345,9 +345,9 @@ def ridge(X, Y, l2):
     return out
 
 
-def linear_probe(X, Y, train, val, numbers=None, refit=True):
+def linear_probe(X, Y, train, val, numbers=None, refit=True, worth=None):
     """Linear probe on embeddings X (n, D): standardised on the labelled records, L2 chosen on `val` by macro AUROC (by BCE where no class
-    has both labels there), for numbers by MAE, refitted on train and val together unless told not to."""
+    has both labels there) or by `worth`, for numbers by MAE, refitted on train and val together unless told not to."""
     numbers = np.zeros(Y.shape[1], bool) if numbers is None else numbers
 
     def fitted(rows, l2):
@@ -361,7 +361,7 @@ def linear_probe(X, Y, train, val, numbers=None, refit=True):
     best = [None, None]
     for l2 in L2:                                                # from strong to weak: of equals the strongest
         z, y = fitted(train, (l2, l2))(X[val]), Y[val]
-        for i, (mine, value) in enumerate(((~numbers, probe_value), (numbers, number_value))):
+        for i, (mine, value) in enumerate(((~numbers, worth or probe_value), (numbers, number_value))):
             v = value(z[:, mine], y[:, mine])
             if best[i] is None or v > best[i][0]:
                 best[i] = v, l2, z
@@ -371,8 +371,14 @@ def linear_probe(X, Y, train, val, numbers=None, refit=True):
 
 def probe_value(z, y):
     """Macro AUROC, or minus the BCE where no class has both labels; 0 where nothing is known."""
-    table, known = auroc(z, y), np.isfinite(y)
-    return macro(table)[0] if np.isfinite(table).any() else -(np.logaddexp(0, z) - np.where(known, y, 0) * z)[known].sum() / max(1, known.sum())
+    table = auroc(z, y)
+    return macro(table)[0] if np.isfinite(table).any() else -entropy(z, y) if np.isfinite(y).any() else 0.
+
+
+def entropy(z, y):
+    """Mean binary cross-entropy (nats) of logits z (n, K) over the known labels y."""
+    known = np.isfinite(y)
+    return float((np.logaddexp(0, z) - np.where(known, y, 0) * z)[known].mean())
 
 
 def number_value(z, y):
@@ -424,6 +430,7 @@ class Recipe:
     weight_decay: float = 1e-3
     schedule: str = 'cosine'
     patience: int = 0                                            # epochs without a better validation before it stops; 0: never
+    by_loss: bool = False                                        # better is a lower validation loss, not a higher macro AUROC
     clip: float = 1.
     solved: bool = True                                          # linear probes are solved, not trained by this recipe
     cached: bool = True                                          # frozen encoders see each record's consecutive crops once, not random ones
@@ -521,8 +528,8 @@ def fit(encoder, source, y, train, val, test, samples, mode, recipe, device, see
             optimiser.step()
             optimiser.zero_grad()
         z = predict(val)
-        value = (probe_value(scipy.special.logit(z[:, ~numbers].clip(1e-12, 1 - 1e-12)), y[val][:, ~numbers])
-                 + number_value(z[:, numbers], y[val][:, numbers]))
+        logits, known = scipy.special.logit(z[:, ~numbers].clip(1e-12, 1 - 1e-12)), y[val][:, ~numbers]
+        value = (-entropy(logits, known) if recipe.by_loss else probe_value(logits, known)) + number_value(z[:, numbers], y[val][:, numbers])
         if not best[0] >= value:
             best, since = (value, copy.deepcopy((head.state_dict(), None if still else encoder.state_dict())), z), 0
         elif recipe.patience and (since := since + 1) >= recipe.patience:

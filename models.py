@@ -705,13 +705,18 @@ def load_encoder(checkpoint):
     return encoder.eval()
 
 
-def flops(work):
+def flops(work, fft=False):
     """FLOPs of work()'s matrix products and convolutions, two a multiply-accumulate, as torch counts them: attention under the kernel that it
-    can count, and products in place, which it overlooks, too. FFTs and what is done element by element are left out."""
+    can count, and products in place, which it overlooks, too. fft: add real FFTs, 5/2 n log2 n each. What is done element by element is
+    left out."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    in_place = {torch.ops.aten.baddbmm_: lambda total, a, b, out_shape=None, **how: 2 * math.prod(a) * b[2]}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter, sdpa_kernel(SDPBackend.MATH):
+    overlooked = {torch.ops.aten.baddbmm_: lambda total, a, b, out_shape=None, **how: 2 * math.prod(a) * b[2]}
+    if fft:                                                      # shape: of what is real, of all transforms side by side
+        real = lambda shape, n: round(math.prod(shape[:-1]) * 5 / 2 * n * math.log2(n))
+        overlooked[torch.ops.aten._fft_r2c] = lambda x, *rest, out_shape=None, **how: real(x, x[-1])
+        overlooked[torch.ops.aten._fft_c2r] = lambda x, dim, norm, n, out_shape=None, **how: real(x, n)
+    with FlopCounterMode(display=False, custom_mapping=overlooked) as counter, sdpa_kernel(SDPBackend.MATH):
         work()
     return counter.get_total_flops()
 

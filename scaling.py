@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import train
 from data import Dataset, Stop, figure
-from evaluate import Arm, PROTOCOLS, Task, auroc, embed, first_task, fresh, linear_probe, macro, open_run, slug, write_csv
+from evaluate import Arm, PROTOCOLS, Task, auroc, embed, entropy, first_task, fresh, linear_probe, macro, open_run, overlap, slug, write_csv
 from models import CHUNK, SIZES, flops, load, net1d, parameters, pick_device, sized, to_device
 from objectives import OBJECTIVES
 
@@ -1471,14 +1471,14 @@ def draw_published(names, M, D, alpha, beta, sets, gamma, out):
 def macs(c, T, beats=13, fft=False):
     """Multiply-accumulates of one forward pass through an encoder of Config c: (for each crop of T samples, once for a whole batch), the
     latter the kernels of S4. beats: R-peaks in the crop, where they are the tokens. Norms, activations and biases are left out.
-    fft: S4's long convolution as three real FFTs of 2L, at 5/2 n log2 n real FLOPs each, as on CUDA; else its chunks, as on a CPU."""
+    fft: S4's long convolution by FFTs of 2L, at 5/2 n log2 n real FLOPs each, as on CUDA and for S4D; else its chunks, as on a CPU."""
     D, L, ways, N = c.dim, -(-T // 2), 1 if c.causal else 2, c.state
     attention = lambda L, wide: c.layers * (4 * L * D * wide + 2 * L * L * wide + 2 * L * D * c.ffn)
     stem = L * (3 * c.leads * D + 3 * D * D)
     if c.backbone in ('s4', 's4d'):
-        if fft or c.backbone == 's4d':
-            modes = N if c.backbone == 's4' else N // 2
-            long, once = D * 3 * 5 / 2 * 2 * L * math.log2(2 * L) / 2 * fft, ways * D * modes * L
+        if fft or c.backbone == 's4d' or N > 16:
+            transform = D * 5 / 2 * 2 * L * math.log2(2 * L) / 2
+            long, once = 2 * transform, ways * D * (N if c.backbone == 's4' else N // 2) * L + transform
         else:
             K = -(-L // CHUNK)
             long = D * K * (CHUNK * CHUNK + 2 * ways * N * CHUNK + ways * N * N)
@@ -1508,12 +1508,12 @@ def macs(c, T, beats=13, fft=False):
 
 def counted(objective, batch):
     """Forward MACs of one crop through an objective: (student with all its views and heads, teacher or tokenizer that is not trained),
-    as models.flops counts them."""
+    as models.flops counts them, FFTs too."""
     B, T = batch['x'].shape[0], batch['x'].shape[2]
     objective(batch)                                             # S4 makes its dynamics once for all
-    total = flops(lambda: objective(batch)) / 2 / B
+    total = flops(lambda: objective(batch), fft=True) / 2 / B
     other = objective.teacher.net.config if hasattr(objective, 'teacher') else objective.tokenizer.encoder.config if hasattr(objective, 'tokenizer') else None
-    crop, once = macs(other, T, batch['peaks'].shape[1]) if other else (0, 0)
+    crop, once = macs(other, T, batch['peaks'].shape[1], batch['x'].is_cuda) if other else (0, 0)
     extra = crop + once / B
     return total - extra, extra
 
@@ -1640,12 +1640,6 @@ def held_out(objective, ds, rows, t, device, columns=None):
     return entropy(z, y), float(macro(auroc(z, y))[0])
 
 
-def entropy(z, y):
-    """Mean binary cross-entropy (nats) of logits z (n, K) over the known labels y."""
-    known = np.isfinite(y)
-    return float((np.logaddexp(0, z) - np.where(known, y, 0) * z)[known].mean())
-
-
 def ood(name, contract):
     """(Dataset, label columns) of dataset:task, under the contract of what is pretrained on."""
     data, _, task = name.partition(':')
@@ -1655,21 +1649,21 @@ def ood(name, contract):
     return ds, ds.columns(task or first_task(ds))
 
 
-def out_of_distribution(encoder, name, samples, contract, device):
-    """{ood_TASK_val, _test, _auroc}: a linear probe on the first crops of dataset:task. The three highest folds test, the next validates,
-    the others train."""
+def out_of_distribution(encoder, name, samples, contract, device, seen=()):
+    """{ood_TASK_val, _test, _auroc}: a linear probe on the first crops of dataset:task, its L2 chosen by validation loss. The three highest
+    folds test, the next validates, the others train; of val and test, patients among `seen` are left out."""
     ds, columns = ood(name, contract)
     y, folds = np.array(ds.labels[:, columns]), np.unique(ds.fold[ds.fold >= 0])
-    rows = np.flatnonzero((ds.length >= samples) & np.isfinite(y).any(1) & (ds.fold >= 0))
+    rows = np.flatnonzero((ds.length >= samples) & np.isfinite(y).any(1) & (ds.fold >= 0) & ~(np.isin(ds.fold, folds[-4:]) & overlap(ds, seen)))
     part = lambda chosen: np.flatnonzero(np.isin(ds.fold[rows], chosen))
     tr, val, test = part(folds[:-4]), part(folds[-4:-3]), part(folds[-3:])
     y = y[rows]
     both = lambda p: np.isfinite(auroc(np.zeros((len(p), y.shape[1])), y[p])[0]) if len(p) else np.zeros(y.shape[1], bool)
     y = y[:, both(tr) & both(test) & ~(np.isfinite(y) & ~np.isin(y, (0, 1))).any(0)]
     if not y.shape[1]:
-        raise Stop(f'{name}: no yes/no label has both values in the training and the test folds')
+        raise Stop(f'{name}: no yes/no label has both values in the training and the test folds, without patients seen in pretraining')
     X = embed(encoder, ds, rows, samples, device, name, first=True)
-    predict, z = linear_probe(X, y, tr, val)
+    predict, z = linear_probe(X, y, tr, val, worth=lambda z, y: -entropy(z, y))
     score = predict(X[test])
     key = 'ood_' + name.replace(':', '_')
     return {f'{key}_val': entropy(z, y[val]), f'{key}_test': entropy(score, y[test]), f'{key}_auroc': float(macro(auroc(score, y[test]))[0])}
@@ -1680,6 +1674,7 @@ def assess(objective, t, ds, anchors, oods, device):
     objective.eval()
     samples = round(t.window * ds.contract.fs)
     rows = [r[ds.length[r] >= samples] for r in ds.split()]
+    seen = {*ds.patient[rows[0]].tolist(), *ds.id[rows[0]].tolist()}                  # by the largest run: the same test records for all
     rows[0] = ds.nested(rows[0], t.records, t.seed)[:512]
     columns = None
     if t.objective == 'supervised':
@@ -1688,9 +1683,9 @@ def assess(objective, t, ds, anchors, oods, device):
     for name, part in zip(('train', 'val', 'test'), rows):
         result[f'id_{name}'], result[f'id_{name}_auroc'] = held_out(objective, ds, part, t, device, columns)
     result.pop('id_train_auroc')
-    seen = round(samples / getattr(OBJECTIVES[t.objective], 'views', 1))
+    window = round(samples / getattr(OBJECTIVES[t.objective], 'views', 1))
     for name in oods:
-        result |= out_of_distribution(objective.encoder, name, seen, ds.contract, device)
+        result |= out_of_distribution(objective.encoder, name, window, ds.contract, device, seen)
     return result
 
 
@@ -1728,7 +1723,10 @@ def legs(name, t, arm, anchors, a):
     folder = Path(a.out, 'runs', name)
     folder.mkdir(parents=True, exist_ok=True)
     rows, ds, device, oods = evaluations(folder), Dataset(t.data), pick_device(t.device), a.ood if arm != 'rate' or t.objective in MOVING else ()
-    saved = load(folder / 'ckpt.pt') if (folder / 'ckpt.pt').is_file() else {}
+    try:
+        saved = load(folder / 'ckpt.pt') if (folder / 'ckpt.pt').is_file() else {}
+    except ValueError as e:
+        raise Stop(f'{e}; remove {folder}, and the sweep makes that run anew')
     for k, v in saved.get('args', {}).items():
         if v != getattr(t, k) and k not in ('save_every', 'log_every'):
             raise Stop(f'{folder} was begun with {k} = {v}, not {getattr(t, k)}: sweep as before, or take another --out')
@@ -1752,6 +1750,7 @@ def legs(name, t, arm, anchors, a):
                    flops=float(compute(student, t.batch, step, extra)), seed=t.seed, **assess(objective, t, ds, anchors, oods, device))
         row['seconds'] = round(time.time() - began, 2)
         rows.append({k: str(v) for k, v in row.items()})
+        rows[-1]['finished'] = str(int(finished(rows, t.steps, a.patience)))
         if worth(rows[-1]) == min(map(worth, rows)):
             (folder / 'best').mkdir(exist_ok=True)
             shutil.copyfile(folder / 'ckpt.pt', folder / 'best/ckpt.pt.partial')
@@ -1849,7 +1848,7 @@ def finetune_one(folder, a, threads):
         for mode, count in itertools.product(('finetune', 'scratch'), a.records):
             if count > t.available:
                 continue
-            recipe = replace(PROTOCOLS['quick'], batch=a.batch, schedule='constant', patience=10)
+            recipe = replace(PROTOCOLS['quick'], batch=a.batch, schedule='constant', patience=10, by_loss=True)
             epochs = math.ceil(a.steps * a.batch / (.8 * count))
             arm = Arm(mode, [run['net'] if mode == 'finetune' else fresh(run)], mode, recipe, epochs)
             torch.manual_seed(run['seed'])
