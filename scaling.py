@@ -58,6 +58,8 @@ def read_runs(path, losses=None, needed=('N', 'D')):
     columns = [c for c in reader.fieldnames if c]
     losses = losses or [c for c in columns if re.fullmatch('id_test|ood_.+_test', c)] or [c for c in columns if c == 'loss']
     missing = [c for c in (*needed, *losses) if c not in columns]
+    if words := [c for c in losses if c in TEXT]:
+        raise Stop(f'{words[0]} is no loss: name a column of numbers with --loss')
     if missing or not losses:
         lacks = f'the column {", ".join(missing)}' if missing else 'id_test and ood_*_test: name the column of its loss with --loss'
         raise Stop(f'{path} lacks {lacks}; it has {", ".join(columns)}')
@@ -70,10 +72,17 @@ def read_runs(path, losses=None, needed=('N', 'D')):
             check_units(path, rows, column, what, least)
     seen = {}
     for row in rows:
-        key = [row.get(c) for c in (('run', 'step', 'mode', 'D_F') if row.get('run') else columns)]
+        key = [row.get(c) for c in (('run', 'step', 'mode', 'D_F', 'task') if row.get('run') else columns)]
         if (first := seen.setdefault(str(key), row['line'])) != row['line']:
             raise Stop(f'{path}: lines {first} and {row["line"]} are the same ' + (f'step of run {row["run"]}' if row.get('run') else 'row')
                        + ': remove one')
+    if {'run', 'finished'} <= set(columns):
+        ended = {row['run'] for row in rows if row['finished'] != 0}
+        if left := {row['run'] for row in rows} - ended:
+            print(f'{len(left)} runs have not finished and are left out: let the sweep go on')
+            rows = [row for row in rows if row['run'] in ended]
+        if not rows:
+            raise Stop(f'{path}: no run has finished')
     return rows, losses
 
 
@@ -126,7 +135,8 @@ def validation(loss):
 
 def select(rows, loss):
     """One row per run: the one with the lowest validation loss; then, of runs that differ in their learning rate only, the best by
-    validation. Never looks at the test loss to choose. Sorted by (N, D, seed). Raises Stop on losses that are no positive numbers."""
+    validation. Never looks at the test loss to choose. Sorted by (N, D, seed); `improving`: the run's last evaluation was its best, so it
+    ended too early. Raises Stop on losses that are no positive numbers."""
     val = validation(loss)
 
     def best(group, what):
@@ -138,13 +148,15 @@ def select(rows, loss):
     for row in rows:
         if not 0 < row[loss] < math.inf:
             raise Stop(f'line {row["line"]}: {loss} is {row[loss]:g}; losses must be positive numbers: repair the row or leave it out')
-    if 'run' not in rows[0] and len({str(r.get('step')) for r in rows}) > 1 and len({(r['N'], r['D'], r.get('seed')) for r in rows}) < len(rows):
-        raise Stop('there are several steps, but no column `run` that says which rows belong together')
+    alone = [r for r in rows if not r.get('run')]
+    if len({str(r.get('step')) for r in alone}) > 1 and len({(r['N'], r['D'], str(r.get('seed'))) for r in alone}) < len(alone):
+        raise Stop('there are several steps, but nothing in a column `run` that says which rows belong together')
     runs, twins = {}, {}
     for row in rows:
         runs.setdefault(row.get('run') or row['line'], []).append(row)
     for name, group in runs.items():
         row = best(group, f'run {name} has {len(group)} rows')
+        row['improving'] = len(group) > 1 and row.get('step') == max(r.get('step', 0) for r in group)
         twins.setdefault((row['N'], row['D'], row.get('labels'), row.get('seed', row['line'])), []).append(row)
     chosen = []
     for (N, D, _, seed), group in twins.items():
@@ -192,8 +204,8 @@ def compute(macs, batch, step, extra_macs=0.):
 def optimum(C, law, k, u=1., v=1.):
     """(N*, D*) of least loss under C = k N^u D^v (2605.17276, Appendix B.4, for u = v = 1; other u and v, where epochs or the cost of a
     parameter change with size, by the same Lagrangian). Raises ValueError where v or u <= 0: then there is no optimum."""
-    if v <= 0 or u <= 0:
-        raise ValueError(f'compute grows as N^{u:.2f} D^{v:.2f}: with an exponent of zero or less that side is free, and no optimum exists')
+    if np.any(v <= 0) or np.any(u <= 0):
+        raise ValueError(f'compute grows as N^{np.min(u):.2f} D^{np.min(v):.2f}: with an exponent of zero or less that side is free, and no optimum exists')
     E, A, B, alpha, beta = law
     H, total = (v * alpha * A / (u * beta * B)) ** (1 / (u * beta + v * alpha)), u * beta + v * alpha
     return H ** v * (C / k) ** (beta / total), H ** -u * (C / k) ** (alpha / total)
@@ -410,6 +422,7 @@ class Fit:
     projected: Law
     law: Law
     boot: Law
+    weights: np.ndarray                                          # (R, n) of the runs in each resample
     profiles: dict
     checks: dict
     flags: list
@@ -451,6 +464,8 @@ def fit_runs(rows, loss, name='all runs', axis='joint', delta=1e-3, resamples=60
     N, D, L = (column(rows, c) for c in ('N', 'D', loss))
     if reason := unfit(N, D, axis):
         return reason
+    if L.max() < L.min() * (1 + 1e-9):
+        return 'all runs have the same loss'
     s = Scaled(N, D, L, axis)
     if axis == 'joint':
         first = project(N, D, L)
@@ -462,17 +477,18 @@ def fit_runs(rows, loss, name='all runs', axis='joint', delta=1e-3, resamples=60
         delta = max(1.345 * 1.4826 * np.median(np.abs(r - np.median(r))), 1e-6)
     p, _ = robust(s, delta, s.vector(first))
     law = s.law(p)
-    fit = Fit(name, loss, axis, rows, s, p, delta, first, law, None, {}, {}, [])
+    fit = Fit(name, loss, axis, rows, s, p, delta, first, law, None, draws(len(L), resamples, s.free, seed), {}, {}, [])
     fit.profiles = {c: profile(s, p, i) for i, c in ((2, 'E'), (3, 'alpha'), (4, 'beta')) if c == 'E' or c in fit.exponents}
     fit.profiles['E'] = tuple(v * math.exp(s.zero[2]) for v in fit.profiles['E'])
     for exponent in fit.exponents:
         low, high = fit.profiles[exponent]
         if low <= LOW * 1.01 and high >= HIGH / 1.01:
             return f'{exponent} fits as well at {LOW:g} as at {HIGH:g}: these runs do not identify it'
-    w = draws(len(L), resamples, s.free, seed)
-    fit.boot = s.law(s.descend(np.tile(p, (resamples, 1)), w, delta)[0])
+    fit.boot = s.law(s.descend(np.tile(p, (resamples, 1)), fit.weights, delta)[0])
     fit.checks = checks(fit) if checked else {}
     fit.flags = bounds(fit) + rising(fit)
+    if n := sum(r.get('improving', False) for r in rows):
+        fit.flags.append(f'{n} of {len(rows)} runs still improving when they ended')
     return fit
 
 
@@ -629,8 +645,8 @@ def ratios(fits):
     for f in fits:
         by.setdefault(f.name, {})[f.loss] = f
     for one, two in itertools.combinations(by, 2):
-        alike = len({next(iter(by[n].values())).rows[0].get('objective') for n in (one, two)}) == 1
-        both = [loss for loss in by[one] if loss in by[two] and (alike or not loss.startswith('id_'))]
+        kinds = [next(iter(by[n].values())).rows[0].get('objective') for n in (one, two)]
+        both = [loss for loss in by[one] if loss in by[two] and (loss.startswith('ood_') or kinds[0] and kinds[0] == kinds[1])]
         ood = [loss for loss in both if loss.startswith('ood_')]
         for exponent in ('alpha', 'beta'):
             for label, losses in [(loss, [loss]) for loss in both] + [('mean of ood', ood)] * (len(ood) > 1):
@@ -767,6 +783,8 @@ def simulate_command(a):
     refused = [r for r in rows if 'refused' in r]
     print(f'{a.studies} studies, {a.levels} x {a.levels} sizes over 3 decades each, {a.seeds} seeds, {100 * a.noise:g} % noise, {a.resamples} resamples, '
           f'{len(refused)} refused')
+    if len(refused) == len(rows):
+        raise Stop('every study was refused, for example: ' + refused[0]['refused'])
     worst = 1.
     for c in ('alpha', 'beta', 'E'):
         mine = [r for r in rows if r.get('parameter') == c]
@@ -783,9 +801,11 @@ def simulate_command(a):
 # ---------------------------------------------------------------------------------------------------------------------
 # allocate
 
-def ols(X, y, level=.95):
+def ols(X, y, weight=1., level=.95):
     """Least squares of y (n,) on X (n, k): (coefficients, half widths of their Student intervals)."""
     n, k = X.shape
+    root = np.sqrt(np.broadcast_to(weight, n))
+    X, y = X * root[:, None], y * root
     if n <= k or np.linalg.matrix_rank(X) < k:
         return np.full(k, math.nan), np.full(k, math.nan)
     b = np.linalg.lstsq(X, y, rcond=None)[0]
@@ -793,16 +813,25 @@ def ols(X, y, level=.95):
     return b, scipy.stats.t.ppf(.5 + level / 2, n - k) * np.sqrt(variance)
 
 
-def growth(rows):
+def growth(fit):
     """How compute grows with size, measured at the best steps: epochs = e0 N^p D^q and MACs (a third of extra_macs included) = m0 N^mu, so
-    that C = k N^u D^v with k = 6 m0 e0, u = mu + p, v = 1 + q. Returns dict of these, and of half widths p_95, q_95, mu_95."""
-    N, D, step, batch, macs = (column(rows, c) for c in ('N', 'D', 'step', 'batch', 'macs'))
-    macs = macs + np.nan_to_num(column(rows, 'extra_macs')) / 3
+    that C = k N^u D^v with k = 6 m0 e0, u = mu + p, v = 1 + q. Runs that were still improving when they ended say nothing about how long is
+    long enough, and are left out. Returns (dict of these and of half widths p_95, q_95, mu_95, (k, u, v) of each resample of runs)."""
+    used = np.array([not r.get('improving', False) for r in fit.rows])
+    N, D, step, batch, macs = (column(fit.rows, c)[used] for c in ('N', 'D', 'step', 'batch', 'macs'))
+    macs = macs + np.nan_to_num(column(fit.rows, 'extra_macs')[used]) / 3
     if not all((v > 0).all() for v in (step, batch, macs)):
         raise Stop('allocate needs macs, batch and step in every row: compute is measured, not assumed')
-    (e, p, q), (_, p95, q95) = ols(np.c_[np.ones(len(N)), np.log(N), np.log(D)], np.log(step * batch / D))
-    (m, mu), (_, mu95) = ols(np.c_[np.ones(len(N)), np.log(N)], np.log(macs))
-    return dict(k=6 * math.exp(m + e), u=mu + p, v=1 + q, p=p, q=q, mu=mu, p_95=p95, q_95=q95, mu_95=mu95)
+    X, y, m, w = np.c_[np.ones(len(N)), np.log(N), np.log(D)], np.log(step * batch / D), np.log(macs), fit.weights[:, used]
+    (e, p, q), (_, p95, q95) = ols(X, y)
+    (m0, mu), (_, mu95) = ols(X[:, :2], m)
+    found = dict(k=6 * math.exp(m0 + e), u=mu + p, v=1 + q, p=p, q=q, mu=mu, p_95=p95, q_95=q95, mu_95=mu95, left_out=int((~used).sum()))
+    if math.isnan(found['k']) or len(N) < 6:
+        return found | dict(v=math.nan), None
+    solve = lambda X, y: np.linalg.solve(np.einsum('rn,ni,nj->rij', w, X, X), np.einsum('rn,ni,n->ri', w, X, y)[..., None])[..., 0].T
+    (e, p, q), (m0, mu) = solve(X, y), solve(X[:, :2], m)
+    k, u, v = 6 * np.exp(m0 + e), mu + p, 1 + q
+    return found, tuple(np.where((u > 0) & (v > 0), x, math.nan) for x in (k, u, v))         # resamples without an optimum are left out
 
 
 def fit_frontier(C, L):
@@ -830,30 +859,21 @@ def allocate_command(a):
     groups = configurations(read_runs(a.runs, a.loss, ('N', 'D', 'macs', 'batch', 'step'))[0])
     fits, table, figures, refused = fit_all(a), [], [], []
     for f in fits:
-        g = growth(f.rows)
-        k, u, v = g['k'], g['u'], g['v']
+        g, resampled = growth(f)
         print(f'\n{f.name}, {f.loss}: epochs to the best step = N^{g["p"]:.2f}+-{g["p_95"]:.2f} D^{g["q"]:.2f}+-{g["q_95"]:.2f}, '
-              f'MACs = N^{g["mu"]:.2f}+-{g["mu_95"]:.2f}; C = {k:.3g} N^{u:.2f} D^{v:.2f}')
-        if v <= 1e-6 or u <= 0:
-            refused.append(f'{f.name}, {f.loss}: compute grows as N^{u:.2f} D^{v:.2f}. With a fixed number of steps more records cost nothing, so '
-                           'there is nothing to allocate: train to early stopping, or for a fixed number of epochs')
+              f'MACs = N^{g["mu"]:.2f}+-{g["mu_95"]:.2f}; C = {g["k"]:.3g} N^{g["u"]:.2f} D^{g["v"]:.2f}'
+              + f', from the {len(f.rows) - g["left_out"]} of {len(f.rows)} runs that had stopped improving' * bool(g['left_out']))
+        if reason := degenerate(f, g):
+            refused.append(f'{f.name}, {f.loss}: {reason}')
             print('refused: ' + refused[-1])
             continue
-        for flag in f.flags + ['the interval of the exponent of D includes zero, at which nothing could be allocated'] * bool(v <= g['q_95']):
+        lost = np.isnan(resampled[2]).mean()
+        for flag in f.flags + [f'{lost:.0%} of the resamples have no optimum and are left out of the intervals'] * bool(lost):
             print('  careful: ' + flag)
-        print(f'  of a marginal increase in log compute, data get {spread(f, lambda w: shares(w, u, v)[1])}, '
-              f'parameters {spread(f, lambda w: shares(w, u, v)[0])} (at constant epochs and MACs = N: data {spread(f, lambda w: shares(w)[1])})')
         C = spent(f.rows)
         line = np.geomspace(C.min(), C.max() * 10, 40)
-        for budget in line[::13]:
-            n, d = optimum(budget, f.law, k, u, v)
-            (nl, dl), (nh, dh) = f.interval(lambda w: np.array(optimum(budget, w, k, u, v)).T)
-            beyond = ' '.join(c for c, x, most in (('N', n, f.N.max()), ('D', d, f.D.max())) if x > most)
-            table.append(dict(configuration=f.name, loss=f.loss, C=budget, N=n, N_low=nl, N_high=nh, D=d, D_low=dl, D_high=dh,
-                              predicted=optimal_loss(budget, f.law, k, u, v), share_data=shares(f.law, u, v)[1], beyond_the_runs=beyond, **g))
-            print(f'  C {budget:9.2e}: N* {n:11,.0f} [{nl:,.0f}, {nh:,.0f}], D* {d:11,.0f} [{dl:,.0f}, {dh:,.0f}], loss {table[-1]["predicted"]:.4f}'
-                  + (f'  extrapolated in {beyond}' if beyond else ''))
-        figures.append((f'allocate_{slug(f.name, f.loss)}', draw_allocation(f, groups[f.name], line, (k, u, v))))
+        table += optima(f, g, resampled, line[::13])
+        figures.append((f'allocate_{slug(f.name, f.loss)}', draw_allocation(f, groups[f.name], line, [g[c] for c in 'kuv'], resampled)))
     if not table:
         raise Stop('nothing to allocate. ' + refused[0])
     print('\nthe frontier is chosen by validation loss where there is one; evaluations before the end of a decaying learning rate look worse than '
@@ -861,7 +881,36 @@ def allocate_command(a):
     deliver(a, ('allocate', table), *figures)
 
 
-def draw_allocation(f, rows, line, kuv):
+def degenerate(fit, g):
+    """Why a fit has no optimum under the compute that `growth` measured, or ''."""
+    if math.isnan(g['v']):
+        return f'{g["left_out"]} of {len(fit.rows)} runs were still improving when they ended, too many to tell how long a run should be: raise --steps'
+    if g['v'] <= 1e-6 or g['u'] <= 0:
+        return (f'compute grows as N^{g["u"]:.2f} D^{g["v"]:.2f}. With a fixed number of steps more records cost nothing, so there is nothing to allocate: '
+                'train to early stopping, or for a fixed number of epochs')
+    return ''
+
+
+def optima(f, g, resampled, budgets):
+    """Rows of N* and D* at each budget (FLOPs), printed; intervals from resamples of runs, with their own growth of compute."""
+    kuv, rows = [g[c] for c in 'kuv'], []
+    with np.errstate(all='ignore'):
+        within = lambda value: np.nanquantile(value(f.boot, resampled), [.025, .975], axis=-1, method='inverted_cdf')
+        told = ['{:.3g} [{:.3g}, {:.3g}]'.format(shares(f.law, *kuv[1:])[side], *within(lambda w, c: shares(w, *c[1:])[side])) for side in (1, 0)]
+        print(f'  of a marginal increase in log compute, data get {told[0]}, parameters {told[1]} '
+              f'(at constant epochs and MACs = N: data {spread(f, lambda w: shares(w)[1])})')
+        for C in budgets:
+            n, d = optimum(C, f.law, *kuv)
+            (nl, dl), (nh, dh) = within(lambda w, c: np.array(optimum(C, w, *c)))
+            beyond = ' '.join(c for c, x, had in (('N', n, f.N), ('D', d, f.D)) if not had.min() <= x <= had.max())
+            rows.append(dict(configuration=f.name, loss=f.loss, C=C, N=n, N_low=nl, N_high=nh, D=d, D_low=dl, D_high=dh,
+                             predicted=optimal_loss(C, f.law, *kuv), share_data=shares(f.law, *kuv[1:])[1], beyond_the_runs=beyond, **g))
+            print(f'  C {C:9.2e}: N* {n:11,.0f} [{nl:,.0f}, {nh:,.0f}], D* {d:11,.0f} [{dl:,.0f}, {dh:,.0f}], loss {rows[-1]["predicted"]:.4f}'
+                  + f'  extrapolated in {beyond}' * bool(beyond))
+    return rows
+
+
+def draw_allocation(f, rows, line, kuv, resampled):
     """Left: loss over (C, N) at D = (C / k N^u)^(1/v), the optimal N, and where D exceeds what there is. Right: all evaluations, their
     Pareto frontier, the curve through it, and the law's optimal loss."""
     k, u, v = kuv
@@ -873,7 +922,7 @@ def draw_allocation(f, rows, line, kuv):
     fig.colorbar(shown, ax=ax, label=f.loss, format='%.3g')
     ax.contourf(line, N[:, 0], D > f.D.max(), levels=[.5, 1.5], colors='none', hatches=['///'])
     ax.plot(line, optimum(line, f.law, *kuv)[0], 'r-', label='N*(C)')
-    band = np.quantile([optimum(line, Law(*w), *kuv)[0] for w in zip(*f.boot)], [.025, .975], axis=0)
+    band = np.nanquantile([optimum(line, Law(*w), *c)[0] for w, c in zip(zip(*f.boot), zip(*resampled))], [.025, .975], axis=0)
     ax.fill_between(line, *band, color='r', alpha=.25)
     ax.plot(spent(f.rows), f.N, 'k.', ms=4, label='runs')
     ax.set(xscale='log', yscale='log', xlabel='C, training FLOPs', ylabel='N, parameters', ylim=(N.min(), N.max()),
@@ -908,21 +957,22 @@ def loss_to_loss(excess_id, excess_ood, weight=None):
     return np.exp(mean(y)[..., 0] - gamma * mean(x)[..., 0]), gamma, (~good).sum(-1)
 
 
-def effective_data(D, L, wanted):
+def effective_data(D, L, wanted, weight=1.):
     """Records D_E at which training from scratch reaches each loss of `wanted` (2605.17276, Appendix B; Hernandez 2102.01293), by inverting
     a smooth curve through scratch runs (D, L): the law E + B D^-b where there are 5 sizes over 1.5 decades, else isotonic and monotone in
-    log D. Returns (D_E, status): 'ok'; 'censored', lower than any scratch run or than the floor; 'extrapolated', beyond the sizes."""
+    log D. weight: of each scratch run. Returns (D_E, status): 'ok'; 'censored', lower than any scratch run or than the floor; 'extrapolated', beyond the sizes."""
     D, L, wanted = (np.asarray(v, float) for v in (D, L, wanted))
     levels, index = np.unique(D, return_inverse=True)
-    mean = np.bincount(index, L) / np.bincount(index)
+    w = np.broadcast_to(weight, D.shape)
+    mean = np.bincount(index, w * L) / np.bincount(index, w)
     if not unfit(D, D, 'D'):
-        E, B, b, _ = marginal(D, L)
+        E, B, b, _ = marginal(D, L, weight=w)
         with np.errstate(all='ignore'):
             found, lowest = np.where(wanted > E, (B / (wanted - E)) ** (1 / b), np.inf), max(E, mean.min())
     else:
         if len(levels) < 2:
             raise Stop(f'training from scratch has {len(levels)} number of records: two are the least to read a size off')
-        smooth = scipy.optimize.isotonic_regression(mean, weights=np.bincount(index), increasing=False).x
+        smooth = scipy.optimize.isotonic_regression(mean, weights=np.bincount(index, w), increasing=False).x
         curve = scipy.interpolate.PchipInterpolator(np.log(levels), smooth)
         fine = np.linspace(*np.log(levels[[0, -1]]), 20001)
         found, lowest = np.exp(np.interp(-wanted, -curve(fine), fine, left=fine[0] - 1e-6, right=math.inf)), smooth.min()
@@ -930,23 +980,26 @@ def effective_data(D, L, wanted):
     return found, np.where(wanted < lowest, 'censored', np.where(outside, 'extrapolated', 'ok'))
 
 
-def data_transferred(rows, loss):
+def data_transferred(rows, loss, weight=None):
     """D_T = D_E - D_F = k D_F^a N^b of one task (2605.17276, Appendix B): points from rows with mode scratch or finetune, D_F, N and a loss,
-    then a line in logs over those that can be used. Returns (points, (k, a, b), counts by status)."""
-    points = []
-    for N in sorted({r['N'] for r in rows}):
-        scratch, tuned = ([r for r in rows if r['N'] == N and r['mode'] == m] for m in ('scratch', 'finetune'))
-        if not tuned or not scratch:
+    then a line in logs over those that can be used. weight: of each row, for resamples. Returns (points, (k, a, b), counts by status); b is
+    NaN where one size tells nothing about it, all three where the points are too few."""
+    points, used, mode, N = [], [], np.array([r['mode'] for r in rows]), column(rows, 'N')
+    weight, D_F, L = np.ones(len(rows)) if weight is None else weight, column(rows, 'D_F'), column(rows, loss)
+    for n in np.unique(N):
+        scratch, tuned = (np.flatnonzero((N == n) & (mode == m)) for m in ('scratch', 'finetune'))
+        if not len(tuned) or not len(scratch):
             continue
-        D_F, wanted = column(tuned, 'D_F'), column(tuned, loss)
-        D_E, status = effective_data(column(scratch, 'D_F'), column(scratch, loss), wanted)
-        for f, e, s, v in zip(D_F, D_E, status, wanted):
-            points.append(dict(N=N, D_F=f, loss=v, D_E=e, D_T=e - f, multiplier=e / f, status='negative' if s != 'censored' and e <= f else str(s)))
-    good = [p for p in points if p['status'] == 'ok']
-    X = np.c_[np.ones(len(good)), np.log([[p['D_F'], p['N']] for p in good]).reshape(-1, 2)]
-    one = len({p['N'] for p in good}) < 2                         # a single size tells nothing about N
-    (b, _) = ols(X[:, :2] if one else X, np.log([p['D_T'] for p in good])) if good else (np.full(3, math.nan), 0)
-    law = math.exp(b[0]), b[1], 0. if one and good else b[-1]
+        D_E, status = effective_data(D_F[scratch], L[scratch], L[tuned], weight[scratch])
+        used += list(tuned)
+        for i, e, s in zip(tuned, D_E, status):
+            points.append(dict(N=n, D_F=D_F[i], loss=L[i], D_E=e, D_T=e - D_F[i], multiplier=e / D_F[i],
+                               status='negative' if s != 'censored' and e <= D_F[i] else str(s)))
+    good = [i for i, p in enumerate(points) if p['status'] == 'ok']
+    X = np.array([[1, math.log(points[i]['D_F']), math.log(points[i]['N'])] for i in good]).reshape(-1, 3)
+    one = len(set(X[:, 2])) < 2
+    (b, _) = ols(X[:, :2] if one else X, np.log([points[i]['D_T'] for i in good]), weight[np.array(used, int)[good]])
+    law = math.exp(b[0]), b[1], math.nan if one else b[2]
     return points, law, {s: sum(p['status'] == s for p in points) for s in ('ok', 'censored', 'extrapolated', 'negative')}
 
 
@@ -1005,18 +1058,19 @@ def effective(a, rows, losses):
         points, (k, p, b), counts = data_transferred(part, loss)
         if not points:
             continue
-        boot, rng = [], np.random.default_rng(a.seed)
-        for _ in tqdm(range(200), desc='resamples', leave=False, disable=None):              # of runs: points of a smooth curve are not independent
-            try:
-                boot.append(data_transferred([part[i] for i in rng.integers(0, len(part), len(part))], loss)[1])
-            except Stop:
-                continue                                         # training from scratch at one number of records only
-        low, high = np.nanquantile(boot, [.025, .975], axis=0)
-        laws.append(dict(configuration=group, task=task, loss=loss, k=k, a=p, a_low=low[1], a_high=high[1], b=b, b_low=low[2], b_high=high[2], **counts))
         table += [dict(configuration=group, task=task or loss) | p for p in points]
-        print(f'{group}, {task or loss}: D_T = {k:.3g} D_F^{p:.2f} [{low[1]:.2f}, {high[1]:.2f}] N^{b:.2f} [{low[2]:.2f}, {high[2]:.2f}] from '
-              f'{counts["ok"]} points; left out: {counts["censored"]} censored (no training from scratch is as good), {counts["extrapolated"]} beyond the '
-              f'sizes, {counts["negative"]} where pretraining harms')
+        left = (f'left out: {counts["censored"]} censored (no training from scratch is as good), {counts["extrapolated"]} beyond the sizes, '
+                f'{counts["negative"]} where pretraining harms')
+        if math.isnan(p):
+            print(f'{group}, {task or loss}: {counts["ok"]} points can be used, too few for a law; {left}')
+            continue
+        w = draws(len(part), 200, 3, a.seed)                     # of runs, not of points: those of a smooth curve are not independent
+        boot = [data_transferred(part, loss, row)[1] for row in tqdm(w, desc='resamples', leave=False, disable=None)]
+        with np.errstate(all='ignore'):
+            low, high = np.nanquantile(boot, [.025, .975], axis=0)
+        laws.append(dict(configuration=group, task=task, loss=loss, k=k, a=p, a_low=low[1], a_high=high[1], b=b, b_low=low[2], b_high=high[2], **counts))
+        sizes = '' if math.isnan(b) else f' N^{b:.2f} [{low[2]:.2f}, {high[2]:.2f}]'
+        print(f'{group}, {task or loss}: D_T = {k:.3g} D_F^{p:.2f} [{low[1]:.2f}, {high[1]:.2f}]{sizes} from {counts["ok"]} points; {left}')
     if not table:
         raise Stop(f'{a.runs}: no size N has both scratch and finetune rows')
     fig, ax = figure(figsize=(6, 4.4), layout='constrained')
@@ -1026,7 +1080,7 @@ def effective(a, rows, losses):
             ax.plot([p['D_F'] for p in part], [p['D_T'] for p in part], mark, color=f'C{i % 10}', label=f'{" ".join(key)}, {status}' if part else None)
     ax.set(xscale='log', yscale='log', xlabel='D_F, records fine-tuned on', ylabel='D_T, effective records transferred'), ax.legend(fontsize=7)
     print('a larger a means more saved per record, but read k and D_T themselves, not a alone')
-    deliver(a, ('effective', laws), ('effective_points', table), ('effective', fig))
+    deliver(a, *[('effective', laws)] * bool(laws), ('effective_points', table), ('effective', fig))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1039,19 +1093,24 @@ def overfit_command(a):
     fig, axes = figure(len(fits), 3, figsize=(13, 3.6 * len(fits)), squeeze=False, layout='constrained')
     for f, row in zip(fits, axes):
         extent, z = overfit_extent(f.L, f.N, f.law), f.D ** f.law.beta * joint_law(f.N, np.inf, *f.law)
-        good = extent > 0
+        good = (overfit_extent(joint_law(f.N, f.D, *f.law), f.N, f.law) > 3 * f.checks['log_RMSE']) & (extent > 0)           # well above the noise, as predicted:
+                                                                 # to drop by what was observed would bend the line
+        if len(np.unique(z[good])) < 3:
+            print(f'{f.name}, {f.loss}: too few points lie above the limit of endless data by three times the noise')
+            continue
         (c, slope), (_, half) = ols(np.c_[np.ones(good.sum()), np.log(z[good])], np.log(extent[good]))
         lines.append(dict(configuration=f.name, loss=f.loss, slope=slope, slope_95=half, intercept=math.exp(c), B=f.law.B, dropped=int((~good).sum()),
                           flags='; '.join(f.flags)))
         print(f'{f.name}, {f.loss}: extent falls with slope {slope:.2f} +- {half:.2f} in D^beta L(N, inf), the law says -1 with intercept '
-              f'B = {f.law.B:.3g} (found {math.exp(c):.3g}); {(~good).sum()} of {len(good)} points at or below the limit left out  {"; ".join(f.flags)}')
+              f'B = {f.law.B:.3g} (found {math.exp(c):.3g}); {(~good).sum()} of {len(good)} points left out, within the noise of the limit  {"; ".join(f.flags)}')
         sizes = np.unique(f.N)
         for N in sizes:
             for eps in a.tolerance:
                 low, high = f.interval(lambda w: minimum_data(N, w, eps))
                 table.append(dict(configuration=f.name, loss=f.loss, N=N, tolerance=eps, D_min=minimum_data(N, f.law, eps), low=low, high=high))
         for r in table[-len(sizes) * len(a.tolerance):]:
-            print(f'  N {r["N"]:12,.0f}: within {r["tolerance"]:.0%} of endless data from D = {r["D_min"]:.3g} [{r["low"]:.3g}, {r["high"]:.3g}] records')
+            print(f'  N {r["N"]:12,.0f}: within {r["tolerance"]:.0%} of endless data from D = {r["D_min"]:.3g} [{r["low"]:.3g}, {r["high"]:.3g}] records'
+                  + '  extrapolated' * bool(not f.D.min() <= r['D_min'] <= f.D.max()))
         for i, N in enumerate(sizes):
             mine = good & (f.N == N)
             row[0].plot(f.D[mine], extent[mine], 'o', ms=4, color=f'C{i % 10}', label=f'N = {N:,.0f}')
@@ -1069,7 +1128,8 @@ def overfit_command(a):
 def trajectories(ax, rows, chosen):
     """Training and validation loss over steps, of the largest model on the least and on the most records."""
     most = max(r['N'] for r in chosen)
-    for D, colour in zip(sorted({r['D'] for r in chosen if r['N'] == most})[::max(1, len({r['D'] for r in chosen}) - 1)][:2], ('C0', 'C1')):
+    levels = sorted({r['D'] for r in chosen if r['N'] == most})
+    for D, colour in zip(dict.fromkeys((levels[0], levels[-1])), ('C0', 'C1')):
         run = next(r.get('run') for r in chosen if r['N'] == most and r['D'] == D)
         mine = sorted((r for r in rows if run and r.get('run') == run), key=lambda r: r.get('step', 0))
         for c, style in (('id_train', '--'), ('id_val', '-')):
@@ -1090,8 +1150,14 @@ def labels_command(a):
     if not rows:
         raise Stop(f'{a.runs} has no rows whose arm is dominant or tail: labels needs training on more and more labels around a fixed anchor')
     table, slopes = [], []
-    for group, mine in configurations(rows).items():
-        group = group if mine[0]['arm'] in group.split() else f'{group} {mine[0]["arm"]}'
+    if blank := [r['line'] for r in rows if not r['labels'] > 0]:
+        raise Stop(f'{a.runs}, line {blank[0]}: labels must be the number of labels that were trained on')
+    groups, sizes = {}, {(r.get('N'), r.get('D')) for r in rows}
+    for name, mine in configurations(rows).items():              # one curve for each size and number of records
+        for r in mine:
+            words = [name] + [r['arm']] * (r['arm'] not in name.split()) + [f'N = {r.get("N"):,.0f}, D = {r.get("D"):,.0f}'] * (len(sizes) > 1)
+            groups.setdefault(' '.join(words), []).append(r)
+    for group, mine in groups.items():
         for loss in losses:
             part = [r for r in mine if math.isfinite(r[loss])]
             chosen = select(part, loss) if part else []
@@ -1100,7 +1166,7 @@ def labels_command(a):
                 x, y = column(chosen, 'labels'), column(chosen, measure)
                 for count in np.unique(x):
                     v = y[x == count]
-                    table.append(dict(configuration=group, measure=measure, labels=int(count), seeds=len(v), mean=v.mean(), sd=v.std(ddof=len(v) > 1)))
+                    table.append(dict(configuration=group, measure=measure, labels=int(count), seeds=len(v), mean=v.mean(), sd=v.std(ddof=1) if len(v) > 1 else math.nan))
                 if len(np.unique(x)) > 1:
                     (c, b), (_, half) = ols(np.c_[np.ones(len(x)), np.log(x)], np.log(y))
                     slopes.append(dict(configuration=group, measure=measure, slope=b, low=b - half, high=b + half, runs=len(x)))
@@ -1141,10 +1207,12 @@ def winners_command(a):
         best = min(means, key=means.get)
         table.append(dict(loss=field, N_near=N, D=D, winner=best if len(means) > 1 else 'alone', **means))
         print(f'{field:28s} N near {N:11,.0f}, D {D:9,.0f}: ' + ', '.join(f'{g} {v:.4f}{"*" * (g == best and len(means) > 1)}' for g, v in means.items()))
-    crossed = crossings(table)
+    crossed = crossings(table, cells)
     for c in crossed:
-        print('{loss}: {overtakes} overtakes {other} between {along} {from:,.0f} and {to:,.0f} at {fixed} {at:,.0f}'.format(**c))
-    print('means over seeds; N to half a decade; a crossing within the spread of seeds is none')
+        if c['clear']:
+            print('{loss}: {overtakes} overtakes {other} between {along} {from:,.0f} and {to:,.0f} at {fixed} {at:,.0f}'.format(**c))
+    print(f'means over seeds; N to half a decade; {sum(not c["clear"] for c in crossed)} more crossings are within twice the spread of seeds, where that is '
+          'known, and left out here')
     deliver(a, ('winners', table), *[('crossings', crossed)] * bool(crossed), ('winners', draw_winners(table)))
 
 
@@ -1153,9 +1221,18 @@ def contestants(rows):
     return sorted({k for r in rows for k in r} - {'loss', 'N_near', 'D', 'winner'})
 
 
-def crossings(table):
-    """Neighbouring cells along N or D, the other held fixed, between which two configurations change places."""
-    found = []
+def crossings(table, cells):
+    """Neighbouring cells along N or D, the other held fixed, between which two configurations change places. clear: before and after, their
+    mean losses are apart by twice the standard error, from the spread of seeds pooled over all cells of a loss."""
+    found, variances = [], {}
+    for (field, _, _), losses in cells.items():
+        for v in losses.values():
+            variances.setdefault(field, []).extend([np.var(np.log(v), ddof=1)] * (len(v) - 1) if len(v) > 1 else [])
+
+    def clear(row, one, two):
+        pooled, (a, b) = variances[row['loss']], (cells[row['loss'], row['N_near'], row['D']][g] for g in (one, two))
+        return bool(pooled) and abs(math.log(row[one] / row[two])) > 2 * math.sqrt(np.mean(pooled) * (1 / len(a) + 1 / len(b)))
+
     for field, (fixed, moving) in itertools.product(dict.fromkeys(r['loss'] for r in table), (('N_near', 'D'), ('D', 'N_near'))):
         mine = [r for r in table if r['loss'] == field]
         for (one, two), level in itertools.product(itertools.combinations(contestants(mine), 2), sorted({r[fixed] for r in mine})):
@@ -1164,18 +1241,18 @@ def crossings(table):
                 if (before[one] - before[two]) * (after[one] - after[two]) < 0:
                     up, other = (one, two) if after[one] < after[two] else (two, one)
                     found.append({'loss': field, 'overtakes': up, 'other': other, 'along': moving, 'from': before[moving], 'to': after[moving],
-                                  'fixed': fixed, 'at': level})
+                                  'fixed': fixed, 'at': level, 'clear': clear(before, one, two) and clear(after, one, two)})
     return found
 
 
 def draw_winners(table):
-    """A row per loss: against N at the most records, and against D at the largest size."""
+    """A row per loss: against N at the number of records with most sizes, and against D at the size with most numbers of records."""
     fields = list(dict.fromkeys(r['loss'] for r in table))
     fig, axes = figure(len(fields), 2, figsize=(10, 3.6 * len(fields)), squeeze=False, layout='constrained')
     for field, row in zip(fields, axes):
         mine = [r for r in table if r['loss'] == field]
         for ax, moving, fixed in ((row[0], 'N_near', 'D'), (row[1], 'D', 'N_near')):
-            level = max(r[fixed] for r in mine)
+            level = max({r[fixed] for r in mine}, key=lambda v: (sum(r[fixed] == v for r in mine), v))
             for g in contestants(mine):
                 line = sorted((r[moving], r[g]) for r in mine if r[fixed] == level and g in r)
                 ax.plot(*zip(*line), 'o-', ms=4, label=g) if line else None
@@ -1370,7 +1447,7 @@ def refit_transfer(say):
     say('transfer efficiency on clinical tasks, SSL over SL', 'up to 7.6x', f'{gamma[3, sex] / gamma[2, sex]:.2f}x (sex, ResNets)',
         f'{gamma[3, sex]:.3f} over the bound {gamma[2, sex]:.3f}')
     say('the same on EchoNext, Transformers', '', f'{gamma[1, echo] / gamma[0, echo]:.1f}x', f'{gamma[1, echo]:.3f} over the bound {gamma[0, echo]:.3f}')
-    print('  7.6x divides by .050, where the search ended and not what was measured: had it ended at .010, the same data would have said 38x\n')
+    print('  7.6x divides by .050, where the search ended and not what was measured: had it ended at .010, the same data could have said up to 38x\n')
     return sets, gamma
 
 
@@ -1952,7 +2029,7 @@ def parse(argv=None):
             q.add_argument('--truth', type=float, nargs=5, default=[.11, 6, 3, .35, .22], metavar=('E', 'A', 'B', 'alpha', 'beta'))
     a = p.parse_args(argv)
     sweeping = a.command == 'sweep'
-    limits = dict(resamples=(200, 100000), studies=(1, 100000), levels=(3, 50), noise=(0, 1), seed=(0, 2 ** 31), seeds=(0, 2 ** 31) if sweeping else (1, 100),
+    limits = dict(resamples=(200, 100000), studies=(1, 100000), levels=(3, 50), noise=(1e-6, 1), seed=(0, 2 ** 31), seeds=(0, 2 ** 31) if sweeping else (1, 100),
                   tolerance=(1e-6, 1), records=(1, 1e12), steps=(1, 1e9), epochs=(1e-3, 1e6), batch=(1, 65536), lr=(1e-9, 10), lr_steps=(1, 1e9),
                   patience=(1, 1000), jobs=(1, 1024))
     for name, (low, high) in limits.items():
@@ -1960,6 +2037,12 @@ def parse(argv=None):
         for value in given if isinstance(given, list) else [given]:
             if value not in (None, 'all') and not low <= value <= high:
                 raise Stop(f'--{name.replace("_", "-")} {value} must lie between {low:g} and {high:g}')
+    if a.command == 'simulate' and not (0 <= a.truth[0] < math.inf and all(0 < v < math.inf for v in a.truth[1:3]) and all(LOW < v < HIGH for v in a.truth[3:])):
+        raise Stop(f'--truth takes E of 0 or more, A and B above 0, and alpha and beta between {LOW:g} and {HIGH:g}')
+    out = Path(getattr(a, 'out', None) or '.').absolute()
+    there = next(p for p in (out, *out.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise Stop(f'--out {out}: {there} is no folder that can be written to')
     for family, size in itertools.product(a.family, a.size or ()) if sweeping else ():
         sized(family, size)
     return a if a.command else parse(['published'])

@@ -3,6 +3,7 @@ import csv
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -372,6 +373,23 @@ def test_moving_targets_are_fitted_out_of_distribution_only(tmp_path, capsys):
     assert next(p for p in pairs if p['exponent'] == 'beta')['low'] < 1 < next(p for p in pairs if p['exponent'] == 'beta')['high']
 
 
+@pytest.mark.parametrize('flags, words', [
+    (['fit', 'runs.csv', '--loss', 'size'], 'size is no loss'), (['fit', 'runs.csv', '--out', 'runs.csv/x'], 'no folder that can be written'),
+    (['fit', 'runs.csv', '--seed', '-1'], 'must lie between'), (['fit', 'runs.csv', '--loss', 'flat'], 'same loss'), (['fit', 'nothere.csv'], 'cannot be read'),
+    (['fit', 'steps.csv'], 'nothing in a column `run`'), (['labels', 'blank.csv', '--loss', 'loss'], 'line 2: labels must be'),
+    (['simulate', '--truth', '.5', '0', '0', '.3', '.3'], '--truth takes'), (['simulate', '--truth', 'nan', '1', '1', '.3', '.3'], '--truth takes')])
+def test_bad_flags_and_columns_are_one_line(tmp_path, monkeypatch, flags, words):
+    N, D = cells(5, 5)
+    rows = [dict(N=int(n), D=int(d), size='a', flat=1, loss=v) for n, d, v in zip(N, D, noisy(N, D, 0))]
+    monkeypatch.chdir(tmp_path)
+    write('runs.csv', rows)
+    write('steps.csv', [r | dict(run='', step=s, id_val=1, id_test=1) for r in rows for s in (1, 2)])
+    write('blank.csv', [r | dict(arm='tail', labels='') for r in rows])
+    with pytest.raises(Stop, match=words) as stop:
+        scaling.main(flags)
+    assert '\n' not in str(stop.value) and not list(tmp_path.glob('*_*'))
+
+
 def test_cmsc_with_several_batch_sizes_is_refused():
     rows = [dict(objective='cmsc', batch=b) for b in (32, 64)]
     assert 'batch size' in scaling.incomparable(rows, 'id_test') and not scaling.incomparable(rows, 'ood_a_test') and not scaling.incomparable(rows[:1], 'id_test')
@@ -381,8 +399,15 @@ def test_cmsc_with_several_batch_sizes_is_refused():
 
 def test_growth_of_compute():
     N, D = cells(4, 4)
-    g = growth([dict(N=n, D=d, step=50 * n ** .1 * d ** .8, batch=32., macs=200 * n ** .9 - 20 * n ** .9, extra_macs=60 * n ** .9) for n, d in zip(N, D)])
-    assert (g['p'], g['q'], g['mu'], g['u'], g['v']) == pytest.approx((.1, -.2, .9, 1., .8)) and g['k'] == pytest.approx(6 * 200 * 50 * 32)
+    rows = [dict(N=n, D=d, step=50 * n ** .1 * d ** .8, batch=32., macs=200 * n ** .9 - 20 * n ** .9, extra_macs=60 * n ** .9) for n, d in zip(N, D)]
+    rows.append(rows[0] | dict(step=1., improving=True))         # stopped too early, which must not count
+    w = np.random.default_rng(0).gamma(1, 1, (3, len(rows)))
+    g, (k, u, v) = growth(SimpleNamespace(rows=rows, weights=w))
+    assert (g['p'], g['q'], g['mu'], g['u'], g['v'], g['left_out']) == pytest.approx((.1, -.2, .9, 1., .8, 1)) and g['k'] == pytest.approx(6 * 200 * 50 * 32)
+    assert u == pytest.approx(np.ones(3)) and v == pytest.approx(np.full(3, .8)) and k == pytest.approx(np.full(3, g['k']))        # no noise, so no spread
+    for r in rows[3:]:
+        r['improving'] = True
+    assert math.isnan(growth(SimpleNamespace(rows=rows, weights=w))[0]['v'])
 
 
 def test_allocate(tmp_path, capsys):
@@ -416,11 +441,40 @@ def test_commands_write_tables_and_figures(command, files, tmp_path):
 
 
 def test_winner_and_crossing_by_hand(tmp_path, capsys):
-    write(tmp_path / 'runs.csv', [dict(family=f, objective='supervised', N=10000, D=d, ood_a_test=v) for f, line in (('s4', (.5, .3)), ('resnet', (.4, .35)))
-                                  for d, v in zip((100, 1000), line)])
-    scaling.main(['winners', str(tmp_path / 'runs.csv')])
-    assert [r['winner'] for r in csv.DictReader(open(tmp_path / 'runs_winners.csv'))] == ['resnet supervised', 's4 supervised']
-    assert 's4 supervised overtakes resnet supervised between D 100 and 1,000' in capsys.readouterr().out
+    """Crossings beyond twice the standard error of seeds are told, those within it, or without seeds to judge them by, are counted."""
+    lines = [(f, d, v) for f, line in (('s4', (.5, .3)), ('resnet', (.4, .35))) for d, v in zip((100, 1000), line)]
+    for spread, seeds, clear in ((.01, (-1, 0, 1), 'True'), (.5, (-1, 0, 1), 'False'), (.01, (0,), 'False')):
+        write(tmp_path / 'runs.csv', [dict(family=f, objective='supervised', N=10000, D=d, seed=s, ood_a_test=v * (1 + spread * s)) for f, d, v in lines for s in seeds])
+        scaling.main(['winners', str(tmp_path / 'runs.csv')])
+        assert [r['winner'] for r in csv.DictReader(open(tmp_path / 'runs_winners.csv'))] == ['resnet supervised', 's4 supervised']
+        assert [r['clear'] for r in csv.DictReader(open(tmp_path / 'runs_crossings.csv'))] == [clear]
+        assert ('s4 supervised overtakes resnet supervised between D 100 and 1,000' in capsys.readouterr().out) == (clear == 'True')
+
+
+def test_an_unfinished_run_is_left_out_and_one_that_ended_too_early_is_flagged(tmp_path, capsys):
+    N, D = cells(5, 5)
+    rows = [dict(run=f'{n:.0f}_{d:.0f}', N=int(n), D=int(d), step=s, seed=0, finished=int(s == 2), id_val=v * (3 - s if i % 5 else s), id_test=v)
+            for i, (n, d, v) in enumerate(zip(N, D, noisy(N, D, 2))) for s in (1, 2)]
+    rows[1]['finished'] = 0
+    write(tmp_path / 'runs.csv', rows)
+    found, _ = read_runs(tmp_path / 'runs.csv')
+    assert len(found) == 48 and '1 runs have not finished' in capsys.readouterr().out
+    assert '20 of 24 runs still improving when they ended' in fit_runs(select(found, 'id_test'), 'id_test', resamples=200).flags
+    write(tmp_path / 'runs.csv', [r | dict(finished=0) for r in rows])
+    with pytest.raises(Stop, match='no run has finished'):
+        read_runs(tmp_path / 'runs.csv')
+
+
+def test_overfitting_near_the_noise_does_not_bend_the_line(tmp_path):
+    """A true law whose largest D lie within 1 % noise of endless data: slope -1 is inside nearly every interval."""
+    N, D = cells(5, 5)
+    truth, inside = Law(.3, 6., 3., .35, .6), []
+    for seed in range(6):
+        write(tmp_path / 'runs.csv', [dict(N=int(n), D=int(d), loss=v) for n, d, v in zip(N, D, noisy(N, D, seed, truth))])
+        scaling.main(['overfit', str(tmp_path / 'runs.csv'), '--resamples', '200'])
+        row = next(csv.DictReader(open(tmp_path / 'runs_overfit.csv')))
+        inside.append(abs(float(row['slope']) + 1) < 1.5 * float(row['slope_95']))
+    assert sum(inside) >= 5
 
 
 def test_effective_command(tmp_path, capsys):
@@ -428,6 +482,7 @@ def test_effective_command(tmp_path, capsys):
     scaling.main(['transfer', str(tmp_path / 'ft.csv')])
     law = next(csv.DictReader(open(tmp_path / 'ft_effective.csv')))
     assert float(law['a']) == pytest.approx(.6, abs=.05) and 'censored' in capsys.readouterr().out
+    assert abs(float(law['a_low']) - .6) < .05 and abs(float(law['a_high']) - .6) < .05          # no noise but of rounding
 
 
 def test_labels_command(tmp_path, capsys):

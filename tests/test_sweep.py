@@ -117,6 +117,20 @@ def test_entropy_is_torchs_on_known_labels():
     assert scaling.entropy(z.numpy(), torch.where(known, y, torch.nan).numpy()) == pytest.approx(expected.item())
 
 
+def test_no_patient_of_the_pretraining_is_probed_on(here, monkeypatch):
+    ds, used, chosen = Dataset('sample'), [], []
+    last = np.unique(ds.fold)[-4:]
+    features = lambda encoder, ds, rows, *rest, **how: used.append(rows) or np.random.default_rng(0).standard_normal((len(rows), 4))
+    monkeypatch.setattr(scaling, 'embed', features)
+    seen = set(ds.patient[np.isin(ds.fold, last)][::2].tolist()) | {ds.id[np.isin(ds.fold, last)][1]}
+    found = scaling.out_of_distribution(None, 'sample:super', 600, ds.contract, 'cpu', seen)
+    held = used[0][np.isin(ds.fold[used[0]], last)]
+    assert len(held) > 20 and not set(ds.patient[held]) & seen and not set(ds.id[held]) & seen
+    assert set(used[0]) >= set(np.flatnonzero(~np.isin(ds.fold, last))) and found['ood_sample_super_test'] < 1       # L2 is chosen by loss
+    with pytest.raises(Stop, match='without patients seen'):
+        scaling.out_of_distribution(None, 'sample:super', 600, ds.contract, 'cpu', set(ds.patient.tolist()))
+
+
 TINY = '--size 4x12 --seeds 0 --steps 8 --batch 4 --lr 1e-2 --ood sample:super'.split()
 
 
