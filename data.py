@@ -186,13 +186,16 @@ def rows_of(path, *needed):
         raise Stop(f'no {path.name} in {path.parent}: --root must name the folder that holds it (ptbxl: or add --download)')
     with open(path, newline='', encoding='utf-8-sig') as f:
         try:
-            reader = csv.DictReader(f, restval='')
+            reader = csv.DictReader(f)
             names = reader.fieldnames or []
             if missing := [c for c in needed if c not in names]:
                 raise Stop(f'{path} has no column {", ".join(missing)}')
             if len(set(names)) < len(names) or (len(names) == 1 and ';' in names[0]):
                 raise Stop(f'{path}: its first line must name each column once, separated by commas')
-            yield from reader
+            for row in reader:
+                if None in row or None in row.values():
+                    raise Stop(f'{path}, line {reader.line_num}: not as many cells as the first line names')
+                yield row
         except UnicodeDecodeError:
             raise Stop(f'{path} is not in UTF-8: save it so')
 
@@ -209,6 +212,8 @@ def ptbxl(root, rate=100):
     """PTB-XL in its official layout (Wagner et al. 2020), at 100 or 500 Hz, with its six label sets as namespaces: all (71 codes),
     diag (44), form (19), rhythm (12), sub (23), super (5). A code counts whatever its likelihood; folds are strat_fold."""
     root = Path(root)
+    if not (root / f'records{rate}').is_dir() and (root / f'records{600 - rate}').is_dir():
+        raise Stop(f'{root} has no records{rate}, but records{600 - rate}: add --rate {600 - rate}')
     statements = {r['']: r for r in rows_of(root / 'scp_statements.csv', '', 'diagnostic', 'form', 'rhythm', 'diagnostic_class')}
     sets = {c: [f'all/{c}'] + [f'{ns}/{c}' for ns, flag in (('diag', 'diagnostic'), ('form', 'form'), ('rhythm', 'rhythm'))
                                if number(r[flag]) == 1] for c, r in statements.items()}
@@ -567,7 +572,12 @@ def array(path, fs, leads, unit, labels=None):
     if len(rows) != len(file):
         raise Stop(f'{labels} has {len(rows)} rows for {len(file)} records')
     known = ('id', 'patient', 'fold', 'age', 'sex')
+    for name in [n for n in (rows[0] if rows else ()) if n not in known]:
+        if odd := next(((i, r[name]) for i, r in enumerate(rows) if number(r[name]) not in (0, 1) and math.isfinite(number(r[name]))), None):
+            print(f'{labels}: column {name} is a number, not yes or no (row {odd[0] + 1} has {odd[1]}): scored by MAE')
     for i, row in enumerate(rows):
+        if row.get('age') and math.isnan(number(row['age'])):
+            raise Stop(f'{labels}, row {i + 1}: age {row["age"]!r} is no number of years')
         x = file[i] if axis[0] == 2 else file[i].T
         sex = {'f': 1., 'm': 0.}.get((row.get('sex') or ' ')[0].lower(), number(row.get('sex')))
         fold = int(row['fold']) if re.fullmatch(r'\d{1,4}', row.get('fold') or '') else -1
@@ -623,7 +633,8 @@ def conform(x, fs, leads, unit, contract):
         raise Defect('unknown unit')
     names = [str(name).strip().upper() for name in leads]
     if any(names.count(name.upper()) != 1 for name in contract.leads):
-        raise Defect('missing lead' if any(name.upper() not in names for name in contract.leads) else 'lead named twice')
+        missing = [name for name in contract.leads if name.upper() not in names]
+        raise Defect(f'missing lead {", ".join(missing)}' if missing else 'lead named twice')
     x = np.asarray(x, float)[:, [names.index(name.upper()) for name in contract.leads]] * factor
     if len(x) < round(contract.window * fs):
         raise Defect('shorter than a window')
@@ -690,11 +701,12 @@ def finish(record, contract, peaks=True):
         if np.abs(counts).max() > 32767:
             raise Defect('beyond the range of int16')
         counts = counts.astype(np.int16)
-        I, II, III = raw[:, 0], raw[:, 1], raw[:, 2]
+        I, II = raw[:, 0], raw[:, 1]
+        derived = np.stack([II - I, -(I + II) / 2, I - II / 2, II - I / 2], 1)               # III, aVR, aVL, aVF by Einthoven and Goldberger
         ecg = record.peaks is None or len(record.peaks) > 0      # what is known to have no R-peaks owes Einthoven nothing
         if record.peaks is None:
             record.peaks = find_peaks(raw, record.fs) if peaks else np.zeros(0)
-        facts = dict(repaired=repaired, einthoven=ecg and bool(np.std(III - II + I) > .1 * np.std(II) + .02))
+        facts = dict(repaired=repaired, einthoven=ecg and bool((np.std(raw[:, 2:6] - derived, 0) > .1 * np.std(II) + .02).any()))
         record.peaks = np.rint(np.asarray(record.peaks) * contract.fs).astype(np.int32)
         result = replace(record, x=None, load=None), counts, facts
     except Defect as e:
@@ -855,7 +867,7 @@ def write_dataset(folder, records, contract, workers, peaks, strict, total, name
     if repaired:
         print(f'  {repaired:,} with short gaps interpolated')
     if odd:
-        print(f'  {odd:,} whose leads break III = II - I: swapped, mislabelled or scaled one by one?')
+        print(f'  {odd:,} whose limb leads do not fit together (III = II - I, aVR = -(I + II) / 2 and so on): swapped, mislabelled or scaled one by one?')
     print(f'  peak memory {peak_memory():.0f} MB, {peak_memory() - early:.0f} MB of it since the first {min(seen, 256)} records'
           + (f'; largest worker {peak_memory(workers=True):.0f} MB' if pool else ''))
     return dict(contract=asdict(contract), labels=list(names), tasks=tasks, records=len(index), seen=seen, dropped=dict(dropped),

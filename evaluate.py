@@ -1268,6 +1268,8 @@ ANALYSES = {'robustness': robustness, 'efficiency': efficiency, 'cka': similarit
 def open_run(path):
     """The checkpoint of a run folder, with its path and hash. Prints what was loaded."""
     path = Path(path).parent if Path(path).name == 'ckpt.pt' else Path(path)
+    if set('*?[') & set(str(path)) and not path.exists():
+        raise Stop(f'no run matches {path}')
     file = path / 'ckpt.pt'
     if not file.exists() and (inside := sorted(str(f.parent) for f in path.glob('*/ckpt.pt'))):
         raise Stop(f'{path} is a folder of runs, no run: name some of {" ".join(inside[:6])}' + (f' ... ({len(inside)} in all)' if len(inside) > 6 else ''))

@@ -51,6 +51,8 @@ def read_runs(path, losses=None, needed=('N', 'D')):
         with open(path, newline='', encoding='utf-8-sig') as f:
             reader = csv.DictReader(f)
             rows = [row | dict(line=reader.line_num) for row in reader]
+    except FileNotFoundError:
+        raise Stop(f'no file {path}: name a CSV of runs, of your own or made by python scaling.py sweep joint')
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise Stop(f'{path} cannot be read as CSV: {e}')
     if not rows:
@@ -1969,7 +1971,7 @@ def sweep_flags(p):
     p.add_argument('--data', default='synthetic', help='prepared dataset to pretrain on')
     p.add_argument('--ood', nargs='*', default=['shifted:findings', 'sample:super'], metavar='DATA:TASK', help='where linear probes are fitted; finetune takes the first')
     p.add_argument('--fixed', choices=['steps', 'epochs'], default='steps', help='what is the same for every number of records')
-    p.add_argument('--steps', type=int, default=400, help='at most, if steps are fixed')
+    p.add_argument('--steps', type=int, default=800, help='at most, if steps are fixed')
     p.add_argument('--epochs', type=float, default=20, help='at most, if epochs are fixed')
     p.add_argument('--batch', type=int, default=32)
     p.add_argument('--schedule', choices=['cosine', 'constant'], default='constant', help='constant: no evaluation is more annealed than another')

@@ -49,7 +49,7 @@ def knobs():
     g.add_argument('--tokenizer', help='run folder of a vqbeat, whose codes beats predicts')
     g.add_argument('--task', help='labels that supervised learns (default: the first of findings, super, snomed, dx2020, label)')
     g.add_argument('--focal', type=float, help='exponent of the focal loss (0: plain cross-entropy)')
-    g.add_argument('--as_released', type=lambda text: tuple(text.split(',')), default=(), metavar='WHAT',
+    g.add_argument('--as_released', '--as-released', type=lambda text: tuple(text.split(',')), default=(), metavar='WHAT',
                    help="the released code's deviations, any of ema,mask,lr,codebook,norm (norm: standardised input in"
                    ' pretraining only; evaluation stays in mV, as it was released)')
     g = p.add_argument_group('how')

@@ -152,7 +152,7 @@ DAMAGE = {
     'truncated file': lambda f: f.with_suffix('.dat').write_bytes(f.with_suffix('.dat').read_bytes()[:60000]),
     'file missing': lambda f: f.with_suffix('.dat').unlink(),
     'unnamed lead': lambda f: f.write_text(f.read_text().replace(' aVF\n', '\n')),
-    'missing lead': edit(' aVF\n', ' aVG\n'),
+    'missing lead aVF': edit(' aVF\n', ' aVG\n'),
     'unreadable header': lambda f: f.write_bytes(b'\x00\xff\x17garbage\n'),
     'several segments': edit('rec 12 500', 'rec/3 12 500'),
 }
@@ -246,7 +246,7 @@ def test_ptbxl_defects_of_records(tmp_path, monkeypatch):
     ds = Dataset('p')
     assert ds.age.tolist()[1] == 90 and ds.labels[2, ds.label_names.index('all/NEW')] == 1
     meta = prepare('hr', data.ptbxl(copy_ptbxl(tmp_path / 'q', [{}] * 1), 100), workers=1)
-    with pytest.raises(Stop, match='nothing left to prepare: 1 file missing'):
+    with pytest.raises(Stop, match='has no records500, but records100: add --rate 100'):
         prepare('hr', data.ptbxl(tmp_path / 'q', 500), workers=1)
 
 
@@ -273,6 +273,32 @@ def test_bad_command_lines_stop_with_one_line(tmp_path, monkeypatch, arguments, 
 
 
 # --- arrays
+
+@pytest.mark.parametrize('text, words', [('sick,old\n1,0\n1\n', 'line 3: not as many cells'), ('age,sick\n50y,1\n60,0\n', "row 1: age '50y' is no number"),
+                                         ('sick\nyes\n0\n', "'yes' is no number")])
+def test_labels_that_would_be_lost_stop(tmp_path, monkeypatch, text, words):
+    monkeypatch.chdir(tmp_path)
+    np.save('a.npy', np.stack([ecg(4, 250, s) for s in range(2)]))
+    Path('l.csv').write_text(text)
+    with pytest.raises(Stop, match=words):
+        data.main('array --root a.npy --fs-in 250 --labels l.csv --out a --workers 1'.split())
+
+
+def test_a_number_among_yes_and_no_is_said_and_so_are_leads_that_do_not_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    x = np.stack([ecg(4, 250, s) for s in range(2)])
+    II = x[..., 1]
+    for i, c in ((2, II - x[..., 0]), (3, -(x[..., 0] + II) / 2), (4, x[..., 0] - II / 2), (5, II - x[..., 0] / 2)):
+        x[..., i] = c
+    np.save('a.npy', x)
+    Path('l.csv').write_text('sick,well\n1,0\n2,1\n')
+    data.main('array --root a.npy --fs-in 250 --labels l.csv --out a --workers 1'.split())
+    said = capsys.readouterr().out
+    assert 'column sick is a number, not yes or no (row 2 has 2)' in said and 'column well' not in said and 'do not fit together' not in said
+    np.save('a.npy', x[..., [0, 1, 2, 4, 5, 3, *range(6, 12)]])  # aVL, aVF, aVR
+    data.main('array --root a.npy --fs-in 250 --out a --workers 1'.split())
+    assert '2 whose limb leads do not fit together' in capsys.readouterr().out
+
 
 def test_array_in_both_layouts_with_labels(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

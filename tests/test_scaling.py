@@ -375,7 +375,7 @@ def test_moving_targets_are_fitted_out_of_distribution_only(tmp_path, capsys):
 
 @pytest.mark.parametrize('flags, words', [
     (['fit', 'runs.csv', '--loss', 'size'], 'size is no loss'), (['fit', 'runs.csv', '--out', 'runs.csv/x'], 'no folder that can be written'),
-    (['fit', 'runs.csv', '--seed', '-1'], 'must lie between'), (['fit', 'runs.csv', '--loss', 'flat'], 'same loss'), (['fit', 'nothere.csv'], 'cannot be read'),
+    (['fit', 'runs.csv', '--seed', '-1'], 'must lie between'), (['fit', 'runs.csv', '--loss', 'flat'], 'same loss'), (['fit', 'nothere.csv'], 'no file nothere.csv'),
     (['fit', 'steps.csv'], 'nothing in a column `run`'), (['labels', 'blank.csv', '--loss', 'loss'], 'line 2: labels must be'),
     (['simulate', '--truth', '.5', '0', '0', '.3', '.3'], '--truth takes'), (['simulate', '--truth', 'nan', '1', '1', '.3', '.3'], '--truth takes')])
 def test_bad_flags_and_columns_are_one_line(tmp_path, monkeypatch, flags, words):
