@@ -1310,11 +1310,10 @@ def show_tasks():
         except (ValueError, KeyError, TypeError):
             print(f'datasets/{file.parent.name}: damaged, prepare it again')
     print('task                   labels  scored by  data')
-    category = ''
+    heading = ''
     for name, task in TASKS.items():
-        if task.category != category:
-            category = task.category
-            print(category)
+        if heading != (heading := f'{task.category}, ' + ('out of distribution in arXiv 2605.17276' if name.startswith('sc_') else 'arXiv 2605.12241')):
+            print(heading)
         state = f'not prepared: {task.prepare}'
         if m := metas.get(task.data):
             slow = '--rate 500' in task.prepare and '--rate 500' not in m['source'] and 'from the 100 Hz files'
@@ -1322,7 +1321,7 @@ def show_tasks():
             state = f'{m["records"]:,} records in datasets/{task.data}' + (f', but {differs}; as in the paper: {task.prepare}' if differs else '')
         print(f'  {name:19s} {task.classes or "by data":>7}  {task.metric:9s}  {state}')
     for name, m in metas.items():
-        print(f'datasets/{name}: {m["records"]:,} records; label sets ' + ', '.join(f'{t} ({len(c)})' for t, c in m['tasks'].items()))
+        print(f'datasets/{name}: {m["records"]:,} records; label sets ' + (', '.join(f'{t} ({len(c)})' for t, c in m['tasks'].items()) or 'none'))
 
 
 def labels(text):
