@@ -179,21 +179,22 @@ def load_challenge(record, path):
         record.labels = {('snomed/' if c.isdigit() else 'dx2020/') + c: 1. for c in codes}
 
 
-def rows_of(path, *needed):
-    """Rows of a csv file as dicts. Stops where the file or a needed column is missing."""
+def rows_of(path, *needed, ragged=True):
+    """Rows of a csv file as dicts. Stops where the file or a needed column is missing; what a short row lacks is blank, or, if not `ragged`,
+    stops too."""
     path = Path(path)
     if not path.is_file():
         raise Stop(f'no {path.name} in {path.parent}: --root must name the folder that holds it (ptbxl: or add --download)')
     with open(path, newline='', encoding='utf-8-sig') as f:
         try:
-            reader = csv.DictReader(f)
+            reader = csv.DictReader(f, restval='' if ragged else None)
             names = reader.fieldnames or []
             if missing := [c for c in needed if c not in names]:
                 raise Stop(f'{path} has no column {", ".join(missing)}')
             if len(set(names)) < len(names) or (len(names) == 1 and ';' in names[0]):
                 raise Stop(f'{path}: its first line must name each column once, separated by commas')
             for row in reader:
-                if None in row or None in row.values():
+                if not ragged and (None in row or None in row.values()):
                     raise Stop(f'{path}, line {reader.line_num}: not as many cells as the first line names')
                 yield row
         except UnicodeDecodeError:
@@ -568,7 +569,7 @@ def array(path, fs, leads, unit, labels=None):
         raise Stop(f'{path} is {file.dtype} {file.shape}: numbers of shape (N, {len(leads)}, T) or (N, T, {len(leads)}) are needed')
     if labels and not Path(labels).is_file():
         raise Stop(f'no file {labels}: --labels must name a csv file')
-    rows = list(rows_of(labels)) if labels else [{}] * len(file)
+    rows = list(rows_of(labels, ragged=False)) if labels else [{}] * len(file)
     if len(rows) != len(file):
         raise Stop(f'{labels} has {len(rows)} rows for {len(file)} records')
     known = ('id', 'patient', 'fold', 'age', 'sex')

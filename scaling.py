@@ -1213,8 +1213,8 @@ def winners_command(a):
     for c in crossed:
         if c['clear']:
             print('{loss}: {overtakes} overtakes {other} between {along} {from:,.0f} and {to:,.0f} at {fixed} {at:,.0f}'.format(**c))
-    print(f'means over seeds; N to half a decade; {sum(not c["clear"] for c in crossed)} more crossings are within twice the spread of seeds, where that is '
-          'known, and left out here')
+    print(f'means over seeds; N to half a decade; {sum(not c["clear"] for c in crossed)} more crossings are not told from the spread of seeds, or have no '
+          'seeds to tell them by')
     deliver(a, ('winners', table), *[('crossings', crossed)] * bool(crossed), ('winners', draw_winners(table)))
 
 
