@@ -592,9 +592,14 @@ def array(path, fs, leads, unit, labels=None):
                      fold)
 
 
+def synthetic_labels():
+    """Names of the 246 labels of a synthetic record."""
+    return [f'findings/{n}' for n in FINDINGS] + [f'tail/{n}' for n in TAIL] + [f'target/{n}' for n in TARGETS]
+
+
 def synthetic(records, seed=0, seconds=10., shifts=(), prevalence=1.):
     """Synthetic records 0 ... records - 1, always computed in whole blocks of 64, so that a larger set begins with a smaller one."""
-    names = [f'findings/{n}' for n in FINDINGS] + [f'tail/{n}' for n in TAIL] + [f'target/{n}' for n in TARGETS]
+    names = synthetic_labels()
     cohort = f'synthetic{seed}' + ''.join(f'-{s}' for s in sorted(shifts))
     for start in range(0, records, 64):
         s = synthesize(seed, torch.arange(start, start + 64), seconds, shifts=shifts, prevalence=prevalence)
@@ -604,6 +609,29 @@ def synthetic(records, seed=0, seconds=10., shifts=(), prevalence=1.):
             yield Record(f'{cohort}/{start + i}', f'{cohort}/patient{s["patient"][i]}', s['x'][i].numpy(), 240, LEADS, 'uV',
                          float(s['targets'][i, -1]), float(s['female'][i]), dict(zip(names, values[i])),
                          peaks=beats[(beats >= 0) & (beats < seconds)])
+
+
+def synthetic_in_memory(records, device, seconds=10., block=64):
+    """What preparing `records` synthetic records would write, as (meta, index, signals, labels) in memory, signals on `device`."""
+    T, block = round(240 * seconds), 16 * block if device.type == 'cuda' else block
+    signals, found = torch.empty(records * T, 12, dtype=torch.int16, device=device), []
+    for start in tqdm(range(0, records, block), desc='making records', unit='block', disable=None):
+        s = synthesize(0, torch.arange(start, start + block), seconds, device=device)
+        most = min(block, records - start)
+        signals[start * T:(start + most) * T] = s['x'][:most].flatten(0, 1)
+        beats = s['beats'][:most]
+        found.append([t.cpu() for t in (s['patient'][:most], torch.cat([s['findings'], s['tail'], s['targets']], 1)[:most], s['female'][:most],
+                                        ((beats >= 0) & (beats < seconds)).sum(1), beats[(beats >= 0) & (beats < seconds)])])
+    patient, labels, female, count, beats = (torch.cat(part).numpy() for part in zip(*found))
+    folds = np.array([fold_of(f'synthetic0/patient{p}') for p in range(patient[-1] + 1)])
+    name = lambda what, numbers: np.char.add(f'synthetic0/{what}', numbers.astype(str))
+    index = dict(offset=np.arange(records) * T, length=np.full(records, T), id=name('', np.arange(records)), patient=name('patient', patient),
+                 fold=folds[patient], age=labels[:, -1].astype(float), sex=female.astype(float),
+                 peaks=np.rint(beats.astype(float) * 240).astype(np.int32), peak_start=np.r_[0, np.cumsum(count)])
+    names = synthetic_labels()
+    tasks = {space: [k for k, n in enumerate(names) if n.split('/')[0] == space] for space in ('findings', 'tail', 'target')}
+    tasks |= {task: [names.index(n) for n in members] for task, members in SYNTHETIC_TASKS}
+    return dict(contract=asdict(Contract()), labels=names, tasks=tasks, hash=f'synthetic@{records}'), index, signals, labels.astype(np.float32)
 
 
 def download(source, root, rate=100, cohorts=()):
@@ -882,19 +910,24 @@ class Dataset:
     """One or more prepared datasets ('ptbxl' or 'ptbxl,georgia') as one, signals on disk, everything else in memory.
 
     labels (N, K) float32 with NaN for unknown; id, patient, fold, age, sex, length (N,); tasks {name: columns}; contract.
-    `synthetic`, `sample` and `shifted` (1,000 synthetic records of other patients, field and devices) prepare themselves. Raises Stop where a dataset is missing, damaged or of another contract.
+    `synthetic`, `sample` and `shifted` (1,000 synthetic records of other patients, field and devices) prepare themselves;
+    synthetic@1000000 makes so many synthetic records on `device`, without touching the disk. Crops come on `device`; on CUDA all
+    signals lie there if they take less than half of what is free. Raises Stop where a dataset is missing, damaged or of another contract.
     """
 
-    def __init__(self, names):
-        self.name, parts = names, []
-        for part, name in enumerate(names.split(',')):
+    def __init__(self, names, device='cpu'):
+        self.name, self.device, parts = names, torch.device(device), []
+        for name in names.split(','):
+            if made := re.fullmatch(r'synthetic@(\d{1,8})', name):
+                parts.append(synthetic_in_memory(int(made[1]), self.device))
+                continue
             folder, _ = mended(name)
             if not folder.exists() and name in DEFAULTS:
                 DEFAULTS[name]()
             try:
                 meta = json.loads((folder / 'meta.json').read_text())
                 index = dict(np.load(folder / 'index.npz'))
-                signals = np.memmap(folder / 'signals.i16', np.int16, 'r').reshape(-1, 12)
+                signals = torch.from_numpy(np.memmap(folder / 'signals.i16', np.int16, 'c').reshape(-1, 12))  # c: never written back
                 labels = np.load(folder / 'labels.npy', mmap_mode='r')
                 whole = len(signals) == index['offset'][-1] + index['length'][-1] and len(labels) == len(index['id']) == meta['records']
             except FileNotFoundError as e:
@@ -911,7 +944,10 @@ class Dataset:
         for name, (meta, *_) in zip(names.split(','), parts):
             if differs := Contract.read(meta['contract']).differs(self.contract):
                 raise Stop(f'datasets/{name} has another contract ({differs}): prepare the datasets alike')
-        self.signals, self.label_names = [p[2] for p in parts], list(dict.fromkeys(n for p in parts for n in p[0]['labels']))
+        more = sum(p[2].nbytes for p in parts if p[2].device != self.device)
+        fits = self.device.type == 'cuda' and more < torch.cuda.mem_get_info(self.device)[0] / 2
+        self.signals = [p[2].to(self.device if fits else 'cpu') for p in parts]
+        self.label_names = list(dict.fromkeys(n for p in parts for n in p[0]['labels']))
         self.part = np.repeat(np.arange(len(parts)), [len(p[1]['id']) for p in parts])
         for key in ('offset', 'length', 'id', 'patient', 'fold', 'age', 'sex'):
             setattr(self, key, np.concatenate([p[1][key] for p in parts]))
@@ -962,38 +998,39 @@ class Dataset:
         return np.sort(rows[np.argsort(place, kind='stable')[:records]])
 
     def crop(self, rows, starts, samples):
-        """Crops of `samples` from records `rows`, beginning at `starts`: (B, 12, samples) float32 in the contract's unit."""
-        at = (self.offset[rows] + starts)[:, None] + np.arange(samples)
-        x = np.empty((len(rows), samples, 12), np.int16)
-        for part in np.unique(self.part[rows]):
-            mine = self.part[rows] == part
-            x[mine] = self.signals[part][at[mine]]
-        return torch.from_numpy(x).transpose(1, 2).float() * self.contract.scale
+        """Crops of `samples` from records `rows`, beginning at `starts`: (B, 12, samples) float32 in the contract's unit, on the device."""
+        at, part = torch.from_numpy(self.offset[rows] + starts).to(self.signals[0].device), self.part[rows]
+        windows = [s.as_strided((len(s) - samples + 1, samples * 12), (12, 1)) for s in self.signals]       # all crops there are, none copied
+        pieces = [windows[i].index_select(0, at[part == i]) for i in np.unique(part)]
+        x = pieces[0] if len(pieces) == 1 else torch.cat(pieces)[np.argsort(np.argsort(part, kind='stable'))]
+        if self.device.type == 'cuda' and not x.is_cuda:         # as int16: half of what the floats would take
+            x = x.pin_memory().to(self.device, non_blocking=True)
+        return x.view(-1, samples, 12).transpose(1, 2).float().mul_(self.contract.scale)
 
     def order(self, seed, epoch, n):
         return np.random.default_rng([seed, epoch, 1]).permutation(n)
 
-    def batch(self, rows, samples, size, seed, step):
+    def batch(self, rows, samples, size, seed, step, share=(0, 1)):
         """Training batch `step`: one random crop from each of `size` records, a function of (seed, step) alone; each epoch passes
-        over `rows` once in a new order. Dict of x (B, 12, T), y (B, K), patient (B,), peaks (B, P) in samples, -1 where none."""
+        over `rows` once in a new order. Dict of x (B, 12, T), y (B, K), patient (B,), peaks (B, P) in samples, -1 where none.
+        share (i, n): of every n crops the i-th, for one of n processes."""
         turn = step * size + np.arange(size)
-        rows = np.array([rows[self.order(seed, t // len(rows), len(rows))[t % len(rows)]] for t in turn])
+        epoch = turn // len(rows)
+        rows = rows[np.concatenate([self.order(seed, e, len(rows))[turn[epoch == e] % len(rows)] for e in np.unique(epoch)])]
         room = self.length[rows] - samples + 1
         starts = (np.random.default_rng([seed, step, 2]).random(size) * room).astype(int)
-        return self.collate(rows, starts, samples)
+        return self.collate(rows[share[0]::share[1]], starts[share[0]::share[1]], samples)
 
     def collate(self, rows, starts, samples):
         """The batch of given crops, as `batch` describes it."""
-        inside = []
-        for row, start in zip(rows, starts):
-            p = self.peaks[self.peak_start[row]:self.peak_start[row + 1]] - start
-            inside.append(p[(p >= 0) & (p < samples)])
-        peaks = np.full((len(rows), max(map(len, inside))), -1)
-        for i, p in enumerate(inside):
-            peaks[i, :len(p)] = p
+        k = np.arange(self.peak_count[rows].max(initial=0))      # of the record's R-peaks
+        last = self.peak_start[rows] + self.peak_count[rows] - 1
+        peaks = self.peaks[np.minimum(self.peak_start[rows][:, None] + k, last[:, None])] - starts[:, None]
+        inside = (k < self.peak_count[rows][:, None]) & (peaks >= 0) & (peaks < samples)
+        peaks = np.sort(np.where(inside, peaks, samples), 1)[:, :inside.sum(1).max(initial=0)]
         patient = np.unique(self.patient[rows], return_inverse=True)[1]
         return dict(x=self.crop(rows, starts, samples), y=torch.from_numpy(np.array(self.labels[rows])),
-                    patient=torch.from_numpy(patient), peaks=torch.from_numpy(peaks))
+                    patient=torch.from_numpy(patient), peaks=torch.from_numpy(np.where(peaks < samples, peaks, -1)))
 
     def crops(self, rows, samples):
         """Consecutive, non-overlapping crops of records `rows` for evaluation: (row of each crop, start of each crop)."""

@@ -399,6 +399,16 @@ def test_batches_depend_on_seed_and_step_alone(here):
     assert not torch.equal(a['x'], ds.batch(rows, 600, 16, 0, 6)['x']) and not torch.equal(a['x'], ds.batch(rows, 600, 16, 1, 5)['x'])
 
 
+def test_records_in_memory_equal_prepared_ones(here):
+    made, disk = Dataset('synthetic@130'), Dataset('synthetic')
+    for key in ('id', 'patient', 'fold', 'age', 'sex', 'length', 'offset'):
+        assert np.array_equal(getattr(made, key), getattr(disk, key)[:130])
+    rows = np.arange(130)
+    a, b = (ds.collate(rows, rows % 100, 600) for ds in (made, disk))
+    assert all(torch.equal(a[k].nan_to_num(), b[k].nan_to_num()) for k in a)
+    assert made.label_names == disk.label_names and made.tasks == disk.tasks
+
+
 def test_an_epoch_visits_every_record_once(here, monkeypatch):
     ds, seen = Dataset('synthetic'), []
     rows = ds.split()[0][:40]
