@@ -2,11 +2,12 @@
 
     python models.py                                     # every encoder: parameters, MACs, tokens, receptive field, time; S4 kernels in out/s4.png
     python models.py --size base
+    python models.py --convolutions                      # ways to convolve, timed side by side
 
 x (B, 12, T) -> stem -> tokens (B, L, D) -> backbone (B, L, D). arXiv 2605.12241 (stem, S4, Transformer, Net1D), 2605.17276 (ResNet, beats),
 2309.07136 (patches).
 """
-import argparse, math, os, time
+import argparse, csv, ctypes, itertools, math, os, statistics, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,11 +95,20 @@ def convolve(u, k):
     k (1, H, L): y_t = sum_j k[0]_j u_{t-j}, which never looks ahead;
     k (2, H, L): plus sum_j k[1]_j u_{t+1+j}, the same looking back from the future, shifted by one so that lag 0 counts once.
     """
-    L = u.shape[2]
-    kernel = F.pad(k[0], (0, L))                                 # (H, 2L)
-    if len(k) == 2:
-        kernel = kernel + F.pad(k[1].flip(1), (L, 0))
-    return Circular.apply(u, kernel)
+    return Circular.apply(u, circular(k))
+
+
+def circular(k):
+    """Kernels k (1 or 2, H, L) as one (H, 2 L) over the lags 0 ... L - 1, -L ... -1, which has room for what would wrap around."""
+    return F.pad(k[0], (0, k.shape[2])) if len(k) == 1 else torch.cat([k[0], k[1].flip(1)], 1)
+
+
+def convolve_toeplitz(u, k):
+    """The same convolution as one (L, L) matrix product a channel, in the dtype of u: L^2 work, all of it matrix products. u and result
+    (H, B, L); k (1 or 2, H, L) as for `convolve`."""
+    H, _, L = u.shape
+    turned = circular(k).to(u).repeat(1, L)[:, :L * (2 * L - 1)].view(H, L, 2 * L - 1)       # row j is turned by j: lag t - j in column t
+    return u @ turned[..., :L]
 
 
 CHUNK = 25
@@ -238,10 +248,11 @@ class S4Block(nn.Module):
         self.norm, self.p = nn.LayerNorm(dim), dropout
 
     def forward(self, x, pad=None):
-        u = x.permute(2, 0, 1).contiguous()                      # (H, B, L)
+        u = x.flatten(0, 1).t().contiguous().unflatten(1, x.shape[:2])                       # (H, B, L): copied in blocks, as permute is not
         y = F.gelu(torch.addcmul(self.s4(u), self.D[:, None, None], u))
         y = tied_dropout(y, self.p, self.training, 2).permute(1, 2, 0)                       # (B, L, H)
-        branch = F.glu(self.out(y), -1)
+        value, gate = self.out(y).chunk(2, -1)
+        branch = value * gate.sigmoid()                          # F.glu's backward takes half as long again on a CPU
         return self.norm(x + drop_path(tied_dropout(branch, self.p, self.training, 1), self.path, self.training)), branch
 
 
@@ -644,6 +655,14 @@ def pick_device(name=None):
     return device
 
 
+def keep_heap():
+    """Have glibc keep freed memory, large blocks too, for the next step rather than return it to the system, which would hand it back page by
+    page: 6 % of a training step on a CPU. Does nothing elsewhere."""
+    if mallopt := getattr(ctypes.CDLL(None) if sys.platform == 'linux' else None, 'mallopt', None):
+        mallopt(-4, 0)                                           # M_MMAP_MAX: no block gets a mapping of its own
+        mallopt(-1, -1)                                          # M_TRIM_THRESHOLD: never shrink
+
+
 def precision(device):
     """Autocast context: bfloat16 products on CUDA (FFTs stay fp32), plain fp32 on the CPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda')
@@ -747,12 +766,53 @@ def measure(encoder, seconds=10., batch=4):
     return count / 2, h.shape[1], 1e3 * min(times[1:]) / batch, field
 
 
+def time_convolutions(out, lengths=(75, 300, 1200, 7200), dim=512, tokens=9600, repeats=7):
+    """Every way to convolve, forward and backward, measured in turn, medians; and its error, largest difference from float64 over the largest
+    value. `tokens` in all: 32 crops of 300. Printed, and written to `out`."""
+    device, rows = pick_device(), []
+    print(f'{dim} channels, {device}, {torch.get_num_threads()} threads: milliseconds forward and backward, largest error')
+    for L, causal in itertools.product(lengths, (True, False)):
+        torch.manual_seed(0)
+        s4, u = S4(dim, causal=causal).to(device), torch.randn(dim, max(1, tokens // L), L, device=device)
+        exact = convolve(u[:8].double(), s4.double().kernel(L)[:, :8]).detach()
+        s4.float()
+        parts = s4.dynamics(s4.chunk_parts)
+        half = lambda y: y.bfloat16()
+        ways = {'fft': lambda u: convolve(u, s4.kernel(L)), 'chunks': lambda u: convolve_chunks(u, s4.C, parts),
+                'chunks bf16': lambda u: convolve_chunks(half(u), half(s4.C), [half(part) for part in parts])}
+        if L <= 300 or device.type == 'cuda' and L <= 1200:      # beyond that the (L, L) matrices take gigabytes
+            ways |= {'toeplitz': lambda u: convolve_toeplitz(u, s4.kernel(L)), 'toeplitz bf16': lambda u: convolve_toeplitz(half(u), s4.kernel(L))}
+
+        def step(way):
+            x = u.detach().requires_grad_()
+            began = time.perf_counter()
+            y = way(x)
+            y.backward(torch.ones_like(y))
+            torch.cuda.synchronize() if device.type == 'cuda' else None
+            return 1e3 * (time.perf_counter() - began)
+
+        times = [[step(way) for way in ways.values()] for _ in range(repeats + 2)][2:]
+        for name, way, ms in zip(ways, ways.values(), map(statistics.median, zip(*times))):
+            error = ((way(u)[:8].detach() - exact).abs().max() / exact.abs().max()).item()
+            rows.append(dict(device=str(device), tokens=L, causal=causal, way=name, ms=round(ms, 2), error=f'{error:.1e}'))
+        print(f'{L:6d} tokens, {"causal       " if causal else "bidirectional"}  ' + ', '.join(f'{r["way"]} {r["ms"]:.1f} ms {r["error"]}' for r in rows[-len(ways):]), flush=True)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    with open(out, 'w', newline='') as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    print(out)
+
+
 def main():
     """The command line: see the top of the file."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--size', default='tiny', help='tiny, small, base or released; or a rung of a ladder, such as 5x320 (resnet) or 6x512 (beat)')
+    p.add_argument('--convolutions', action='store_true', help='time the ways to convolve on this device; out/convolutions.csv')
     p.add_argument('--out', default='out/s4.png', help='where the figure goes')
     a = p.parse_args()
+    if a.convolutions:
+        return time_convolutions('out/convolutions.csv')
     if not any(a.size in sizes for sizes in SIZES.values()):
         raise SystemExit(f'no backbone has size {a.size}: take ' + ', '.join(dict.fromkeys(s for sizes in SIZES.values() for s in sizes)))
     print(f'{"backbone":12s} {"D x layers":>10s} {"stem":>8s} {"backbone":>11s} {"together":>11s} {"MMAC":>8s} {"tokens":>7s} {"step":>8s}  receptive field of a token'

@@ -9,7 +9,7 @@ from torch import nn
 import torch.nn.functional as F
 
 import models
-from models import (CHUNK, SIZES, AttentionPool, Config, Encoder, MeanPool, ResNetBlock, S4, S4Block, S4D, Stem, TransformerBlock, convolve, convolve_chunks,
+from models import (CHUNK, SIZES, AttentionPool, Config, Encoder, MeanPool, ResNetBlock, S4, S4Block, S4D, Stem, TransformerBlock, convolve, convolve_chunks, convolve_toeplitz,
                     cut_beats, discretise, drop_path, groups, learning_rate, legs, load, load_encoder, parameters, pool, regularise, rotate, save, see_data, sized, tied_dropout)
 
 
@@ -51,6 +51,7 @@ def test_convolution_equals_recurrence(L):
         ys.append((s4.C[0][:, None] * x).sum(2))
     y = torch.stack(ys, 2)
     assert (convolve(u, s4.kernel(L)) - y).abs().max() < 1e-10
+    assert (convolve_toeplitz(u, s4.kernel(L)) - y).abs().max() < 1e-10
     assert (convolve_chunks(u, s4.C, s4.dynamics(s4.chunk_parts)) - y).abs().max() < 1e-10
 
 
@@ -65,12 +66,17 @@ def test_bidirectional_equals_double_sum():
             if t + 1 + j < L:
                 y[:, :, t] += k[1, :, j, None] * u[:, :, t + 1 + j]
     assert (convolve(u, k) - y).abs().max() < 1e-10
+    assert (convolve_toeplitz(u, k) - y).abs().max() < 1e-10
     assert (s4(u) - y).abs().max() < 1e-10
 
 
 def test_gradients_of_the_convolution():
     u, k = torch.randn(3, 2, 10, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, 10, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(convolve, (u, k)) and torch.autograd.gradcheck(convolve, (u, k[:1]))
+    assert torch.autograd.gradcheck(convolve_toeplitz, (u, k)) and torch.autograd.gradcheck(convolve_toeplitz, (u, k[:1]))
+    s4 = make_s4(causal=False)
+    u = torch.randn(6, 2, 30, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda u, C: convolve_chunks(u, C, s4.dynamics(s4.chunk_parts)), (u, s4.C))
 
 
 def test_fp32_convolution_stays_close():
