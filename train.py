@@ -5,22 +5,28 @@
     python train.py --objective jepa --as_released ema   # with one of the released code's deviations
     python train.py --data ptbxl --size base --steps 20000 --batch 64
     python train.py --resume --out out/cpc_s4_tiny_0     # go on after an interruption, exactly
-    python train.py --benchmark --size base              # a training step against its matrix products
+    python train.py --benchmark --size base              # where a training step's time goes; --benchmark all: of every objective
+    python train.py --benchmark growth                   # time and memory against batch, length, width and records
+    torchrun --nproc_per_node 2 train.py                 # one process a GPU, each with its share of every batch
 
 The loop knows nothing of the objective it runs. Batches, dropout and negatives are drawn from (seed, step) alone, which makes
 resuming exact. Writes ckpt.pt, log.csv and loss.png to a fresh numbered folder in out/, or to --out.
 """
-import argparse, math, sys, time
+import argparse, json, math, multiprocessing, os, queue, sys, tempfile, threading, time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from data import Contract, Dataset, Stop, figure
+from data import Contract, Dataset, Stop, figure, peak_memory
 from evaluate import auroc, embed, first_task, linear_probe, macro, write_csv
-from models import SIZES, Config, Encoder, flops, groups, learning_rate, load, parameters, pick_device, precision, save, see_data, sized, to_device
+from models import SIZES, Config, Encoder, flops, groups, keep_heap, learning_rate, load, parameters, pick_device, precision, save, see_data, sized, to_device
 from objectives import OBJECTIVES, VQBeat, health, released_input
 
 
@@ -69,7 +75,8 @@ def knobs():
     g.add_argument('--save-every', type=int, default=200, help='steps')
     g.add_argument('--probe-every', type=int, default=200, help='steps; 0: no online probe')
     g.add_argument('--probe-records', type=int, default=600, help='training records of the online probe')
-    g.add_argument('--benchmark', action='store_true', help='time training steps, train nothing')
+    g.add_argument('--compile', action='store_true', help="torch.compile the encoder's stem and blocks: minutes at the start, for long runs on a GPU")
+    g.add_argument('--benchmark', nargs='?', const='one', metavar='WHAT', help='train nothing, time training steps: of --objective, of the one named here, of all; or growth')
     return p
 
 
@@ -227,10 +234,61 @@ def describe(a, ds, device, objective, records, short, out):
           f'{"bf16 products, fp32 convolution" if device.type == "cuda" else "fp32"}, lr {a.lr:g}; writing to {out}/')
 
 
+def distribute(objective):
+    """The objective under DistributedDataParallel: gradients are averaged over the processes, buffers are the first one's."""
+    still = [name for name, _ in objective.named_buffers() if name.endswith('log_dt')]       # never change; sending them would void what S4 derived from them
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, still)
+    return nn.parallel.DistributedDataParallel(objective, static_graph=True)                 # static: the same parameters are without use at every step
+
+
+def join(a):
+    """Under torchrun: join the other processes, on the GPU of one's own, and be silent in all but the first."""
+    world, cuda = int(os.environ.get('WORLD_SIZE', 1)), torch.cuda.is_available() and a.device != 'cpu'
+    if world == 1:
+        return
+    if a.batch % world:
+        raise Stop(f'--batch {a.batch} is for all processes together: take a multiple of {world}')
+    dist.init_process_group('nccl' if cuda else 'gloo')
+    a.device = f'cuda:{os.environ["LOCAL_RANK"]}' if cuda else 'cpu'
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, 'w')
+
+
+def ahead(fetch, steps, patience=300.):
+    """(step, fetch(step)) for each of the steps; a thread prepares the next batch while this one is used. Stops where none comes for `patience` s."""
+    made = queue.Queue(1)
+
+    def work():
+        try:
+            for step in steps:
+                made.put((step, fetch(step)))
+        except BaseException as e:                               # it is raised where the batch is wanted
+            made.put((None, e))
+
+    threading.Thread(target=work, daemon=True).start()           # a daemon: one that is stuck does not keep the process alive
+    for _ in steps:
+        try:
+            step, batch = made.get(timeout=patience)
+        except queue.Empty:
+            raise Stop(f'no batch for {patience:.0f} s: is the disk with datasets/ still there? Once it is, go on with --resume')
+        if step is None:
+            raise batch
+        yield step, batch
+
+
+EXPLODED = 1e6                                                   # norm of a gradient; in healthy runs it stayed below 200
+
+
 def train(a, out, checkpoint=None, until=None):
     """Pretrain as the arguments say; writes the run folder and returns the objective. checkpoint: where to go on from; until: the step
     after which to save and leave off, to be resumed as if nothing had happened."""
-    ds, device = Dataset(a.data), pick_device(a.device)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = pick_device(a.device)
+    if rank:
+        dist.barrier()                                           # until the first process has prepared what prepares itself
+    ds = Dataset(a.data, device)
+    if world > 1 and not rank:
+        dist.barrier()
     samples, seen = round(a.window * ds.contract.fs), a.window / getattr(OBJECTIVES[a.objective], 'views', 1)
     rows = ds.split()[0]
     short = int((ds.length[rows] < samples).sum())
@@ -251,17 +309,17 @@ def train(a, out, checkpoint=None, until=None):
         tokenizer, source = load_tokenizer(a.tokenizer, ds.contract)
         patients |= set(source['patients'])
 
-    def fetch(size, step):
-        batch = ds.batch(rows, samples, size, a.seed, step)
+    def fetch(step, size=a.batch, share=(rank, world)):
+        batch = to_device(ds.batch(rows, samples, size, a.seed, step, share), device)
         return {**batch, 'x': released_input(batch['x'])} if 'norm' in a.as_released else batch
 
     torch.manual_seed(a.seed)
-    shown = [] if checkpoint else [fetch(min(32, len(rows)), step) for step in range(8)]      # a checkpoint's BatchNorm has seen them
+    shown = [] if checkpoint else [to_device(fetch(step, min(32, len(rows)), (0, 1)), 'cpu') for step in range(8)]      # a checkpoint's BatchNorm has seen them
     objective = build(a, ds.contract.fs, columns, tokenizer, shown).to(device)
     if a.objective == 'cpc' and objective.horizon >= samples / ds.contract.fs * objective.encoder.tokens_per_second:
         raise Stop(f'{a.window} s at {ds.contract.fs} Hz are no more tokens than the horizon, {objective.horizon}: lower --horizon or raise --window')
     encoder, config, learned = objective.encoder, objective.encoder.config, [p for p in objective.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(optimiser_groups(objective, a), lr=a.lr)
+    optimiser = torch.optim.AdamW(optimiser_groups(objective, a), lr=a.lr, fused=device.type == 'cuda')
     first, log, seconds = 0, [], 0.
     if checkpoint:
         objective.load_state_dict(checkpoint['state'], strict=True)
@@ -274,16 +332,21 @@ def train(a, out, checkpoint=None, until=None):
         print(f'resuming at step {first:,}' if first < a.steps else f'already finished: all {first:,} steps were done')
     print(f'{"step":>7s} {"seconds":>8s} {"loss":>8s} {"gradient":>8s}  health and online probe; ! is an alarm')
 
+    parallel = distribute(objective) if world > 1 else objective
+    if a.compile:
+        for block in (encoder.stem, *encoder.blocks):
+            block.compile()
+
     def keep(step):
         save(out / 'ckpt.pt', dict(
             objective=a.objective, config=asdict(config), encoder=encoder.state_dict(), state=objective.state_dict(),
             optimiser=optimiser.state_dict(), step=step, seed=a.seed, contract=asdict(replace(ds.contract, window=seen)), data=a.data,
             dataset=ds.hash, patients=sorted(patients), command=' '.join(sys.argv), log=log,
-            args={k: v for k, v in vars(a).items() if k not in ('out', 'resume', 'force', 'benchmark', 'device')},
+            args={k: v for k, v in vars(a).items() if k not in ('out', 'resume', 'force', 'benchmark', 'device', 'compile')},
             seconds=seconds + time.time() - began))
 
     began = time.time()
-    if not checkpoint:
+    if not checkpoint and not rank:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -291,41 +354,43 @@ def train(a, out, checkpoint=None, until=None):
         for old in (f for pattern in ('log.csv', 'results_*', 'loss.png', 'labels*.png', 'pca_*.png') for f in out.glob(pattern)):
             old.unlink()                                         # of the run that --force overwrites
         keep(0)
-    stop = min(until or a.steps, a.steps)
-    for step in range(first, stop):
+    stop, broken = min(until or a.steps, a.steps), torch.tensor(-1, device=device)
+    for step, batch in ahead(fetch, range(first, stop)):
         objective.train()
-        torch.manual_seed((a.seed * 1_000_003 + step) % 2 ** 63)                             # dropout and negatives of this step
-        batch = to_device(fetch(a.batch, step), device)
+        torch.manual_seed(((a.seed * 1_000_003 + step) * world + rank) % 2 ** 63)            # dropout and negatives of this step and process
         for group in optimiser.param_groups:
             group['lr'] = learning_rate(step, a.steps, group['peak'], *(('constant', 0.) if 'lr' in a.as_released else (a.schedule,)))
+        last, saving = step + 1 == a.steps, step + 1 == stop or (step + 1) % a.save_every == 0
+        probing = a.probe_every and (last or step == 0 or (step + 1) % a.probe_every == 0)
+        logging = last or step % a.log_every == 0 or probing
 
         # one step
         with precision(device):
-            loss, logs = objective(batch)
+            loss, logs = parallel(batch)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(learned, math.inf if 'lr' in a.as_released else a.clip)
-        if not (loss.isfinite() and norm.isfinite()):
-            torch.save(batch, out / 'bad_batch.pt')
-            raise Stop(f'the loss is {loss.item()} and its gradient {norm.item()} at step {step}: the batch is in {out}/bad_batch.pt, '
-                       f'the last good state in ckpt.pt; lower --lr and start again')
+        broken = torch.where((broken < 0) & ~(loss.detach().isfinite() & (norm < EXPLODED)), step, broken)
+        if (device.type == 'cpu' or logging or saving) and broken >= 0:                      # on a GPU to ask is to wait
+            if not rank:
+                torch.save(fetch(broken.item()), out / 'bad_batch.pt')
+            raise Stop(f'at step {broken.item()} the loss or its gradient was not finite, or the norm of the gradient above {EXPLODED:g} (at step {step}: loss '
+                       f'{loss.item():g}, norm {norm.item():g}): its batch is in {out}/bad_batch.pt, the last good state in ckpt.pt; lower --lr and start again')
         optimiser.step()
         optimiser.zero_grad()
         objective.after_step(step)
 
         # log, probe, keep
-        last = step + 1 == a.steps
-        probing = a.probe_every and (last or step == 0 or (step + 1) % a.probe_every == 0)
-        if last or step % a.log_every == 0 or probing:
+        if logging and not rank:
             probe = online_probe(encoder, ds, round(seen * ds.contract.fs), device, a.probe_records) if probing else ''
             spent, (state, alarm) = seconds + time.time() - began, health(logs)
             log.append(dict(step=step, lr=optimiser.param_groups[0]['lr'], loss=loss.item(), gradient=norm.item(), **state, alarm=alarm, probe=probe,
                             seconds=round(spent, 2), crops_per_second=round((step + 1 - first) * a.batch / (time.time() - began), 1), device=str(device)))
             print(f'{step:7,d} {spent:8.1f} {loss.item():8.4f} {norm.item():8.3f}  ' + ' '.join(f'{k} {v:.3g}' for k, v in state.items())
                   + (f'  probe AUROC {probe:.3f}' if probing else '') + (f'  ! {alarm}' if alarm else ''), flush=True)
-        if step + 1 == stop or (step + 1) % a.save_every == 0:
+        if saving and not rank:
             keep(step + 1)
             write_csv(out / 'log.csv', log)
-    if stop < a.steps:
+    if stop < a.steps or rank:
         return objective
     draw_loss(log, out / 'loss.png')
     if late := [r for r in log[len(log) // 4:] if r['alarm']]:
@@ -334,53 +399,212 @@ def train(a, out, checkpoint=None, until=None):
     return objective
 
 
-def benchmark(a, repeats=7):
-    """Median time of a training step against its matrix products at the rate of a large product measured in turn with it."""
-    device, T = pick_device(a.device), round(a.window * 240)
+# ---------------------------------------------------------------------------------------------------------------------
+# benchmarks
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that every operation but a matrix product reads and writes, as if no cache kept anything."""
+    products, silent = ('mm', 'bmm', 'addmm', 'baddbmm', 'convolution', 'attention'), ('empty', 'detach', '_local_scalar')
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if not op.is_view and not any(word in op.name() for word in (*self.products, *self.silent)):
+            self.bytes += sum(t.nbytes for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor))
+        return out
+
+
+PARTS = ('data', 'stem', 'backbone', 'teacher', 'objective', 'backward', 'optimiser')
+
+
+def bench(a, repeats=7):
+    """One row: medians of `repeats` steps, of their parts, and of a large product and copy, all measured in turn. A step's floor is its matrix
+    products at the product's rate; its traffic, what all other operations read and write, at the copy's."""
+    device = pick_device(a.device)
+    ds, (T, columns) = Dataset(a.data, device), (round(a.window * 240), range(24))
     torch.manual_seed(0)
-    objective = build(a, 240, range(24), VQBeat(Encoder(sized('beat', a.size))) if a.objective == 'beats' else None).to(device)
-    optimiser = torch.optim.AdamW(optimiser_groups(objective, a))
-    batch = to_device(dict(x=torch.randn(a.batch, 12, T), y=torch.randint(2, (a.batch, 24)).float(), patient=torch.arange(a.batch),
-                           peaks=torch.arange(100, T - 100, 200).repeat(a.batch, 1)), device)                 # 72 beats a minute
+    objective = build(a, ds.contract.fs, columns, VQBeat(Encoder(sized('beat', a.size))) if a.objective == 'beats' else None).to(device)
+    optimiser = torch.optim.AdamW(optimiser_groups(objective, a), fused=device.type == 'cuda')
+    encoder, learned, rows = objective.encoder, [p for p in objective.parameters() if p.requires_grad], ds.split()[0]
+    if a.compile:
+        for block in (encoder.stem, *encoder.blocks):
+            block.compile()
     size = dict(device=device, dtype=torch.bfloat16 if device.type == 'cuda' else torch.float32)
     left, right, product_ = torch.randn(9600, 512, **size), torch.randn(512, 1024, **size), torch.empty(9600, 1024, **size)
+    here, there = torch.empty(2, 2 ** 26, dtype=torch.uint8, device=device)                  # 64 MiB each: more than a cache holds
 
-    def step():
+    def now():
+        torch.cuda.synchronize() if device.type == 'cuda' else None
+        return time.perf_counter()
+
+    spent = dict.fromkeys(PARTS, 0.)
+
+    def timed(part, work):
+        def run(*args):
+            began = now()
+            out = work(*args)
+            spent[part] += now() - began
+            return out
+        return run
+
+    def forward(batch):
         with precision(device):
-            loss, _ = objective(batch)
-        loss.backward()
+            return objective(batch)[0]
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(learned, a.clip)
         optimiser.step()
         optimiser.zero_grad()
         objective.after_step(0)
 
-    def product():
-        for _ in range(4):
-            torch.mm(left, right, out=product_)
+    fetch = lambda: to_device(ds.batch(rows, T, a.batch, 0, 0), device)
+
+    def step(watch=lambda part, work: work, batch=None):
+        loss = watch('objective', forward)(batch or watch('data', fetch)())
+        watch('backward', loss.backward)()
+        watch('optimiser', update)()
+
+    def watched():                                               # to wait between the parts costs a GPU time: a step of its own
+        spent.update(dict.fromkeys(PARTS, 0.))
+        inner = [(encoder, 'tokens', 'stem'), (encoder, 'backbone', 'backbone'), *([(objective.teacher, 'forward', 'teacher')] if hasattr(objective, 'teacher') else ())]
+        for owner, name, part in inner:
+            setattr(owner, name, timed(part, getattr(owner, name)))
+        step(timed)
+        for owner, name, _ in inner:
+            delattr(owner, name)
+        spent['objective'] -= spent['stem'] + spent['backbone'] + spent['teacher']           # which ran inside
+        return [spent[part] for part in PARTS]
 
     def seconds(work):
+        began = now()
+        work()
+        return now() - began
+
+    step()                                                       # the first one may also seed a codebook
+    torch.cuda.reset_peak_memory_stats(device) if device.type == 'cuda' else None
+    count, batch = flops(step), fetch()
+    with Traffic() as traffic:
+        step(batch=batch)
+    tries = {'step': step, 'product': lambda: torch.mm(left, right, out=product_), 'copy': lambda: here.copy_(there)}
+    times = [[*map(seconds, tries.values()), *watched()] for _ in range(repeats + 2)][2:]    # the first steps also grow the heap
+    whole, product, copy, *parts = np.median(times, 0)
+    rate, width = 2 * 9600 * 512 * 1024 / product, 2 * here.nbytes / copy
+    floor, moved = count / rate, traffic.bytes / width
+    memory = torch.cuda.max_memory_allocated(device) / 2 ** 20 if device.type == 'cuda' else peak_memory()
+    return dict(objective=a.objective, backbone=a.backbone, size=a.size, batch=a.batch, device=str(device), threads=torch.get_num_threads(), compiled=a.compile,
+                crops_per_second=a.batch / whole, step_ms=1e3 * whole, **{f'{part}_ms': 1e3 * t for part, t in zip(PARTS, parts)}, memory_mb=memory,
+                gflop=count / 1e9, gflop_per_s=rate / 1e9, copy_gb_per_s=width / 1e9, products_ms=1e3 * floor, times_products=whole / floor,
+                traffic_ms=1e3 * moved, of_roofline=(floor + moved) / whole)
+
+
+def benchmark(a):
+    """A table of steps and their parts, one objective or all, added to out/benchmark.csv."""
+    rows, path = [], Path('out/benchmark.csv')
+    for name in OBJECTIVES if a.benchmark == 'all' else [a.objective]:
+        if a.benchmark == 'all':
+            a = argparse.Namespace(**{**vars(a), 'objective': name, 'backbone': None, 'lr': None, 'window': None})
+            settle(a)
+        r = bench(a)
+        rows.append({k: f'{v:.4g}' if isinstance(v, float) else v for k, v in r.items()})
+        if len(rows) == 1:
+            print(f'{a.size}, batch {a.batch}, {r["device"]}, {r["threads"]} threads; large product {r["gflop_per_s"]:.0f} GFLOP/s, copy {r["copy_gb_per_s"]:.1f} GB/s, '
+                  f'each measured in turn with the steps\n{"objective, backbone":24s} crops/s  step ms  ' + ' '.join(f'{p:>9s}' for p in PARTS) + '   products  x   traffic  of roofline  memory')
+        print(f'{name + ", " + a.backbone:24s} {r["crops_per_second"]:7.0f} {r["step_ms"]:8.1f}  ' + ' '.join(f'{r[p + "_ms"]:9.1f}' for p in PARTS)
+              + f'  {r["products_ms"]:7.1f} {r["times_products"]:5.2f} {r["traffic_ms"]:7.1f} {r["of_roofline"]:8.0%} {r["memory_mb"]:9.0f} MB', flush=True)
+    path.parent.mkdir(exist_ok=True)
+    write_csv(path, rows)
+    print(path)
+
+
+GROWTH = {'batch': (8, 16, 32, 64, 128), 'seconds': (2.5, 5, 10, 20, 60), 'width': (48, 88, 160, 288, 512), 'records': (10_000, 100_000, 1_000_000)}
+
+
+def growth_point(axis, value, a, folder):
+    """Row of one setting of the growth figure."""
+    device = pick_device(a.device)
+    if axis == 'records':                                        # opened, and a batch of 32 drawn once the epoch's order is there
+        os.chdir(folder)
+        before, began = peak_memory(), time.perf_counter()
+        ds = Dataset('many')
+        opened, rows = time.perf_counter() - began, ds.split()[0]
+        work = lambda: ds.batch(rows, 600, 32, 0, 0)
+    else:
+        torch.manual_seed(0)
+        a = argparse.Namespace(**{**vars(a), 'size': f'4x{value if axis == "width" else 88}', 'objective': 'cpc', 'backbone': 's4'})
+        objective, opened = build(a, 240).to(device), ''
+        T = round(240 * (value if axis == 'seconds' else 2.5))
+        x, before = torch.randn(value if axis == 'batch' else 16, T, 12, device=device).transpose(1, 2), peak_memory()
+
+        def work():
+            with precision(device):
+                objective(dict(x=x))[0].backward()
+            torch.cuda.synchronize() if device.type == 'cuda' else None
+
+    times = []
+    for _ in range(7):
         began = time.perf_counter()
         work()
-        if device.type == 'cuda':
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
+        times.append(time.perf_counter() - began)
+    memory = torch.cuda.max_memory_allocated(device) / 2 ** 20 if device.type == 'cuda' and axis != 'records' else peak_memory() - before
+    return dict(axis=axis, value=value, device=str(device), ms=1e3 * np.median(times[2:]), memory_mb=memory, open_s=opened)
 
-    count = flops(step)
-    for _ in range(3):                                           # the first steps also grow the heap
-        step(), product()
-    times = np.array([[seconds(step), seconds(product)] for _ in range(repeats)])
-    rate = 4 * 2 * 9600 * 512 * 1024 / np.median(times[:, 1])
-    ideal = count / rate
-    print(f'{a.objective} {a.backbone} {a.size}, batch {a.batch}, {device}, {torch.get_num_threads()} threads, medians of {repeats}')
-    print(f'matrix products of a step: {count / 1e9:.1f} GFLOP, {count / 6e9 / a.batch:.2f} GMAC forward per crop')
-    print(f'large matrix product: {rate / 1e9:.0f} GFLOP/s, so the products alone take {1e3 * ideal:.0f} ms')
-    print(f'a training step takes {1e3 * np.median(times[:, 0]):.0f} ms, {np.median(times[:, 0]) / ideal:.2f} times that; '
-          f'{a.batch / np.median(times[:, 0]):.0f} crops/s')
+
+def many_records(folder, count, seconds=10, labels=246):
+    """A prepared dataset of `count` records in folder/datasets/many: index and labels in full length, the signals a file whose contents are a
+    hole, so that a million records fit on any disk."""
+    home, T, number = Path(folder, 'datasets/many'), 240 * seconds, np.arange(count)
+    home.mkdir(parents=True)
+    with open(home / 'signals.i16', 'wb') as f:
+        f.truncate(count * T * 12 * 2)
+    np.lib.format.open_memmap(home / 'labels.npy', 'w+', np.float32, (count, labels)).flush()
+    peaks = np.arange(100, T, 200, dtype=np.int32)               # 72 beats a minute
+    np.savez(home / 'index.npz', offset=number * T, length=np.full(count, T), id=np.char.add('synthetic0/', number.astype(str)), fold=number % 10 + 1,
+             patient=np.char.add('synthetic0/patient', (number * 10 // 16).astype(str)), age=number % 90 * 1., sex=number % 2 * 1.,
+             peaks=np.tile(peaks, count), peak_start=np.arange(count + 1) * len(peaks))
+    (home / 'meta.json').write_text(json.dumps(dict(contract=asdict(Contract()), labels=[f'label/{k}' for k in range(labels)], tasks={'label': [*range(labels)]},
+                                                    records=count, hash='many')))
+
+
+def alone(work, *arguments):
+    """work(*arguments) in a process of its own, whose peak of memory is its own too."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), keep_heap) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def growth(a):
+    """Time and memory of a CPC step on S4 4x88 (16 crops of 2.5 s) as batch, length or width grows, and of drawing a batch as the records do:
+    out/growth.csv, .png."""
+    rows = []
+    for axis, value in ((axis, value) for axis, values in GROWTH.items() for value in values):
+        with tempfile.TemporaryDirectory() as folder:
+            if axis == 'records':
+                alone(many_records, folder, value)
+            rows.append(r := alone(growth_point, axis, value, a, folder))
+        print(f'{axis:8s} {value:9g}  {r["ms"]:9.2f} ms  {r["memory_mb"]:8.0f} MB' + (f'  opened in {r["open_s"]:.2f} s' if r['open_s'] else ''), flush=True)
+    fig, axes = figure(2, len(GROWTH), figsize=(3.2 * len(GROWTH), 6), layout='constrained')
+    for k, (what, title) in enumerate((('ms', 'milliseconds'), ('memory_mb', 'MB'))):
+        for ax, axis in zip(axes[k], GROWTH):
+            x, y = zip(*[(r['value'], r[what]) for r in rows if r['axis'] == axis])
+            ax.loglog(x, y, marker='o')
+            ax.loglog(x, [y[-1] * v / x[-1] for v in x], ls=':', color='C7', label='in proportion')
+            ax.set(xlabel=axis, ylabel=title)
+            ax.legend()
+    Path('out').mkdir(exist_ok=True)
+    write_csv('out/growth.csv', [{k: f'{v:.4g}' if isinstance(v, float) else v for k, v in r.items()} for r in rows])
+    fig.savefig('out/growth.png', dpi=120)
+    print('out/growth.csv, out/growth.png')
 
 
 def main(argv=None):
     """The command line: see the top of the file."""
+    keep_heap()
     parser = knobs()
     a = parser.parse_args(argv)
+    if a.benchmark not in (None, 'one', 'all', 'growth', *OBJECTIVES):
+        raise Stop(f'--benchmark {a.benchmark}: take all, growth, or one of {", ".join(OBJECTIVES)}')
     for name in ('steps', 'batch', 'layers', 'records', 'log_every', 'save_every'):
         if getattr(a, name) is not None and getattr(a, name) < 1:
             raise Stop(f'--{name.replace("_", "-")} must be 1 or more')
@@ -402,12 +626,19 @@ def main(argv=None):
         typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(a))))        # what stands there already gets no default
         out = run_folder(a)
         checkpoint = resume(out, a, {k: v for k, v in vars(typed).items() if v is not None})
+    if a.benchmark in OBJECTIVES:
+        a.objective = a.benchmark
     settle(a)
     if a.benchmark:
-        return benchmark(a)
+        return growth(a) if a.benchmark == 'growth' else benchmark(a)
+    join(a)
     out = out if a.resume else run_folder(a)
+    if dist.is_initialized():
+        dist.barrier()                                           # all have looked for a free folder before one makes it
     try:
         train(a, out, checkpoint)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except KeyboardInterrupt:
         raise Stop(f'\nstopped; go on from the last save (every {a.save_every} steps) with python train.py --resume --out {out}')
 
