@@ -16,7 +16,7 @@ index.npz and meta.json. The signal contract follows arXiv 2605.12241 (12 leads,
 --contract sc gives the setting of arXiv 2605.17276 (100 Hz, 10 s, high-pass and mains notch). TASKS lists the tasks of both papers,
 each with the command that prepares its data.
 """
-import argparse, ast, csv, functools, hashlib, itertools, json, math, os, re, shutil, sys, time, zipfile, zlib
+import argparse, ast, csv, functools, hashlib, itertools, json, math, os, re, shutil, sys, time, tokenize, zipfile, zlib
 from array import array as typed
 from collections import Counter as Tally
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -40,6 +40,16 @@ class Stop(SystemExit):
 
 class Defect(Exception):
     """A defect of one record: its text is the reason under which the record is dropped and counted."""
+
+
+def script(main, stopped):
+    """A script's main, where Ctrl-C and what the system refuses, such as writing to a full disk, become one line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise Stop(stopped)
+    except OSError as e:
+        raise Stop(f'{e.filename or "output"}: {e.strerror or e}; what was complete before is intact')
 
 
 @dataclass(frozen=True)
@@ -215,7 +225,7 @@ def ptbxl(root, rate=100):
     root = Path(root)
     if not (root / f'records{rate}').is_dir() and (root / f'records{600 - rate}').is_dir():
         raise Stop(f'{root} has no records{rate}, but records{600 - rate}: add --rate {600 - rate}')
-    statements = {r['']: r for r in rows_of(root / 'scp_statements.csv', '', 'diagnostic', 'form', 'rhythm', 'diagnostic_class')}
+    statements = {r['']: r for r in rows_of(root / 'scp_statements.csv', '', 'diagnostic', 'form', 'rhythm', 'diagnostic_class', 'diagnostic_subclass')}
     sets = {c: [f'all/{c}'] + [f'{ns}/{c}' for ns, flag in (('diag', 'diagnostic'), ('form', 'form'), ('rhythm', 'rhythm'))
                                if number(r[flag]) == 1] for c, r in statements.items()}
     for c, r in statements.items():
@@ -552,11 +562,13 @@ def array(path, fs, leads, unit, labels=None):
     blank where unknown."""
     try:
         file = np.load(path, mmap_mode='r', allow_pickle=False)
+        file = {k: file[k] for k in ('x', 'fs', 'leads', 'unit') if k in file} if isinstance(file, np.lib.npyio.NpzFile) else file
     except FileNotFoundError:
         raise Stop(f'no file {path}: --root must name a .npy or .npz file')
-    except (ValueError, OSError, EOFError) as e:
+    except (ValueError, OSError, EOFError, MemoryError, OverflowError, RuntimeError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile,
+            zlib.error) as e:
         raise Stop(f'{path} is no numeric .npy or .npz file ({e})')
-    if isinstance(file, np.lib.npyio.NpzFile):
+    if isinstance(file, dict):
         fs, leads, unit = (np.ravel(file[k]).tolist() if k in file else v for k, v in (('fs', [fs]), ('leads', leads), ('unit', [unit])))
         fs, unit = fs[0], unit[0]
         if 'x' not in file:
@@ -1747,7 +1759,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise Stop('stopped; nothing was changed')
+    script(main, 'stopped; nothing was changed')

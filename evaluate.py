@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import TASKS, Contract, Dataset, Stop, arguments, figure, peak_memory, stratify
+from data import TASKS, Contract, Dataset, Stop, arguments, figure, peak_memory, script, stratify
 from models import (AttentionPool, Config, Encoder, MeanPool, groups, learning_rate, load, load_encoder, pick_device, pool, precision,
                     regularise, see_data, to_device)
 
@@ -1351,11 +1351,14 @@ def jobs_of(a):
 def write_csv(path, rows):
     """Rows, whose keys may differ, under the union of their keys; under a temporary name first: a kill leaves the old file or the new one."""
     temporary = Path(path).with_name(Path(path).name + '.partial')
-    with open(temporary, 'w', newline='') as f:
-        writer = csv.DictWriter(f, list(dict.fromkeys(k for r in rows for k in r)))
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
+    try:
+        with open(temporary, 'w', newline='') as f:
+            writer = csv.DictWriter(f, list(dict.fromkeys(k for r in rows for k in r)))
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)                        # where writing failed
 
 
 def write_markdown(path, rows, pairs):
@@ -1460,7 +1463,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise Stop('stopped; what was finished is kept in out/scores, so the same command goes on from there')
+    script(main, 'stopped; what was finished is kept in out/scores, so the same command goes on from there')

@@ -697,14 +697,19 @@ def to_device(batch, device):
 
 
 def save(path, checkpoint):
-    """Write a checkpoint under a temporary name and rename it: there is never half a checkpoint at `path`."""
+    """Write a checkpoint under a temporary name and rename it: there is never half a checkpoint at `path`. Exits with one line where the disk
+    refuses."""
     path = Path(path)
     temporary = path.with_name(path.name + '.partial')
-    with open(temporary, 'wb') as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, 'wb') as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as e:                         # RuntimeError: torch's writer, cut short
+        temporary.unlink(missing_ok=True)
+        raise SystemExit(f'{path} cannot be written ({str(e).splitlines()[0]}): make room; the one saved before, if any, is intact')
 
 
 def load(path, device='cpu'):

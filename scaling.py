@@ -31,9 +31,9 @@ import torch
 from tqdm import tqdm
 
 import train
-from data import Dataset, Stop, figure
+from data import Dataset, Stop, figure, script
 from evaluate import Arm, PROTOCOLS, Task, auroc, embed, entropy, first_task, fresh, linear_probe, macro, open_run, overlap, slug, write_csv
-from models import CHUNK, SIZES, flops, load, net1d, parameters, pick_device, sized, to_device
+from models import CHUNK, SIZES, flops, keep_heap, load, net1d, parameters, pick_device, sized, to_device
 from objectives import OBJECTIVES
 
 MOVING = ('jepa', 'data2vec', 'dinosr', 'hubert')                # their targets move with the run: losses of two runs do not compare
@@ -1793,6 +1793,7 @@ def run_one(name, t, arm, anchors, a, threads):
     evaluated after its checkpoint is on disk, and a row is written after it is evaluated. Returns its rows, or why there are none."""
     try:
         torch.set_num_threads(threads)
+        keep_heap()
         return legs(name, t, arm, anchors, a)
     except Stop as e:                                            # it would end the worker, not the sweep
         return f'{name}: {e}'
@@ -2057,4 +2058,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    main()
+    script(main, 'stopped; the same command goes on with what is there')

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from data import Contract, Dataset, Stop, figure, peak_memory
+from data import Contract, Dataset, Stop, figure, peak_memory, script
 from evaluate import auroc, embed, first_task, linear_probe, macro, write_csv
 from models import SIZES, Config, Encoder, flops, groups, keep_heap, learning_rate, load, parameters, pick_device, precision, save, see_data, sized, to_device
 from objectives import OBJECTIVES, VQBeat, health, released_input
@@ -644,4 +644,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    main()
+    script(main, 'stopped')
