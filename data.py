@@ -1035,6 +1035,7 @@ class Dataset:
 
     def collate(self, rows, starts, samples):
         """The batch of given crops, as `batch` describes it."""
+        rows, starts = np.asarray(rows), np.asarray(starts)
         k = np.arange(self.peak_count[rows].max(initial=0))      # of the record's R-peaks
         last = self.peak_start[rows] + self.peak_count[rows] - 1
         peaks = self.peaks[np.minimum(self.peak_start[rows][:, None] + k, last[:, None])] - starts[:, None]

@@ -38,7 +38,8 @@ DROPOUT = {'s4': .2, 's4d': .2, 'transformer': .1, 'net1d': 0., 'resnet': .2, 'b
 
 class Stem(nn.Sequential):
     """Four convolutions with BatchNorm and ReLU, kernels 3 1 1 1, the first with stride 2: (B, leads, T) -> (B, ceil(T / 2), dim).
-    A token sees 3 samples; all mixing over time is the backbone's. 808,960 parameters for 12 leads and dim 512."""
+    A token sees 3 samples; all mixing over time is the backbone's. 808,960 parameters for 12 leads and dim 512. Computed as matrix
+    products on (B, L, dim), the form that the backbone takes."""
 
     def __init__(self, leads, dim):
         layers = []
@@ -48,7 +49,13 @@ class Stem(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, batch, keep=None):
-        return super().forward(batch['x']).transpose(1, 2).contiguous(), None
+        z = F.pad(batch['x'].transpose(1, 2), (0, 0, 1, 1)).unfold(1, 3, 2).flatten(2)       # (B, L, leads 3): what each token sees
+        for layer in self:
+            if isinstance(layer, nn.Conv1d):
+                z = F.linear(z, layer.weight.flatten(1))         # (B, L, dim)
+            else:
+                z = layer(z.flatten(0, 1)).view_as(z)            # BatchNorm, over crops and tokens; ReLU
+        return z, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -811,6 +818,7 @@ def time_convolutions(out, lengths=(75, 300, 1200, 7200), dim=512, tokens=9600, 
 
 def main():
     """The command line: see the top of the file."""
+    keep_heap()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--size', default='tiny', help='tiny, small, base or released; or a rung of a ladder, such as 5x320 (resnet) or 6x512 (beat)')
     p.add_argument('--convolutions', action='store_true', help='time the ways to convolve on this device; out/convolutions.csv')

@@ -125,6 +125,12 @@ def test_published_parameter_counts():
     assert parameters(Encoder(Config(dim=512))) + parameters(AttentionPool(512, 71)) == 3_756_032
 
 
+def test_stem_as_products_equals_its_convolutions():
+    torch.manual_seed(0)
+    stem, x = Stem(12, 8), torch.randn(3, 12, 61)
+    assert torch.allclose(stem(dict(x=x))[0], nn.Sequential.forward(stem, x).transpose(1, 2), atol=1e-5)
+
+
 @pytest.mark.parametrize('samples, tokens', [(600, 300), (601, 301), (2400, 1200)])
 def test_token_counts(samples, tokens):
     z, pad = Encoder(Config(dim=8)).tokens({'x': torch.randn(1, 12, samples)})
