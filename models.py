@@ -716,7 +716,7 @@ def save(path, checkpoint):
         temporary.replace(path)
     except (OSError, RuntimeError) as e:                         # RuntimeError: torch's writer, cut short
         temporary.unlink(missing_ok=True)
-        raise SystemExit(f'{path} cannot be written ({str(e).splitlines()[0]}): make room; the one saved before, if any, is intact')
+        raise SystemExit(f'{path} cannot be written ({getattr(e, "strerror", None) or "is the disk full?"}): make room; the one saved before, if any, is intact')
 
 
 def load(path, device='cpu'):

@@ -106,6 +106,25 @@ def test_a_bad_gradient_never_reaches_a_checkpoint(here, monkeypatch):
     assert checkpoint['step'] == 2 and all(t.isfinite().all() for t in checkpoint['state'].values())
 
 
+def test_an_exploded_gradient_stops(here, monkeypatch):
+    monkeypatch.setattr(train, 'EXPLODED', 1e-3)
+    with pytest.raises(SystemExit, match='at step 0 .* the norm of the gradient above 0.001'):
+        train.main('--steps 6 --batch 4 --layers 1 --probe-every 0 --out out/exploded'.split())
+    assert load(here / 'out/exploded/ckpt.pt')['step'] == 0
+
+
+def test_a_failing_write_leaves_the_checkpoint_before(here):
+    """RLIMIT_FSIZE stands in for a full disk. The checkpoint of step 0 has no moments yet and fits, the next does not."""
+    resource = pytest.importorskip('resource')
+    flags = '--steps 4 --batch 4 --layers 1 --save-every 2 --probe-every 0 --out'.split()
+    train.main([*flags, 'out/fits'])
+    size = (here / 'out/fits/ckpt.pt').stat().st_size - 500
+    done = subprocess.run([sys.executable, str(ROOT / 'train.py'), *flags, 'out/full'], capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    assert done.returncode == 1 and 'ckpt.pt cannot be written' in done.stderr and 'Traceback' not in done.stderr
+    assert load(here / 'out/full/ckpt.pt')['step'] == 0 and not list((here / 'out/full').glob('*.partial'))
+
+
 def test_numeric_labels_do_not_disturb_pretraining(here):
     import numpy as np
     rng = np.random.default_rng(0)
