@@ -16,7 +16,7 @@ index.npz and meta.json. The signal contract follows arXiv 2605.12241 (12 leads,
 --contract sc gives the setting of arXiv 2605.17276 (100 Hz, 10 s, high-pass and mains notch). TASKS lists the tasks of both papers,
 each with the command that prepares its data.
 """
-import argparse, ast, csv, functools, hashlib, itertools, json, math, os, re, shutil, sys, time, tokenize, zipfile, zlib
+import argparse, ast, csv, functools, hashlib, itertools, json, math, os, re, shutil, sys, time, tokenize, warnings, zipfile, zlib
 from array import array as typed
 from collections import Counter as Tally
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -643,7 +643,8 @@ def synthetic_in_memory(records, device, seconds=10., block=64):
     names = synthetic_labels()
     tasks = {space: [k for k, n in enumerate(names) if n.split('/')[0] == space] for space in ('findings', 'tail', 'target')}
     tasks |= {task: [names.index(n) for n in members] for task, members in SYNTHETIC_TASKS}
-    return dict(contract=asdict(Contract()), labels=names, tasks=tasks, hash=f'synthetic@{records}'), index, signals, labels.astype(np.float32)
+    first = hashlib.blake2b(signals[:T].cpu().numpy().tobytes(), digest_size=8).hexdigest()                # another generator, another hash
+    return dict(contract=asdict(Contract()), labels=names, tasks=tasks, hash=f'{records}@{first}'), index, signals, labels.astype(np.float32)
 
 
 def download(source, root, rate=100, cohorts=()):
@@ -928,9 +929,9 @@ class Dataset:
     """
 
     def __init__(self, names, device='cpu'):
-        self.name, self.device, parts = names, torch.device(device), []
+        self.name, self.device, parts = names, torch.empty(0, device=device).device, []      # cuda:0, where only cuda was said
         for name in names.split(','):
-            if made := re.fullmatch(r'synthetic@(\d{1,8})', name):
+            if made := re.fullmatch(r'synthetic@([1-9]\d{0,7})', name):
                 parts.append(synthetic_in_memory(int(made[1]), self.device))
                 continue
             folder, _ = mended(name)
@@ -939,7 +940,9 @@ class Dataset:
             try:
                 meta = json.loads((folder / 'meta.json').read_text())
                 index = dict(np.load(folder / 'index.npz'))
-                signals = torch.from_numpy(np.memmap(folder / 'signals.i16', np.int16, 'c').reshape(-1, 12))  # c: never written back
+                with warnings.catch_warnings():
+                    warnings.filterwarnings('ignore', message='The given NumPy array is not writable')     # nor is it written to
+                    signals = torch.from_numpy(np.memmap(folder / 'signals.i16', np.int16, 'r').reshape(-1, 12))
                 labels = np.load(folder / 'labels.npy', mmap_mode='r')
                 whole = len(signals) == index['offset'][-1] + index['length'][-1] and len(labels) == len(index['id']) == meta['records']
             except FileNotFoundError as e:
@@ -1011,9 +1014,11 @@ class Dataset:
 
     def crop(self, rows, starts, samples):
         """Crops of `samples` from records `rows`, beginning at `starts`: (B, 12, samples) float32 in the contract's unit, on the device."""
-        at, part = torch.from_numpy(self.offset[rows] + starts).to(self.signals[0].device), self.part[rows]
-        windows = [s.as_strided((len(s) - samples + 1, samples * 12), (12, 1)) for s in self.signals]       # all crops there are, none copied
-        pieces = [windows[i].index_select(0, at[part == i]) for i in np.unique(part)]
+        at, part, pieces = self.offset[rows] + starts, self.part[rows], []
+        for i in np.unique(part):
+            signals = self.signals[i]
+            windows = signals.as_strided((len(signals) - samples + 1, samples * 12), (12, 1))              # all crops there are, none copied
+            pieces.append(windows.index_select(0, torch.from_numpy(at[part == i]).to(signals.device, non_blocking=True)))
         x = pieces[0] if len(pieces) == 1 else torch.cat(pieces)[np.argsort(np.argsort(part, kind='stable'))]
         if self.device.type == 'cuda' and not x.is_cuda:         # as int16: half of what the floats would take
             x = x.pin_memory().to(self.device, non_blocking=True)

@@ -699,8 +699,10 @@ def parameters(module):
 
 
 def to_device(batch, device):
-    """A batch on the device."""
-    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    """A batch on the device; to a GPU without waiting for it."""
+    if torch.device(device).type == 'cuda':
+        return {k: v if v.is_cuda else v.pin_memory().to(device, non_blocking=True) for k, v in batch.items()}
+    return {k: v.to(device) for k, v in batch.items()}
 
 
 def save(path, checkpoint):
@@ -714,8 +716,10 @@ def save(path, checkpoint):
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as e:                         # RuntimeError: torch's writer, cut short
+    except (OSError, RuntimeError) as e:
         temporary.unlink(missing_ok=True)
+        if isinstance(e, RuntimeError) and 'inline_container' not in str(e):                 # torch's writer, cut short, says so
+            raise
         raise SystemExit(f'{path} cannot be written ({getattr(e, "strerror", None) or "is the disk full?"}): make room; the one saved before, if any, is intact')
 
 
@@ -800,7 +804,7 @@ def time_convolutions(out, lengths=(75, 300, 1200, 7200), dim=512, tokens=9600, 
             began = time.perf_counter()
             y = way(x)
             y.backward(torch.ones_like(y))
-            torch.cuda.synchronize() if device.type == 'cuda' else None
+            torch.cuda.synchronize(device) if device.type == 'cuda' else None
             return 1e3 * (time.perf_counter() - began)
 
         times = [[step(way) for way in ways.values()] for _ in range(repeats + 2)][2:]

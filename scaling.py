@@ -168,6 +168,7 @@ def select(rows, loss):
 
 
 def column(rows, name):
+    """One column of rows as floats (n,), NaN where it is missing."""
     return np.array([r.get(name, math.nan) for r in rows], float)
 
 
@@ -294,6 +295,7 @@ def marginal(x, L, floor=None, weight=1.):
 
 
 def huber(r, delta):
+    """Huber's loss of residuals r, as an array: r^2 / 2 up to delta, linear beyond."""
     a = np.abs(r)
     return np.where(a <= delta, r * r / 2, delta * (a - delta / 2))
 
@@ -540,6 +542,7 @@ def checks(fit):
 
 
 def aicc(rss, n, k):
+    """Akaike's criterion, corrected for few points, of k parameters and a residual sum of squares over n points."""
     k += 1                                                       # the noise is a parameter too
     return n * math.log(max(rss, 1e-300) / n) + 2 * k + (2 * k * (k + 1) / (n - k - 1) if n > k + 1 else math.inf)
 
@@ -1188,6 +1191,7 @@ def labels_command(a):
 
 
 def half_decade(N):
+    """N rounded to a power of 10^(1/2): the bin in which sizes of different families compete."""
     return 10 ** (round(2 * math.log10(N)) / 2)
 
 
@@ -1795,11 +1799,12 @@ def run_one(name, t, arm, anchors, a, threads):
         torch.set_num_threads(threads)
         keep_heap()
         return legs(name, t, arm, anchors, a)
-    except Stop as e:                                            # it would end the worker, not the sweep
+    except SystemExit as e:                                      # it would end the worker, not the sweep
         return f'{name}: {e}'
 
 
 def legs(name, t, arm, anchors, a):
+    """The rows of one run, made leg by leg from evaluation to evaluation: see `run_one`."""
     folder = Path(a.out, 'runs', name)
     folder.mkdir(parents=True, exist_ok=True)
     rows, ds, device, oods = evaluations(folder), Dataset(t.data), pick_device(t.device), a.ood if arm != 'rate' or t.objective in MOVING else ()
@@ -1959,10 +1964,12 @@ def finetune(a):
 # the command line
 
 def number_or_all(text):
+    """A flag's count of records, or the word all."""
     return text if text == 'all' else int(text)
 
 
 def sweep_flags(p):
+    """The flags of sweep."""
     p.add_argument('kind', choices=list(KINDS), help='; '.join(f'{k}: {v}' for k, v in KINDS.items()))
     p.add_argument('--family', nargs='+', default=['s4'], choices=list(SIZES), help='backbones')
     p.add_argument('--objective', nargs='+', default=['cpc', 'supervised'], choices=list(OBJECTIVES))
@@ -1988,6 +1995,7 @@ def sweep_flags(p):
 
 
 def huber_delta(text):
+    """The flag --delta: a number above 0, or mad."""
     if text == 'mad':
         return text
     if not 0 < float(text) < 1e6:

@@ -9,8 +9,8 @@
     python train.py --benchmark growth                   # time and memory against batch, length, width and records
     torchrun --nproc_per_node 2 train.py                 # one process a GPU, each with its share of every batch
 
-The loop knows nothing of the objective it runs. Batches, dropout and negatives are drawn from (seed, step) alone, which makes
-resuming exact. Writes ckpt.pt, log.csv and loss.png to a fresh numbered folder in out/, or to --out.
+The loop knows nothing of the objective it runs. Batches, dropout and negatives are drawn from (seed, step, process) alone, which
+makes resuming exact. Writes ckpt.pt, log.csv and loss.png to a fresh numbered folder in out/, or to --out.
 """
 import argparse, json, math, multiprocessing, os, queue, sys, tempfile, threading, time
 from concurrent.futures import ProcessPoolExecutor
@@ -204,7 +204,7 @@ def build(a, fs, columns=(), tokenizer=None, batches=()):
         options['released'] = a.as_released
     encoder = Encoder(sized(a.backbone, a.size, kind.causal, fs, a.layers))
     if batches:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             see_data(encoder, batches)
     return kind(encoder, steps=a.steps, **options)
 
@@ -235,7 +235,9 @@ def describe(a, ds, device, objective, records, short, out):
 
 
 def distribute(objective):
-    """The objective under DistributedDataParallel: gradients are averaged over the processes, buffers are the first one's."""
+    """The objective under DistributedDataParallel. Of all processes: the gradient, the mean of their gradients. Of each process alone: negatives
+    (CMSC's among its crops), Sinkhorn's balance, BatchNorm's statistics, the mean over what is masked or known. Of the first process: buffers, sent to all
+    before every step, that is running statistics and the codebooks of dinosr, hubert and vqbeat, which learn from its crops alone."""
     still = [name for name, _ in objective.named_buffers() if name.endswith('log_dt')]       # never change; sending them would void what S4 derived from them
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, still)
     return nn.parallel.DistributedDataParallel(objective, static_graph=True)                 # static: the same parameters are without use at every step
@@ -248,32 +250,47 @@ def join(a):
         return
     if a.batch % world:
         raise Stop(f'--batch {a.batch} is for all processes together: take a multiple of {world}')
-    dist.init_process_group('nccl' if cuda else 'gloo')
     a.device = f'cuda:{os.environ["LOCAL_RANK"]}' if cuda else 'cpu'
+    torch.cuda.set_device(a.device) if cuda else None
+    dist.init_process_group('nccl' if cuda else 'gloo')
     if dist.get_rank():
         sys.stdout = open(os.devnull, 'w')
 
 
 def ahead(fetch, steps, patience=300.):
     """(step, fetch(step)) for each of the steps; a thread prepares the next batch while this one is used. Stops where none comes for `patience` s."""
-    made = queue.Queue(1)
+    made, left = queue.Queue(1), threading.Event()
+
+    def put(thing):
+        while not left.is_set():
+            try:
+                return made.put(thing, timeout=.1)
+            except queue.Full:                                   # the batch before is still in use
+                pass
 
     def work():
         try:
             for step in steps:
-                made.put((step, fetch(step)))
+                if left.is_set():
+                    return
+                put((step, fetch(step)))
         except BaseException as e:                               # it is raised where the batch is wanted
-            made.put((None, e))
+            put((None, e))
 
-    threading.Thread(target=work, daemon=True).start()           # a daemon: one that is stuck does not keep the process alive
-    for _ in steps:
-        try:
-            step, batch = made.get(timeout=patience)
-        except queue.Empty:
-            raise Stop(f'no batch for {patience:.0f} s: is the disk with datasets/ still there? Once it is, go on with --resume')
-        if step is None:
-            raise batch
-        yield step, batch
+    thread = threading.Thread(target=work, daemon=True)          # a daemon: waiting for a disk, it does not keep the process alive
+    thread.start()
+    try:
+        for _ in steps:
+            try:
+                step, batch = made.get(timeout=patience)
+            except queue.Empty:
+                raise Stop(f'no batch for {patience:.0f} s: is the disk with datasets/ still there? Once it is, go on with --resume')
+            if step is None:
+                raise batch
+            yield step, batch
+    finally:
+        left.set()
+        thread.join(1.)
 
 
 EXPLODED = 1e6                                                   # norm of a gradient; in healthy runs it stayed below 200
@@ -325,6 +342,8 @@ def train(a, out, checkpoint=None, until=None):
         objective.load_state_dict(checkpoint['state'], strict=True)
         optimiser.load_state_dict(checkpoint['optimiser'])
         first, log, seconds = checkpoint['step'], checkpoint['log'], checkpoint['seconds']
+        if checkpoint.get('world', 1) != world:                  # each draws its own negatives, masks and dropout
+            raise Stop(f'{out} was begun with {checkpoint.get("world", 1)} processes, not {world}: go on with as many')
         if checkpoint['dataset'] != ds.hash:
             raise Stop(f'{a.data} has been prepared anew since this run began: prepare it as it was, or start again')
     describe(a, ds, device, objective, len(rows), short, out)
@@ -340,7 +359,7 @@ def train(a, out, checkpoint=None, until=None):
     def keep(step):
         save(out / 'ckpt.pt', dict(
             objective=a.objective, config=asdict(config), encoder=encoder.state_dict(), state=objective.state_dict(),
-            optimiser=optimiser.state_dict(), step=step, seed=a.seed, contract=asdict(replace(ds.contract, window=seen)), data=a.data,
+            optimiser=optimiser.state_dict(), step=step, seed=a.seed, world=world, contract=asdict(replace(ds.contract, window=seen)), data=a.data,
             dataset=ds.hash, patients=sorted(patients), command=' '.join(sys.argv), log=log,
             args={k: v for k, v in vars(a).items() if k not in ('out', 'resume', 'force', 'benchmark', 'device', 'compile')},
             seconds=seconds + time.time() - began))
@@ -372,7 +391,7 @@ def train(a, out, checkpoint=None, until=None):
         broken = torch.where((broken < 0) & ~(loss.detach().isfinite() & (norm < EXPLODED)), step, broken)
         if (device.type == 'cpu' or logging or saving) and broken >= 0:                      # on a GPU to ask is to wait
             if not rank:
-                torch.save(fetch(broken.item()), out / 'bad_batch.pt')
+                torch.save(fetch(broken.item(), share=(0, 1)), out / 'bad_batch.pt')
             raise Stop(f'at step {broken.item()} the loss or its gradient was not finite, or the norm of the gradient above {EXPLODED:g} (at step {step}: loss '
                        f'{loss.item():g}, norm {norm.item():g}): its batch is in {out}/bad_batch.pt, the last good state in ckpt.pt; lower --lr and start again')
         optimiser.step()
@@ -403,8 +422,9 @@ def train(a, out, checkpoint=None, until=None):
 # benchmarks
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that every operation but a matrix product reads and writes, as if no cache kept anything."""
-    products, silent = ('mm', 'bmm', 'addmm', 'baddbmm', 'convolution', 'attention'), ('empty', 'detach', '_local_scalar')
+    """Counts the bytes that every operation but a matrix product reads and writes, as if no cache kept anything; what it overwrites counts as
+    read too, and what the optimiser does to lists of tensors as read only."""
+    products, silent = ('mm', 'bmm', 'addmm', 'baddbmm', 'convolution', 'attention'), ('empty', 'detach', '_unsafe_view', '_local_scalar')
 
     def __init__(self):
         super().__init__()
@@ -423,21 +443,23 @@ PARTS = ('data', 'stem', 'backbone', 'teacher', 'objective', 'backward', 'optimi
 def bench(a, repeats=7):
     """One row: medians of `repeats` steps, of their parts, and of a large product and copy, all measured in turn. A step's floor is its matrix
     products at the product's rate; its traffic, what all other operations read and write, at the copy's."""
+    keep_heap()
     device = pick_device(a.device)
-    ds, (T, columns) = Dataset(a.data, device), (round(a.window * 240), range(24))
+    ds = Dataset(a.data, device)
+    T, rows, columns = round(a.window * ds.contract.fs), ds.split()[0], range(min(24, len(ds.label_names)))
+    if not len(rows := rows[ds.length[rows] >= T]):
+        raise Stop(f'no training record of {a.data} lasts {a.window} s')
     torch.manual_seed(0)
-    objective = build(a, ds.contract.fs, columns, VQBeat(Encoder(sized('beat', a.size))) if a.objective == 'beats' else None).to(device)
+    tokenizer = VQBeat(Encoder(sized('beat', a.size, fs=ds.contract.fs))) if a.objective == 'beats' else None
+    objective = build(a, ds.contract.fs, columns, tokenizer).to(device)
     optimiser = torch.optim.AdamW(optimiser_groups(objective, a), fused=device.type == 'cuda')
-    encoder, learned, rows = objective.encoder, [p for p in objective.parameters() if p.requires_grad], ds.split()[0]
+    encoder, learned = objective.encoder, [p for p in objective.parameters() if p.requires_grad]
     if a.compile:
         for block in (encoder.stem, *encoder.blocks):
             block.compile()
-    size = dict(device=device, dtype=torch.bfloat16 if device.type == 'cuda' else torch.float32)
-    left, right, product_ = torch.randn(9600, 512, **size), torch.randn(512, 1024, **size), torch.empty(9600, 1024, **size)
-    here, there = torch.empty(2, 2 ** 26, dtype=torch.uint8, device=device)                  # 64 MiB each: more than a cache holds
 
     def now():
-        torch.cuda.synchronize() if device.type == 'cuda' else None
+        torch.cuda.synchronize(device) if device.type == 'cuda' else None
         return time.perf_counter()
 
     spent = dict.fromkeys(PARTS, 0.)
@@ -483,17 +505,20 @@ def bench(a, repeats=7):
         work()
         return now() - began
 
-    step()                                                       # the first one may also seed a codebook
-    torch.cuda.reset_peak_memory_stats(device) if device.type == 'cuda' else None
+    for _ in range(2):                                           # the first one may also seed a codebook, and grows the heap
+        step()
+    memory = torch.cuda.max_memory_allocated(device) / 2 ** 20 if device.type == 'cuda' else peak_memory()
+    size = dict(device=device, dtype=torch.bfloat16 if device.type == 'cuda' else torch.float32)
+    left, right, product_ = torch.randn(9600, 512, **size), torch.randn(512, 1024, **size), torch.empty(9600, 1024, **size)
+    here, there = torch.empty(2, 2 ** 26, dtype=torch.uint8, device=device)                  # 64 MiB each: more than a cache holds
+    many = range(50 if device.type == 'cuda' else 1)             # on a GPU one is over before it is launched
+    tries = [step, lambda: [torch.mm(left, right, out=product_) for _ in many], lambda: [here.copy_(there) for _ in many]]
+    whole, product, copy, *parts = np.median([[*map(seconds, tries), *watched()] for _ in range(repeats)], 0)
+    rate, width = len(many) * 2 * 9600 * 512 * 1024 / product, len(many) * 2 * here.nbytes / copy
     count, batch = flops(step), fetch()
     with Traffic() as traffic:
         step(batch=batch)
-    tries = {'step': step, 'product': lambda: torch.mm(left, right, out=product_), 'copy': lambda: here.copy_(there)}
-    times = [[*map(seconds, tries.values()), *watched()] for _ in range(repeats + 2)][2:]    # the first steps also grow the heap
-    whole, product, copy, *parts = np.median(times, 0)
-    rate, width = 2 * 9600 * 512 * 1024 / product, 2 * here.nbytes / copy
     floor, moved = count / rate, traffic.bytes / width
-    memory = torch.cuda.max_memory_allocated(device) / 2 ** 20 if device.type == 'cuda' else peak_memory()
     return dict(objective=a.objective, backbone=a.backbone, size=a.size, batch=a.batch, device=str(device), threads=torch.get_num_threads(), compiled=a.compile,
                 crops_per_second=a.batch / whole, step_ms=1e3 * whole, **{f'{part}_ms': 1e3 * t for part, t in zip(PARTS, parts)}, memory_mb=memory,
                 gflop=count / 1e9, gflop_per_s=rate / 1e9, copy_gb_per_s=width / 1e9, products_ms=1e3 * floor, times_products=whole / floor,
@@ -501,21 +526,21 @@ def bench(a, repeats=7):
 
 
 def benchmark(a):
-    """A table of steps and their parts, one objective or all, added to out/benchmark.csv."""
+    """A table of steps and their parts, one objective or all, each in a process of its own; also as out/benchmark.csv."""
     rows, path = [], Path('out/benchmark.csv')
     for name in OBJECTIVES if a.benchmark == 'all' else [a.objective]:
         if a.benchmark == 'all':
             a = argparse.Namespace(**{**vars(a), 'objective': name, 'backbone': None, 'lr': None, 'window': None})
             settle(a)
-        r = bench(a)
+        r = alone(bench, a)
         rows.append({k: f'{v:.4g}' if isinstance(v, float) else v for k, v in r.items()})
         if len(rows) == 1:
             print(f'{a.size}, batch {a.batch}, {r["device"]}, {r["threads"]} threads; large product {r["gflop_per_s"]:.0f} GFLOP/s, copy {r["copy_gb_per_s"]:.1f} GB/s, '
                   f'each measured in turn with the steps\n{"objective, backbone":24s} crops/s  step ms  ' + ' '.join(f'{p:>9s}' for p in PARTS) + '   products  x   traffic  of roofline  memory')
         print(f'{name + ", " + a.backbone:24s} {r["crops_per_second"]:7.0f} {r["step_ms"]:8.1f}  ' + ' '.join(f'{r[p + "_ms"]:9.1f}' for p in PARTS)
               + f'  {r["products_ms"]:7.1f} {r["times_products"]:5.2f} {r["traffic_ms"]:7.1f} {r["of_roofline"]:8.0%} {r["memory_mb"]:9.0f} MB', flush=True)
-    path.parent.mkdir(exist_ok=True)
-    write_csv(path, rows)
+        path.parent.mkdir(exist_ok=True)
+        write_csv(path, rows)
     print(path)
 
 
@@ -541,7 +566,7 @@ def growth_point(axis, value, a, folder):
         def work():
             with precision(device):
                 objective(dict(x=x))[0].backward()
-            torch.cuda.synchronize() if device.type == 'cuda' else None
+            torch.cuda.synchronize(device) if device.type == 'cuda' else None
 
     times = []
     for _ in range(7):
@@ -583,6 +608,8 @@ def growth(a):
             if axis == 'records':
                 alone(many_records, folder, value)
             rows.append(r := alone(growth_point, axis, value, a, folder))
+        Path('out').mkdir(exist_ok=True)
+        write_csv('out/growth.csv', [{k: f'{v:.4g}' if isinstance(v, float) else v for k, v in r.items()} for r in rows])
         print(f'{axis:8s} {value:9g}  {r["ms"]:9.2f} ms  {r["memory_mb"]:8.0f} MB' + (f'  opened in {r["open_s"]:.2f} s' if r['open_s'] else ''), flush=True)
     fig, axes = figure(2, len(GROWTH), figsize=(3.2 * len(GROWTH), 6), layout='constrained')
     for k, (what, title) in enumerate((('ms', 'milliseconds'), ('memory_mb', 'MB'))):
@@ -592,8 +619,6 @@ def growth(a):
             ax.loglog(x, [y[-1] * v / x[-1] for v in x], ls=':', color='C7', label='in proportion')
             ax.set(xlabel=axis, ylabel=title)
             ax.legend()
-    Path('out').mkdir(exist_ok=True)
-    write_csv('out/growth.csv', [{k: f'{v:.4g}' if isinstance(v, float) else v for k, v in r.items()} for r in rows])
     fig.savefig('out/growth.png', dpi=120)
     print('out/growth.csv, out/growth.png')
 

@@ -409,6 +409,11 @@ def test_records_in_memory_equal_prepared_ones(here):
     assert made.label_names == disk.label_names and made.tasks == disk.tasks
 
 
+def test_a_short_dataset_beside_a_long_one(here):
+    prepared = Dataset('sample,synthetic@3')
+    assert prepared.crop(np.array([0]), np.array([0]), 2400).shape == (1, 12, 2400)
+
+
 def test_an_epoch_visits_every_record_once(here, monkeypatch):
     ds, seen = Dataset('synthetic'), []
     rows = ds.split()[0][:40]

@@ -4,7 +4,7 @@ import csv
 import functools
 import random
 import signal
-import struct
+import time
 
 import numpy as np
 import pytest
@@ -40,11 +40,15 @@ def mutate(text, rng):
     return bytes(text)
 
 
+class Late(BaseException):
+    """No Exception, which the readers would take for a defect of the record."""
+
+
 @contextlib.contextmanager
 def in_time(seconds=10):
     """Fails where the block takes longer."""
     def late(*_):
-        raise AssertionError(f'hangs: {seconds} s')
+        raise Late(f'hangs: {seconds} s')
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)
     try:
@@ -71,6 +75,11 @@ def leads(rng, samples=500):
 def header(file, fmt, comments=''):
     lines = [f'r 12 100 500'] + [f'{file} {fmt} 1000(0)/mV 16 0 0 0 0 {name}' for name in data.LEADS]
     return ('\n'.join(lines) + '\n' + comments).encode()
+
+
+def test_a_hang_is_seen():
+    with pytest.raises(Late), in_time(1):
+        check(Record('r', load=lambda r: time.sleep(3)))
 
 
 def test_damaged_wfdb_headers(tmp_path):
