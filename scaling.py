@@ -17,7 +17,7 @@ Laws and experiments of arXiv 2605.17276, fitted as Hoffmann et al. (2203.15556,
 (2404.10102); loss-vs-error is of 2605.12241. Where a run has several rows, the one with the lowest validation loss stands for it, and its
 test loss is fitted. Tables, figures and JSON in full precision land beside the CSV of runs, or in --out.
 """
-import argparse, contextlib, copy, csv, itertools, json, math, multiprocessing, os, re, shutil, time
+import argparse, contextlib, copy, csv, itertools, json, math, multiprocessing, os, re, shutil, textwrap, time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -698,7 +698,8 @@ def fit_command(a):
         print(f'one floor E = {next(iter(laws.values())).E:.3g} on {loss}: {exponents}')
     pairs = ratios(fits) if a.axis == 'joint' else []
     for r in pairs:
-        found = f'{r["ratio"]:.2f} [{r["low"]:.2f}, {r["high"]:.2f}], 10x is worth {r["worth_of_10x"]:.3g}x' if 'ratio' in r else 'unknown'
+        found = f'{r["ratio"]:.2f} [{r["low"]:.2f}, {r["high"]:.2f}]' if 'ratio' in r else 'unknown'
+        found += f', 10x is worth {r["worth_of_10x"]:.3g}x' if 'ratio' in r and r['high'] < 10 * r['low'] else ''
         print(f'{r["exponent"]:5s} {r["loss"]}: {r["a"]} / {r["b"]} {found}' + f'; {r["censored"]} at a bound left out' * bool(r['censored']))
     laws = [row_of(f, shared.get(f.loss, {}).get(f.name) if f.axis == 'joint' else None) for f in fits + marginals]
     content = [row | dict(law=f.law, projected=f.projected, delta=f.delta, checks=f.checks) for row, f in zip(laws, fits + marginals)]
@@ -726,17 +727,27 @@ def draw_fits(fits, shared):
             if law:
                 at_end = joint_law(x.max(), levels[-1], *law) if c == 'N' else joint_law(levels[-1], x.max(), *law)
                 ax.plot(x.max(), at_end, 's', ms=8, mfc='none', color='k', label=f'predicted from smaller {c}')
-            ax.axhline(f.law.E, ls='--', color='C7', lw=1, label='floor E' + (' (at a bound)' if any('E' in flag for flag in f.flags) else ''))
+            ax.axhline(f.law.E, ls='--', color='C7', lw=1, label=f'floor E = {f.law.E:.3g}' + (' (at a bound)' if any('E' in flag for flag in f.flags) else ''))
             if f.name in shared:
                 ax.axhline(shared[f.name].E, ls=':', color='C7', lw=1, label='one floor for all')
-            ax.set(xscale='log', yscale='log', xlabel={'N': 'N, parameters', 'D': 'D, records'}[c], ylabel=f.loss)
-            ax.set_title(f'{f.name}\n' + '; '.join(f.flags), fontsize=9)
+            ax.set(xscale='log', yscale='log', xlabel={'N': 'N, parameters', 'D': 'D, records'}[c], ylabel=f.loss, ylim=(.8 * f.L.min(), 1.1 * f.L.max()))
+            ax.set_title('\n'.join([f.name, *textwrap.wrap('; '.join(f.flags), 60)]), fontsize=9)
             ax.legend(fontsize=6)
         for c, x, mark in (('N', f.N, 'o'), ('D', f.D, 'x')):
             row[-1].plot(x, 100 * np.log(f.L / joint_law(f.N, f.D, *f.law)), mark, ms=4, label=f'against {c}')
         row[-1].axhline(0, color='C7', lw=1), row[-1].set(xscale='log', xlabel='N or D', ylabel='residual of log loss, %', title='residuals')
         row[-1].legend(fontsize=6)
     return fig
+
+
+def few_ticks(fig):
+    """Four plain numbers on log axes that span less than a decade and a half, where matplotlib's own would overlap."""
+    from matplotlib.ticker import MaxNLocator, NullLocator
+    for axis in (axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis) if axis.get_scale() == 'log'):
+        low, high = axis.get_view_interval()
+        if 0 < low < high < 30 * low:
+            axis.set_major_locator(MaxNLocator(4)), axis.set_minor_locator(NullLocator())
+            axis.set_major_formatter('{x:g}')
 
 
 def deliver(a, *things):
@@ -751,6 +762,7 @@ def deliver(a, *things):
         elif isinstance(thing, dict):
             files[-1].write_text(json.dumps(plain(thing), indent=1))
         else:
+            few_ticks(thing)
             thing.savefig(files[-1], dpi=100)
     print(f'\nin {out}/: ' + ', '.join(f.name for f in files))
 
@@ -910,8 +922,9 @@ def optima(f, g, resampled, budgets):
             beyond = ' '.join(c for c, x, had in (('N', n, f.N), ('D', d, f.D)) if not had.min() <= x <= had.max())
             rows.append(dict(configuration=f.name, loss=f.loss, C=C, N=n, N_low=nl, N_high=nh, D=d, D_low=dl, D_high=dh,
                              predicted=optimal_loss(C, f.law, *kuv), share_data=shares(f.law, *kuv[1:])[1], beyond_the_runs=beyond, **g))
-            print(f'  C {C:9.2e}: N* {n:11,.0f} [{nl:,.0f}, {nh:,.0f}], D* {d:11,.0f} [{dl:,.0f}, {dh:,.0f}], loss {rows[-1]["predicted"]:.4f}'
-                  + f'  extrapolated in {beyond}' * bool(beyond))
+            loose = ' '.join(c for c, low, high in (('N*', nl, nh), ('D*', dl, dh)) if not high < 1000 * low)
+            print(f'  C {C:9.2e}: N* {n:10,.3g} [{nl:,.3g}, {nh:,.3g}], D* {d:10,.3g} [{dl:,.3g}, {dh:,.3g}], loss {rows[-1]["predicted"]:.4f}'
+                  + f'  not identified: {loose}, its interval spans three decades or more' * bool(loose) + f'  extrapolated in {beyond}' * bool(beyond))
     return rows
 
 
@@ -1311,8 +1324,9 @@ def error_command(a):
                   f'Pearson of logs {pearson:+.2f}')
     if not table:
         raise Stop('no configuration has four points with an id_test and an AUROC')
-    fig, axes = figure(1, len(drawn), figsize=(3.8 * len(drawn), 3.6), squeeze=False, layout='constrained')
-    for (x, y, r), ax in zip(drawn, axes[0]):
+    wide = len(drawn) // len({r['configuration'] for r in table})                            # a row each
+    fig, axes = figure(-(-len(drawn) // wide), wide, figsize=(3.8 * wide, 3.6 * -(-len(drawn) // wide)), squeeze=False, layout='constrained')
+    for (x, y, r), ax in zip(drawn, axes.flat):
         ax.plot(x, y, 'o')
         ax.set(xscale='log', yscale='log', xlabel='id_test', ylabel=f'1 - AUROC, {r["task"]}',
                title=f'{r["configuration"]}\nSpearman {r["spearman"]:+.2f}, p {r["p"]:.3f}')
