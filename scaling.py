@@ -731,13 +731,18 @@ def draw_fits(fits, shared):
             if f.name in shared:
                 ax.axhline(shared[f.name].E, ls=':', color='C7', lw=1, label='one floor for all')
             ax.set(xscale='log', yscale='log', xlabel={'N': 'N, parameters', 'D': 'D, records'}[c], ylabel=f.loss, ylim=(.8 * f.L.min(), 1.1 * f.L.max()))
-            ax.set_title('\n'.join([f.name, *textwrap.wrap('; '.join(f.flags), 60)]), fontsize=9)
+            caption(ax, f.name, f.flags)
             ax.legend(fontsize=6)
         for c, x, mark in (('N', f.N, 'o'), ('D', f.D, 'x')):
             row[-1].plot(x, 100 * np.log(f.L / joint_law(f.N, f.D, *f.law)), mark, ms=4, label=f'against {c}')
         row[-1].axhline(0, color='C7', lw=1), row[-1].set(xscale='log', xlabel='N or D', ylabel='residual of log loss, %', title='residuals')
         row[-1].legend(fontsize=6)
     return fig
+
+
+def caption(ax, name, flags):
+    """A title of the name and the wrapped flags."""
+    ax.set_title('\n'.join([name, *textwrap.wrap('; '.join(dict.fromkeys(flags)), 60)]), fontsize=9)
 
 
 def few_ticks(fig):
@@ -1051,7 +1056,8 @@ def transfer_command(a):
         line = np.geomspace(x.min(), x.max(), 40)
         ax.plot(x, y, 'o', ms=4), ax.plot(line, transfer_law(line, kappa, gamma), label=f'kappa {kappa:.2g}, gamma {gamma:.2f}; {dropped} dropped')
         ax.fill_between(line, *np.nanquantile(transfer_law(line, boot[0][:, None], boot[1][:, None]), [.025, .975], axis=0), alpha=.2)
-        ax.set(xscale='log', yscale='log', xlabel=f'id_test - {i.law.E:.3g}', ylabel=f'{o.loss} - {o.law.E:.3g}', title=f'{i.name}\n{flags}')
+        ax.set(xscale='log', yscale='log', xlabel=f'id_test - {i.law.E:.3g}', ylabel=f'{o.loss} - {o.law.E:.3g}')
+        caption(ax, i.name, i.flags + o.flags)
         ax.legend(fontsize=7)
     print('gamma under 1: diminishing returns. It moves with both floors; where one term of the laws rules it is the ratio of their alphas or betas, '
           'so one clean power needs the two ratios alike')
@@ -1115,6 +1121,7 @@ def overfit_command(a):
                                                                  # to drop by what was observed would bend the line
         if len(np.unique(z[good])) < 3:
             print(f'{f.name}, {f.loss}: too few points lie above the limit of endless data by three times the noise')
+            [ax.axis('off') for ax in row]
             continue
         (c, slope), (_, half) = ols(np.c_[np.ones(good.sum()), np.log(z[good])], np.log(extent[good]))
         lines.append(dict(configuration=f.name, loss=f.loss, slope=slope, slope_95=half, intercept=math.exp(c), B=f.law.B, dropped=int((~good).sum()),
@@ -1128,7 +1135,7 @@ def overfit_command(a):
                 table.append(dict(configuration=f.name, loss=f.loss, N=N, tolerance=eps, D_min=minimum_data(N, f.law, eps), low=low, high=high))
         for r in table[-len(sizes) * len(a.tolerance):]:
             print(f'  N {r["N"]:12,.0f}: within {r["tolerance"]:.0%} of endless data from D = {r["D_min"]:.3g} [{r["low"]:.3g}, {r["high"]:.3g}] records'
-                  + '  extrapolated' * bool(not f.D.min() <= r['D_min'] <= f.D.max()))
+                  + '  extrapolated' * bool(not f.D.min() <= r['D_min'] <= f.D.max()) + '  not identified' * bool(not r['high'] < 1000 * r['low']))
         for i, N in enumerate(sizes):
             mine = good & (f.N == N)
             row[0].plot(f.D[mine], extent[mine], 'o', ms=4, color=f'C{i % 10}', label=f'N = {N:,.0f}')
@@ -1329,7 +1336,7 @@ def error_command(a):
     for (x, y, r), ax in zip(drawn, axes.flat):
         ax.plot(x, y, 'o')
         ax.set(xscale='log', yscale='log', xlabel='id_test', ylabel=f'1 - AUROC, {r["task"]}',
-               title=f'{r["configuration"]}\nSpearman {r["spearman"]:+.2f}, p {r["p"]:.3f}')
+               title=f'{r["configuration"]}\nSpearman {r["spearman"]:+.2f}, p {r["p"]:.1g}')
     print('objectives are never pooled: their losses have different units')
     deliver(a, ('loss_vs_error', table), ('loss_vs_error', fig))
 
