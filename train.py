@@ -611,16 +611,24 @@ def growth(a):
         Path('out').mkdir(exist_ok=True)
         write_csv('out/growth.csv', [{k: f'{v:.4g}' if isinstance(v, float) else v for k, v in r.items()} for r in rows])
         print(f'{axis:8s} {value:9g}  {r["ms"]:9.2f} ms  {r["memory_mb"]:8.0f} MB' + (f'  opened in {r["open_s"]:.2f} s' if r['open_s'] else ''), flush=True)
-    fig, axes = figure(2, len(GROWTH), figsize=(3.2 * len(GROWTH), 6), layout='constrained')
+    draw_growth(rows, 'out/growth.png')
+    print('out/growth.csv, out/growth.png')
+
+
+def draw_growth(rows, path):
+    """Milliseconds above, MB below, against each axis; dotted: in proportion to the last point."""
+    axes_of = list(dict.fromkeys(r['axis'] for r in rows))
+    fig, axes = figure(2, len(axes_of), figsize=(3.2 * len(axes_of), 6), squeeze=False, layout='constrained')
     for k, (what, title) in enumerate((('ms', 'milliseconds'), ('memory_mb', 'MB'))):
-        for ax, axis in zip(axes[k], GROWTH):
-            x, y = zip(*[(r['value'], r[what]) for r in rows if r['axis'] == axis])
+        for ax, axis in zip(axes[k], axes_of):
+            x, y = np.array([(float(r['value']), float(r[what])) for r in rows if r['axis'] == axis]).T
             ax.loglog(x, y, marker='o')
-            ax.loglog(x, [y[-1] * v / x[-1] for v in x], ls=':', color='C7', label='in proportion')
+            ax.loglog(x, y[-1] * x / x[-1], ls=':', color='C7', label='in proportion')
+            ax.minorticks_off()
+            ax.set_xticks(x, [f'{v:,g}' for v in x])
             ax.set(xlabel=axis, ylabel=title)
             ax.legend()
-    fig.savefig('out/growth.png', dpi=120)
-    print('out/growth.csv, out/growth.png')
+    fig.savefig(path, dpi=100)
 
 
 def main(argv=None):
