@@ -206,7 +206,10 @@ def build(a, fs, columns=(), tokenizer=None, batches=()):
     if batches:
         with torch.random.fork_rng(devices=[]):
             see_data(encoder, batches)
-    return kind(encoder, steps=a.steps, **options)
+    objective = kind(encoder, steps=a.steps, **options)
+    for block in (encoder.stem, *encoder.blocks) if a.compile else ():
+        block.compile()                                          # at its first call, and not the teacher's copy
+    return objective
 
 
 def optimiser_groups(objective, a):
@@ -352,9 +355,6 @@ def train(a, out, checkpoint=None, until=None):
     print(f'{"step":>7s} {"seconds":>8s} {"loss":>8s} {"gradient":>8s}  health and online probe; ! is an alarm')
 
     parallel = distribute(objective) if world > 1 else objective
-    if a.compile:
-        for block in (encoder.stem, *encoder.blocks):
-            block.compile()
 
     def keep(step):
         save(out / 'ckpt.pt', dict(
@@ -443,7 +443,6 @@ PARTS = ('data', 'stem', 'backbone', 'teacher', 'objective', 'backward', 'optimi
 def bench(a, repeats=7):
     """One row: medians of `repeats` steps, of their parts, and of a large product and copy, all measured in turn. A step's floor is its matrix
     products at the product's rate; its traffic, what all other operations read and write, at the copy's."""
-    keep_heap()
     device = pick_device(a.device)
     ds = Dataset(a.data, device)
     T, rows, columns = round(a.window * ds.contract.fs), ds.split()[0], range(min(24, len(ds.label_names)))
@@ -454,9 +453,6 @@ def bench(a, repeats=7):
     objective = build(a, ds.contract.fs, columns, tokenizer).to(device)
     optimiser = torch.optim.AdamW(optimiser_groups(objective, a), fused=device.type == 'cuda')
     encoder, learned = objective.encoder, [p for p in objective.parameters() if p.requires_grad]
-    if a.compile:
-        for block in (encoder.stem, *encoder.blocks):
-            block.compile()
 
     def now():
         torch.cuda.synchronize(device) if device.type == 'cuda' else None
