@@ -568,13 +568,13 @@ class MAE(nn.Module):
 
     Target: the patch's fluctuation, each lead's mean in the patch removed, divided by the SD over the whole patch (the paper's exact
     form is not known; this keeps the proportions between leads). Loss: mean square error, mean over hidden patches;
-    1 with a zeroed head. The paper finds ratios of 5 to 75 % to work; .5 is our choice."""
+    1 with a zeroed head. raw_target: millivolts as they are. The paper finds ratios of 5 to 75 % to work; .5 is our choice."""
     window, causal, backbones = 10, False, {'vit': 1e-3}
-    options, released = ('hide',), ()
+    options, released = ('hide', 'raw_target'), ()
 
-    def __init__(self, encoder, steps=800, hide=.5):
+    def __init__(self, encoder, steps=800, hide=.5, raw_target=False):
         super().__init__()
-        self.encoder, self.hide, c = encoder, hide, encoder.config
+        self.encoder, self.hide, self.raw, c = encoder, hide, raw_target, encoder.config
         self.embed, self.hidden = nn.Linear(c.dim, c.dim), nn.Parameter(torch.zeros(c.dim))
         self.place = nn.Parameter(nn.init.trunc_normal_(torch.empty(201, c.dim), std=.02))
         self.decoder, self.norm = TransformerBlock(c.dim, c.ffn, c.heads, dropout=c.dropout, rotary=False), nn.LayerNorm(c.dim)
@@ -583,6 +583,8 @@ class MAE(nn.Module):
     def target(self, batch):
         """Fluctuations of all patches: (B, L, leads length)."""
         p = self.encoder.stem.patches(batch).unflatten(2, (self.encoder.config.leads, -1))   # (B, L, leads, length)
+        if self.raw:
+            return p.flatten(2)
         p = (p - p.mean(3, keepdim=True)).flatten(2)
         return p / (p.square().mean(2, keepdim=True) + 1e-6).sqrt()                          # 1 uV^2 keeps flat patches flat
 

@@ -11,6 +11,8 @@
     python scaling.py labels runs.csv                    # more training labels, seen on the same anchor labels
     python scaling.py winners runs.csv                   # which configuration is lowest where, and where they cross
     python scaling.py loss-vs-error runs.csv             # does a lower pretraining loss mean a smaller error downstream?
+    python scaling.py study grid                         # objectives x backbones like for like; without a part: the whole study, hours
+    python scaling.py claims                             # the papers' claims and what the study's tables say of them
     python scaling.py simulate --studies 200             # do the intervals cover a planted truth? some minutes
 
 Laws and experiments of arXiv 2605.17276, fitted as Hoffmann et al. (2203.15556, Approach 3) with the corrections of Besiroglu et al.
@@ -32,7 +34,8 @@ from tqdm import tqdm
 
 import train
 from data import Dataset, Stop, figure, script
-from evaluate import Arm, PROTOCOLS, Task, auroc, embed, entropy, first_task, fresh, linear_probe, macro, open_run, overlap, slug, write_csv
+from evaluate import (Arm, PROTOCOLS, Task, arms_of, auroc, compare, embed, entropy, first_task, fresh, linear_probe, macro, open_run, overlap, slug,
+                      write_csv)
 from models import CHUNK, SIZES, flops, keep_heap, load, net1d, parameters, pick_device, sized, to_device
 from objectives import OBJECTIVES
 
@@ -1824,18 +1827,24 @@ def run_one(name, t, arm, anchors, a, threads):
         return f'{name}: {e}'
 
 
+def begun(folder, t):
+    """The checkpoint of a run that was begun, {} of none. Stops where its settings were others."""
+    try:
+        saved = load(folder / 'ckpt.pt') if (folder / 'ckpt.pt').is_file() else {}
+    except ValueError as e:
+        raise Stop(f'{e}; remove {folder}, and the same command makes that run anew')
+    for k, v in saved.get('args', {}).items():
+        if v != getattr(t, k) and k not in ('save_every', 'log_every'):
+            raise Stop(f'{folder} was begun with {k} = {v}, not {getattr(t, k)}: go on as before, or take another --out')
+    return saved
+
+
 def legs(name, t, arm, anchors, a):
     """The rows of one run, made leg by leg from evaluation to evaluation: see `run_one`."""
     folder = Path(a.out, 'runs', name)
     folder.mkdir(parents=True, exist_ok=True)
     rows, ds, device, oods = evaluations(folder), Dataset(t.data), pick_device(t.device), a.ood if arm != 'rate' or t.objective in MOVING else ()
-    try:
-        saved = load(folder / 'ckpt.pt') if (folder / 'ckpt.pt').is_file() else {}
-    except ValueError as e:
-        raise Stop(f'{e}; remove {folder}, and the sweep makes that run anew')
-    for k, v in saved.get('args', {}).items():
-        if v != getattr(t, k) and k not in ('save_every', 'log_every'):
-            raise Stop(f'{folder} was begun with {k} = {v}, not {getattr(t, k)}: sweep as before, or take another --out')
+    saved = begun(folder, t)
     for step in [t.steps] if arm == 'rate' else ladder(t.steps):
         if finished(rows, t.steps, a.patience):
             break
@@ -1874,19 +1883,27 @@ def trainable(ds, t):
 # ---------------------------------------------------------------------------------------------------------------------
 # sweeps: all runs
 
+def price(t, ds, device):
+    """(seconds, FLOPs) of one training step, the optimiser's left out."""
+    columns = ds.columns(t.task or first_task(ds)) if t.objective == 'supervised' else ()
+    objective = train.build(t, ds.contract.fs, columns, train.load_tokenizer(t.tokenizer, ds.contract)[0] if t.tokenizer else None).to(device)
+    batch = to_device(ds.batch(trainable(ds, t), round(t.window * ds.contract.fs), t.batch, 0, 0), device)
+    for _ in range(2):                                           # the first step also grows the heap
+        began = time.perf_counter()
+        objective(batch)[0].backward()
+        seconds = time.perf_counter() - began
+    with torch.no_grad():
+        student, extra = counted(objective.eval(), batch)
+    return seconds, compute(student, t.batch, 1, extra)
+
+
 def estimate(a, ds, runs, device):
     """Prints what runs cost at most: a step of each size is timed, evaluations are forward passes."""
     cost, total = {}, 0.
     crops = min(512, max(a.records)) + sum(map(len, ds.split()[1:])) + sum(len(Dataset(o.split(':')[0])) for o in a.ood)
     for t, arm, _ in tqdm(runs.values(), desc='timing', leave=False, disable=None):
         if (key := (t.backbone, t.objective, t.size)) not in cost:
-            columns = ds.columns(t.task or first_task(ds)) if t.objective == 'supervised' else ()
-            objective = train.build(t, ds.contract.fs, columns, train.load_tokenizer(t.tokenizer, ds.contract)[0] if t.tokenizer else None).to(device)
-            batch = to_device(ds.batch(trainable(ds, t), round(t.window * ds.contract.fs), t.batch, 0, 0), device)
-            for _ in range(2):                                   # the first step also grows the heap
-                began = time.perf_counter()
-                objective(batch)[0].backward()
-                cost[key] = time.perf_counter() - began
+            cost[key] = price(t, ds, device)[0]
         evaluations = 1 if arm == 'rate' else len(ladder(t.steps))
         total += cost[key] * (t.steps + evaluations * crops / t.batch / 3)
     print(f'{len(runs)} runs, at most {total / 60:.0f} core-minutes ({a.jobs} at a time); early stopping ends many sooner')
@@ -1982,6 +1999,279 @@ def finetune(a):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the study: what the papers claim, compared like for like
+
+OBJECTIVES_5, BACKBONES_3 = ('cpc', 'jepa', 'data2vec', 'dinosr', 'hubert'), ('s4', 'transformer', 'net1d')
+GRID = {f'{o} {b}': f'--objective {o} --backbone {b}' for o, b in itertools.product(OBJECTIVES_5, BACKBONES_3)}
+# a question, what arms differ in, {arm: train.py's flags}, and where they are looked at: (data, mode, number of labels)
+Part = namedtuple('Part', 'question factors arms looks')
+STUDY = {
+    'grid': Part('which objective on which backbone, after equal steps?', ('objective', 'backbone'), GRID,
+                 (('cohort', 'frozen', 'all'), ('cohort', 'linear', 'all'), ('cohort', 'finetune', 300), ('synthetic', 'linear', 'all'), ('synthetic', 'linear', 300),
+                  ('sample', 'linear', 'all'))),
+    'flops': Part('the same, after equal FLOPs', ('objective', 'backbone'), GRID, (('cohort', 'linear', 'all'), ('synthetic', 'linear', 'all'), ('sample', 'linear', 'all'))),
+    'records': Part('do more pretraining records help, at equal steps?', ('objective', 'records'),
+                    {f'{o} {n}': f'--objective {o}' + (n != 'all') * f' --records {n}' for o, n in itertools.product(OBJECTIVES_5, ('100', 'all'))},
+                    (('cohort', 'linear', 'all'), ('synthetic', 'linear', 'all'), ('sample', 'linear', 'all'), ('sequences', 'knn', 'all'))),
+    'depth': Part('are 6 layers of S4 better than 4?', ('objective', 'layers'),
+                  {f'{o} {n}': f'--objective {o}' + (n != '4') * f' --layers {n}' for o, n in itertools.product(('cpc', 'jepa'), '46')},
+                  (('cohort', 'linear', 'all'), ('synthetic', 'linear', 'all'), ('sample', 'linear', 'all'))),
+    'masking': Part('what matters for a masked autoencoder?', ('variant',),
+                    {f'hide{h}': f'--objective mae --hide .{h}' for h in ('50', '05', '25', '75')}
+                    | dict(raw='--objective mae --hide .50 --raw-target', long='--objective mae --hide .50 --steps {long}'),
+                    (('cohort', 'frozen', 'all'), ('cohort', 'linear', 'all'), ('cohort', 'finetune', 300), ('sample', 'linear', 'all'))),
+    'pool': Part('are real ECGs better to pretrain on than as many steps on synthetic ones?', ('objective', 'source'),
+                 {f'{o} {s}': f'--objective {o}' + (s == 'pool') * ' --data ludb,cinc' for o, s in itertools.product(OBJECTIVES_5, ('synthetic', 'pool'))},
+                 (('sample', 'linear', 'all'), ('sample', 'linear', 100), ('sample', 'finetune', 'all'))),
+    'filtered': Part('which objective, on real records alone, filtered and standardised?', ('objective',),
+                     {o: f'--objective {o} --data ptbxl1819' for o in OBJECTIVES_5},
+                     (('ptbxl1819', 'frozen', 'all'), ('ptbxl1819', 'linear', 'all'), ('ptbxl1819', 'finetune', 'all')))}
+PREPARE = {'cohort': 'python data.py synthetic --records 2000 --seed 1 --shift all --out cohort', 'sequences': 'python data.py sequences',
+           'ludb': 'python data.py wfdb --root LUDB --out ludb',
+           'cinc': 'python data.py challenge --root CINC2021 --cohort cpsc_2018 cpsc_2018_extra chapman_shaoxing ningbo --out cinc',
+           'ptbxl1819': 'python data.py array --root X.npy --filter hp0.5+lp40 --norm record --out ptbxl1819, with any records of yours so filtered'}
+
+
+def study_runs(part, a, device):
+    """{arm: [(folder, arguments of train.py) of each seed]}. flops: every arm takes as many steps as the cheapest one's FLOPs allow."""
+    default, runs = vars(train.knobs().parse_args([])), {}
+    for arm, flags in STUDY[part].arms.items():
+        runs[arm] = []
+        for seed in a.seeds:
+            t = train.knobs().parse_args(['--steps', str(a.steps), *flags.format(long=4 * a.steps).split()])
+            t.seed, t.batch, t.probe_every, t.save_every, t.device = seed, a.batch, 0, 100, a.device
+            train.settle(t)
+            runs[arm].append(t)
+    if part == 'flops':
+        cost = {arm: price(ts[0], Dataset(ts[0].data), device)[1] for arm, ts in tqdm(runs.items(), desc='counting', leave=False, disable=None)}
+        for arm, t in ((arm, t) for arm, ts in runs.items() for t in ts):
+            t.steps = max(1, round(a.steps * min(cost.values()) / cost[arm]))
+    named = lambda t: [f'{k}-{v}' for k, v in sorted(vars(t).items()) if v != default[k] and k not in
+                       ('objective', 'backbone', 'lr', 'window', 'seed', 'device', 'steps', 'probe_every', 'save_every')]
+    folder = lambda t: Path(a.out, 'runs', slug(t.objective, t.backbone, *named(t), t.steps, f's{t.seed}'))
+    return {arm: [(folder(t), t) for t in ts] for arm, ts in runs.items()}
+
+
+def pretrain(folder, t, threads):
+    """Train one run to its end; a killed one goes on. Returns why it stopped, if it did."""
+    try:
+        torch.set_num_threads(threads)
+        keep_heap()
+        folder.mkdir(parents=True, exist_ok=True)
+        if (saved := begun(folder, t)).get('step') != t.steps:
+            with open(folder / 'train.txt', 'a') as log, contextlib.redirect_stdout(log):
+                train.train(copy.copy(t), folder, saved)
+    except SystemExit as e:                                      # it would end the worker, not the study
+        return f'{folder}: {e}'
+
+
+def look(arms, data, looks, device, threads=None):
+    """{look: (Task, {name: Arm}, {name: Score})} of arms {name: run folders}, with random encoders of the same shapes and, beside fine-tuning, training
+    from scratch. With threads, in a process of its own: only fills out/scores; returns why it stopped, if it did."""
+    try:
+        if threads:
+            torch.set_num_threads(threads)
+            keep_heap()
+        found = {}
+        with contextlib.redirect_stdout(open(os.devnull, 'w')):
+            families = {name: [open_run(f) for f in folders] for name, folders in arms.items()}
+            t = Task(data, None, [r for runs in families.values() for r in runs], pick_device(device))
+        for _, mode, count in looks:
+            made = arms_of(families, t, mode, scratch=mode == 'finetune')
+            found[data, mode, count] = t, made, {name: t.score(arm, count, 3)[t.names[0]] for name, arm in made.items()}
+        return None if threads else found
+    except SystemExit as e:
+        if not threads:
+            raise
+        return f'{data}, {", ".join(arms)}: {e}'
+
+
+def average(scores):
+    """The Score of what is expected of an arm drawn from several, seed by seed."""
+    mean = copy.copy(scores[0])
+    mean.point, mean.boot = ({m: np.mean([getattr(s, what)[m] for s in scores], 0) for m in scores[0].point} for what in ('point', 'boot'))
+    return mean
+
+
+def contrasts(part, scores):
+    """{name of a family of comparisons: {level: Score}}: one factor's levels, averaged over the other factor and at each level of it."""
+    arms, factors = {tuple(name.split()): scores[name] for name in part.arms}, part.factors
+    if len(factors) == 1:
+        return {factors[0]: {level: s for (level,), s in arms.items()}}
+    out = {}
+    for i, factor in enumerate(factors):
+        levels, others = (list(dict.fromkeys(key[j] for key in arms)) for j in (i, 1 - i))
+        out[f'{factor}, mean'] = {l: average([s for key, s in arms.items() if key[i] == l]) for l in levels}
+        for other in others:
+            out[f'{factor}, {other}'] = {key[i]: s for key, s in arms.items() if key[1 - i] == other}
+    return out
+
+
+def study(a):
+    """The papers' comparisons like for like: pretrain, evaluate, compare with intervals; goes on where it was stopped."""
+    device = pick_device(a.device)
+    a.jobs = a.jobs or (1 if device.type == 'cuda' else torch.get_num_threads())
+    if unknown := set(a.part) - set(STUDY):
+        raise Stop(f'study has no part {", ".join(sorted(unknown))}: take some of {", ".join(STUDY)}')
+    for name in a.part or STUDY:
+        part = STUDY[name]
+        needed = {d for d, _, _ in part.looks} | {d for flags in part.arms.values() for d in train.knobs().parse_args(flags.format(long=1).split()).data.split(',')}
+        missing = [d for d in sorted(needed) if d not in ('synthetic', 'sample') and not Path('datasets', d).is_dir()]
+        if missing and len(a.part) != 1:
+            print(f'{name}: left out, since {", ".join(missing)} is not prepared: {"; ".join(PREPARE[d] for d in missing)}')
+            continue
+        if missing:
+            raise Stop(f'{name} needs {", ".join(missing)}: {"; ".join(PREPARE[d] for d in missing)}')
+        for d in sorted(needed):
+            Dataset(d)                                           # synthetic ones are prepared once, before several processes want them
+        runs = study_runs(name, a, device)
+        left = {str(f): (pretrain, (f, t)) for pairs in runs.values() for f, t in pairs if not (f / 'ckpt.pt').is_file() or begun(f, t)['step'] < t.steps}
+        print(f'{name}: {part.question} {len(part.arms)} arms, {len(a.seeds)} seeds; {len(left)} of {sum(map(len, runs.values()))} runs to make')
+        if a.estimate:
+            torch.set_num_threads(max(1, torch.get_num_threads() // a.jobs))
+            cost = sum(price(pairs[0][1], Dataset(pairs[0][1].data), device)[0] * sum(t.steps for f, t in pairs if str(f) in left) for pairs in runs.values())
+            print(f'  {cost / 60:.0f} core-minutes of pretraining, and about as much for the {len(part.looks)} tables')
+            continue
+        run_all(left, a, f'{name}: pretraining')
+        folders = {arm: [str(f) for f, _ in pairs] for arm, pairs in runs.items()}
+        by_data = {d: [l for l in part.looks if l[0] == d] for d in dict.fromkeys(l[0] for l in part.looks)}
+        run_all({f'{d} {arm}': (look, ({arm: folders[arm]}, d, looks, a.device)) for d, looks in by_data.items() for arm in folders}, a, f'{name}: looking')
+        rows, pairs = [], []
+        for d, looks in by_data.items():
+            for (_, mode, count), (t, arms, scores) in look(folders, d, looks, a.device).items():
+                shared = dict(part=name, data=d, task=t.names[0], mode=mode, labels=count, n=len(t.test), patients=t.patients or '', classes=len(t.parts[t.names[0]]),
+                              seeds=' '.join(map(str, a.seeds)), metric=f'macro {next(iter(scores.values())).main}')
+                rows += [shared | arm_row(arms[n], s, scores.get(arms[n].reference), runs.get(n)) for n, s in scores.items()]
+                for family, levels in contrasts(part, scores).items():
+                    pairs += [shared | dict(family=family) | r | dict(detectable=1.43 * (r['high'] - r['low']) / 2) for r in compare(levels)[0]]
+        for what, table in (('arms', rows), ('pairs', pairs)):
+            write_csv(Path(a.out, f'study_{name}_{what}.csv'), table)
+        print(f'  {a.out}/study_{name}_arms.csv, _pairs.csv: {len(rows)} arms, {len(pairs)} comparisons; python scaling.py claims {a.out}')
+
+
+def arm_row(arm, score, reference, runs):
+    """One line of study_*_arms.csv: an arm under one look."""
+    minus = score.minus(reference) if reference and reference is not score else ()
+    steps, rate = (runs[0][1].steps, runs[0][1].lr) if runs else ('', '')
+    return dict(arm=arm.name, steps=steps, lr=rate, **dict(zip(('mean', 'low', 'high'), score.interval())), minus_random=' '.join(f'{v:.4f}' for v in minus),
+                points=' '.join(f'{v:.4f}' for v in score.point[score.main].mean(1)))
+
+
+# what a paper says, the part and family of comparisons that ask, the level that is said to win (close: to be no worse), and over which
+Claim = namedtuple('Claim', 'text part family winner others kind')
+CLAIMS = (Claim('CPC is the best objective (on S4)', 'grid', 'objective, s4', 'cpc', OBJECTIVES_5[1:], 'better'),
+          Claim('CPC is the best objective (on S4), equal FLOPs', 'flops', 'objective, s4', 'cpc', OBJECTIVES_5[1:], 'better'),
+          Claim('CPC is the best objective (mean of backbones)', 'grid', 'objective, mean', 'cpc', OBJECTIVES_5[1:], 'better'),
+          Claim('JEPA comes close to CPC (on S4)', 'grid', 'objective, s4', 'cpc', ('jepa',), 'close'),
+          Claim('S4 beats Transformer and CNN (mean of objectives)', 'grid', 'backbone, mean', 's4', BACKBONES_3[1:], 'better'),
+          Claim('S4 beats Transformer and CNN (mean of objectives), equal FLOPs', 'flops', 'backbone, mean', 's4', BACKBONES_3[1:], 'better'),
+          Claim('more pretraining records help (mean of objectives), 3,154 against 100', 'records', 'records, mean', 'all', ('100',), 'better'),
+          Claim('6 layers of S4 are better than 4 (mean of CPC and JEPA)', 'depth', 'layers, mean', '6', ('4',), 'better'),
+          Claim('any share hidden from 5 to 75 % will do (MAE)', 'masking', 'variant', 'hide50', ('hide05', 'hide25', 'hide75'), 'close'),
+          Claim('fluctuations are a better target than millivolts (MAE)', 'masking', 'variant', 'hide50', ('raw',), 'better'),
+          Claim('four times the schedule helps (MAE)', 'masking', 'variant', 'long', ('hide50',), 'better'),
+          Claim('CPC is the best objective (on S4, real records, filtered)', 'filtered', 'objective', 'cpc', OBJECTIVES_5[1:], 'better'))
+
+
+def verdict(claim, rows):
+    """(row whose difference speaks most against the claim, the claimed winner first; agrees, disagrees or can't tell) of the rows of one look.
+
+    better: agrees if the winner beats every other (Holm's p under .05 within the family), disagrees if it loses to one or equals one within the margin;
+    close: agrees if it equals all within the margin, disagrees if it differs from one by Holm's p."""
+    sign = -1 if rows[0]['metric'].endswith('MAE') else 1
+    mine = []
+    for r in rows:
+        if r['a'] == claim.winner and r['b'] in claim.others:
+            mine.append(r)
+        elif r['b'] == claim.winner and r['a'] in claim.others:
+            turned = {'better': 'worse', 'worse': 'better'}
+            mine.append(r | dict(a=r['b'], b=r['a'], difference=-r['difference'], low=-r['high'], high=-r['low'], verdict=turned.get(r['verdict'], r['verdict'])))
+    said = {r['verdict'].split(' ')[0] for r in mine}
+    wanted, against = ({'better'}, {'worse', 'equivalent'}) if claim.kind == 'better' else ({'equivalent'}, {'better', 'worse'})
+    least = min(mine, key=lambda r: sign * r['difference'] if claim.kind == 'better' else -abs(r['difference']))
+    return least, 'agrees' if said == wanted else 'disagrees' if said & against else "can't tell"
+
+
+def claims_command(a):
+    """The papers' claims with their verdicts, as far as the study's tables in a folder go; and its figures."""
+    numbers = ('n', 'difference', 'low', 'high', 'p_holm', 'detectable', 'mean')
+    tables = {}
+    for f in sorted(Path(a.runs).glob('study_*_*.csv')):
+        with open(f, newline='') as file:
+            tables[f.stem] = [r | {k: float(r[k]) for k in numbers if r.get(k)} for r in csv.DictReader(file)]
+    found = []
+    for claim in CLAIMS:
+        rows = [r for r in tables.get(f'study_{claim.part}_pairs', ()) if r['family'] == claim.family]
+        for at in dict.fromkeys((r['data'], r['mode'], r['labels']) for r in rows):
+            least, said = verdict(claim, [r for r in rows if (r['data'], r['mode'], r['labels']) == at])
+            found.append(dict(claim=claim.text, data=at[0], mode=at[1], labels=at[2], n=int(least['n']), seeds=len(least['seeds'].split()), against=f'{least["a"]} - {least["b"]}',
+                              **{k: least[k] for k in ('difference', 'low', 'high')}, detectable=least['detectable'], verdict=said))
+    if not found:
+        raise Stop(f'no study_*_pairs.csv in {a.runs}: make them with python scaling.py study')
+    out = Path(a.out or a.runs)
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(out / 'claims.csv', found)
+    print('| claim | data, mode, labels | n, seeds | least favourable difference [95 %] | found 4 times in 5 from | verdict |\n|---|---|---|---|---|---|')
+    for i, r in enumerate(found):
+        again = i and found[i - 1]['claim'] == r['claim']
+        print(f'| {"" if again else r["claim"]} | {r["data"]}, {r["mode"]}, {r["labels"]} | {r["n"]:,}, {r["seeds"]} | {r["against"]} '
+              f'{r["difference"]:+.3f} [{r["low"]:+.3f}, {r["high"]:+.3f}] | {r["detectable"]:.3f} | {r["verdict"]} |')
+    draw_claims(found, out / 'claims.png')
+    if rows := tables.get('study_grid_arms'):
+        draw_grid(rows, out / 'study_grid.png')
+    print(f'\nin {out}/: claims.csv, claims.png' + ', study_grid.png' * bool(rows))
+
+
+def draw_claims(found, path):
+    """Every claim's least favourable difference with its interval, and the margin of equivalence."""
+    fig, ax = figure(figsize=(9, .24 * len(found) + 1.3), layout='constrained')
+    colour = {'agrees': 'C2', 'disagrees': 'C3', "can't tell": 'C7'}
+    ax.axvspan(-.005, .005, color='C0', alpha=.15, lw=0)
+    ax.axvline(0, color='k', lw=.8)
+    for i, r in enumerate(reversed(found)):
+        ax.plot([r['low'], r['high']], [i, i], color=colour[r['verdict']])
+        ax.plot(r['difference'], i, 'o', ms=4, color=colour[r['verdict']])
+    ax.set_yticks(range(len(found)), [f'{r["claim"]}: {r["data"]}, {r["mode"]}, {r["labels"]}' for r in reversed(found)], fontsize=6)
+    for verdict_, c in colour.items():
+        ax.plot([], [], 'o-', color=c, label=verdict_)
+    ax.legend(fontsize=7, loc='lower right')
+    ax.set(xlabel='difference in macro AUROC, least favourable to the claim; shaded: would not matter', ylim=(-.7, len(found) - .3))
+    fig.savefig(path, dpi=120)
+
+
+def draw_grid(rows, path):
+    """Macro AUROC of every objective and backbone in four looks, random encoders as bars."""
+    looks = list(dict.fromkeys((r['data'], r['mode'], r['labels']) for r in rows))
+    fig, axes = figure(1, len(looks), figsize=(2.6 * len(looks) + 1, 5), layout='constrained', sharey=True, squeeze=False)
+    arms = [n for n in dict.fromkeys(r['arm'] for r in rows) if n in GRID]
+    for ax, at in zip(axes[0], looks):
+        mine = {r['arm']: r for r in rows if (r['data'], r['mode'], r['labels']) == at}
+        for i, arm in enumerate(reversed(arms)):
+            r = mine[arm]
+            c = f'C{BACKBONES_3.index(arm.split()[1])}'
+            ax.plot([float(r['low']), float(r['high'])], [i, i], color=c)
+            ax.plot(r['mean'], i, 'o', ms=4, color=c)
+            if r['minus_random']:
+                ax.plot(r['mean'] - float(r['minus_random'].split()[0]), i, '|', ms=9, color='k')
+        ax.set_title(', '.join(at), size=8)
+    axes[0, 0].set_yticks(range(len(arms)), list(reversed(arms)))
+    fig.supxlabel('macro AUROC; bar: random encoders of the same shape', size=9)
+    fig.savefig(path, dpi=120)
+
+
+def study_flags(p):
+    """The flags of study."""
+    p.add_argument('part', nargs='*', help='default: all; ' + '; '.join(f'{k}: {v.question}' for k, v in STUDY.items()))
+    p.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='of pretraining')
+    p.add_argument('--steps', type=int, default=300, help='of pretraining')
+    p.add_argument('--batch', type=int, default=32)
+    p.add_argument('--jobs', type=int, help='processes (default: one per thread that torch has, 1 on CUDA)')
+    p.add_argument('--estimate', action='store_true', help='print what it would cost, make nothing')
+    p.add_argument('--device')
+    p.add_argument('--out', default='out/study')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the command line
 
 def number_or_all(text):
@@ -2024,7 +2314,7 @@ def huber_delta(text):
     return float(text)
 
 
-COMMANDS = {'sweep': sweep, 'fit': fit_command, 'allocate': allocate_command, 'transfer': transfer_command, 'overfit': overfit_command, 'labels': labels_command,
+COMMANDS = {'sweep': sweep, 'study': study, 'claims': claims_command, 'fit': fit_command, 'allocate': allocate_command, 'transfer': transfer_command, 'overfit': overfit_command, 'labels': labels_command,
             'winners': winners_command, 'loss-vs-error': error_command, 'simulate': simulate_command, 'published': published_command}
 
 
@@ -2034,15 +2324,16 @@ def parse(argv=None):
     sub = p.add_subparsers(dest='command', metavar='COMMAND')
     for name, command in COMMANDS.items():
         q = sub.add_parser(name, help=command.__doc__.split('\n')[0].replace('%', '%%'), description=command.__doc__)
-        if name == 'sweep':
-            sweep_flags(q)
+        if name in ('sweep', 'study'):
+            (sweep_flags if name == 'sweep' else study_flags)(q)
             continue
         q.add_argument('--out', help='folder to write to (default: beside the CSV of runs; out/published; out)')
         if name == 'published':
             continue
         if name != 'simulate':
-            q.add_argument('runs', help='CSV of runs, one row per evaluation')
-        if name not in ('simulate', 'loss-vs-error'):
+            q.add_argument('runs', **dict(nargs='?', default='assets/results', help="folder of the study's tables") if name == 'claims' else
+                           dict(help='CSV of runs, one row per evaluation'))
+        if name not in ('simulate', 'loss-vs-error', 'claims'):
             q.add_argument('--loss', nargs='+', help='columns of losses (default: id_test and every ood_*_test)')
         if name in ('fit', 'allocate', 'transfer', 'overfit', 'simulate'):
             q.add_argument('--resamples', type=int, default=600, help='of the runs, for intervals')
@@ -2060,7 +2351,7 @@ def parse(argv=None):
             q.add_argument('--noise', type=float, default=.01, help='standard deviation of the log loss between runs')
             q.add_argument('--truth', type=float, nargs=5, default=[.11, 6, 3, .35, .22], metavar=('E', 'A', 'B', 'alpha', 'beta'))
     a = p.parse_args(argv)
-    sweeping = a.command == 'sweep'
+    sweeping = a.command in ('sweep', 'study')
     limits = dict(resamples=(200, 100000), studies=(1, 100000), levels=(3, 50), noise=(1e-6, 1), seed=(0, 2 ** 31), seeds=(0, 2 ** 31) if sweeping else (1, 100),
                   tolerance=(1e-6, 1), records=(1, 1e12), steps=(1, 1e9), epochs=(1e-3, 1e6), batch=(1, 65536), lr=(1e-9, 10), lr_steps=(1, 1e9),
                   patience=(1, 1000), jobs=(1, 1024))
@@ -2075,7 +2366,7 @@ def parse(argv=None):
     there = next(p for p in (out, *out.parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise Stop(f'--out {out}: {there} is no folder that can be written to')
-    for family, size in itertools.product(a.family, a.size or ()) if sweeping else ():
+    for family, size in itertools.product(a.family, a.size or ()) if a.command == 'sweep' else ():
         sized(family, size)
     return a if a.command else parse(['published'])
 

@@ -45,6 +45,7 @@ def knobs():
     g = p.add_argument_group("the objective's own", 'each for the objectives that have it, see python objectives.py --pairs; its default otherwise')
     g.add_argument('--span-ms', type=float, help='length of masked spans in ms (83)')
     g.add_argument('--hide', type=float, help='share of tokens hidden (0.49 in spans; 0.5 of beats and patches)')
+    g.add_argument('--raw-target', action='store_true', default=None, help='predict millivolts, not fluctuations about the mean of each patch')
     g.add_argument('--target-norm', choices=['instance', 'layer'], help="how the teacher's features are standardised (instance); layer is the released code's")
     g.add_argument('--half-life', type=float, help="of the teacher's distance to the student, as a share of the run (0.05)")
     g.add_argument('--momentum', type=float, help="the teacher's, in place of --half-life; 0.9996 is the released code's")
@@ -104,7 +105,7 @@ def run_folder(a):
     return out
 
 
-OPTIONS = ('span_ms', 'hide', 'target_norm', 'half_life', 'momentum', 'teacher_mode', 'horizon', 'negatives', 'codes', 'tokenizer', 'task', 'focal')
+OPTIONS = ('span_ms', 'hide', 'raw_target', 'target_norm', 'half_life', 'momentum', 'teacher_mode', 'horizon', 'negatives', 'codes', 'tokenizer', 'task', 'focal')
 
 
 def settle(a):

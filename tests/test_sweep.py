@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import scaling
 import train
 from data import Dataset, Stop
+from evaluate import Score
 from models import SIZES, Encoder, flops, sized
 from objectives import OBJECTIVES
 
@@ -241,3 +242,80 @@ def test_bad_flags_are_one_line(here, tmp_path, flags, words):
         scaling.main(['sweep', 'params', '--size', '4x12', '--records', '20', '--seeds', '0', '--steps', '2', '--lr', '1e-2', '--batch', '4', '--jobs', '1',
                       '--ood', 'sample:super', '--out', str(tmp_path), *flags])
     assert '\n' not in str(stop.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the study
+
+def test_a_part_of_the_study_is_rebuilt(here, monkeypatch, capsys):
+    """At tiny scale, stopped after its first run and gone on with: the same columns and arms as the kept tables, and claims from them."""
+    monkeypatch.setitem(scaling.STUDY, 'depth', scaling.STUDY['depth']._replace(looks=(('sample', 'linear', 'all'),)))
+    flags = ['study', 'depth', '--steps', '2', '--batch', '4', '--jobs', '1', '--out', 'st']
+    scaling.main([*flags, '--seeds', '0', '1', '--estimate'])
+    assert not Path('st').exists()
+    a = scaling.parse([*flags, '--seeds', '0', '1'])
+    (folder, t), *_ = scaling.study_runs('depth', a, 'cpu')['cpc 4']
+    assert scaling.pretrain(folder, t, 1) is None
+    made = (folder / 'ckpt.pt').read_bytes()
+    scaling.main([*flags, '--seeds', '0', '1'])
+    assert '7 of 8 runs to make' in capsys.readouterr().out and (folder / 'ckpt.pt').read_bytes() == made
+    for what, key in (('arms', 'arm'), ('pairs', 'family')):
+        kept = list(csv.DictReader(open(Path(__file__).parent.parent / f'assets/results/study_depth_{what}.csv')))
+        rows = list(csv.DictReader(open(f'st/study_depth_{what}.csv')))
+        assert list(rows[0]) == list(kept[0]) and {r[key] for r in rows} == {r[key] for r in kept}
+    scaling.main(['claims', 'st', '--out', 'st/claims'])
+    assert '6 layers of S4 are better than 4' in capsys.readouterr().out and Path('st/claims/claims.png').exists()
+
+
+def test_equal_flops(here):
+    """Every arm's steps times its FLOPs are those of the cheapest arm's steps, to a step."""
+    a = scaling.parse(['study', 'flops', '--steps', '40', '--batch', '4', '--seeds', '0'])
+    ts = {arm: pairs[0][1] for arm, pairs in scaling.study_runs('flops', a, 'cpu').items()}
+    ds = Dataset('synthetic')
+    cost = {arm: scaling.price(ts[arm], ds, 'cpu')[1] for arm in ('cpc s4', 'jepa s4', 'hubert transformer', 'cpc transformer', 'cpc net1d')}
+    total = {arm: ts[arm].steps * cost[arm] for arm in cost}
+    assert max(t.steps for t in ts.values()) == 40
+    assert all(abs(total[a] - total[b]) <= cost[a] + cost[b] for a in cost for b in cost)
+
+
+def test_average_of_scores():
+    """Points and resamples of an average are those of its members, and its differences those averaged."""
+    rng = np.random.default_rng(0)
+    y, patient = rng.integers(0, 2, (60, 3)).astype(float), np.arange(60)
+    scores = [Score([[rng.normal(size=y.shape) + k * y] for _ in range(3)], y, patient) for k in (.2, .5, 1)]
+    mean, zero = scaling.average(scores[:2]), scores[2]
+    assert np.allclose(mean.point['AUROC'], (scores[0].point['AUROC'] + scores[1].point['AUROC']) / 2)
+    points, boot = mean.difference(zero)
+    parts = [s.difference(zero) for s in scores[:2]]
+    assert np.allclose(points, (parts[0][0] + parts[1][0]) / 2) and np.allclose(boot, (parts[0][1] + parts[1][1]) / 2)
+    assert scaling.average(scores[:1]).interval() == scores[0].interval()
+
+
+def test_contrasts_of_two_factors():
+    part = scaling.Part('', ('objective', 'backbone'), {f'{o} {b}': '' for o, b in itertools.product('ab', 'xyz')}, ())
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, (60, 3)).astype(float)
+    scores = {n: Score([[rng.normal(size=y.shape)] for _ in range(2)], y, np.arange(60)) for n in part.arms}
+    found = scaling.contrasts(part, scores)
+    assert {n: list(levels) for n, levels in found.items()} == {'objective, mean': ['a', 'b'], 'objective, x': ['a', 'b'], 'objective, y': ['a', 'b'], 'objective, z': ['a', 'b'],
+                                                                'backbone, mean': ['x', 'y', 'z'], 'backbone, a': ['x', 'y', 'z'], 'backbone, b': ['x', 'y', 'z']}
+    assert np.allclose(found['backbone, mean']['y'].point['AUROC'], (scores['a y'].point['AUROC'] + scores['b y'].point['AUROC']) / 2)
+    assert found['objective, z']['b'] is scores['b z']
+
+
+@pytest.mark.parametrize('kind, verdicts, said', [
+    ('better', ('better', 'better'), 'agrees'), ('better', ('better', "can't tell"), "can't tell"), ('better', ('better', 'worse'), 'disagrees'),
+    ('better', ('better', 'equivalent within 0.005'), 'disagrees'), ('close', ('equivalent within 0.005', 'equivalent within 0.005'), 'agrees'),
+    ('close', ("can't tell", 'equivalent within 0.005'), "can't tell"), ('close', ('better', "can't tell"), 'disagrees')])
+def test_verdicts_on_claims(kind, verdicts, said):
+    """The claimed winner may stand on either side of a comparison."""
+    claim = scaling.Claim('', '', '', 'w', ('p', 'q'), kind)
+    sizes = {'better': .1, 'worse': -.1, "can't tell": .02, 'equivalent within 0.005': .001}
+    row = lambda a, b, v: dict(a=a, b=b, difference=sizes[v], low=sizes[v] - .03, high=sizes[v] + .01, verdict=v, metric='macro AUROC')
+    turned = {'better': 'worse', 'worse': 'better'}
+    second = row('w', 'q', verdicts[1])
+    second |= dict(a='q', b='w', difference=-second['difference'], low=-second['high'], high=-second['low'], verdict=turned.get(verdicts[1], verdicts[1]))
+    least, found = scaling.verdict(claim, [row('w', 'p', verdicts[0]), second, row('p', 'q', 'better')])
+    assert found == said and least['a'] == 'w'
+    pick = min if kind == 'better' else lambda v, key: max(v, key=lambda x: abs(key(x)))
+    assert abs(least['difference'] - sizes[pick(verdicts, key=sizes.get)]) < 1e-12
