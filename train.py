@@ -668,6 +668,7 @@ def main(argv=None):
     try:
         train(a, out, checkpoint)
         if dist.is_initialized():
+            dist.barrier()                                       # who leaves while gloo's threads still let go of tensors aborts
             dist.destroy_process_group()
     except KeyboardInterrupt:
         raise Stop(f'\nstopped; go on from the last save (every {a.save_every} steps) with python train.py --resume --out {out}')
