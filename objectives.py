@@ -282,7 +282,7 @@ class DinoSR(nn.Module):
     outputs idle). Codes are EMA means (decay .9) of the features assigned to them, all tokens counting; unassigned codes keep their
     place. Loss: cross-entropy, mean over hidden tokens and codebooks; ln 256 = 5.55 with a zeroed head. A loss near 0 with few codes
     used is collapse."""
-    window, causal, backbones = 2.5, False, {'s4': 1e-3, 's4d': 1e-3, 'transformer': 1e-3, 'net1d': 1e-2}
+    window, causal, backbones = 2.5, False, {'s4': 1e-3, 's4d': 1e-3, 'transformer': 3e-4, 'net1d': 1e-2}
     options, released = ('span_ms', 'hide', 'target_norm', 'half_life', 'momentum', 'teacher_mode'), ('ema', 'mask', 'lr', 'codebook', 'norm')
 
     def __init__(self, encoder, steps=800, span_ms=83, hide=.49, codes=256, decay=.9, target_norm='instance', released=(), **teacher):

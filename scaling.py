@@ -19,7 +19,7 @@ Laws and experiments of arXiv 2605.17276, fitted as Hoffmann et al. (2203.15556,
 (2404.10102); loss-vs-error is of 2605.12241. Where a run has several rows, the one with the lowest validation loss stands for it, and its
 test loss is fitted. Tables, figures and JSON in full precision land beside the CSV of runs, or in --out.
 """
-import argparse, contextlib, copy, csv, itertools, json, math, multiprocessing, os, re, shutil, textwrap, time
+import argparse, contextlib, copy, csv, io, itertools, json, math, multiprocessing, os, re, shutil, textwrap, time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import train
 from data import Dataset, Stop, figure, script
-from evaluate import (Arm, PROTOCOLS, Task, arms_of, auroc, compare, embed, entropy, first_task, fresh, linear_probe, macro, open_run, overlap, slug,
+from evaluate import (Arm, PROTOCOLS, Task, arms_of, auroc, compare, embed, entropy, first_task, fresh, interval, linear_probe, macro, open_run, overlap, slug,
                       write_csv)
 from models import CHUNK, SIZES, flops, keep_heap, load, net1d, parameters, pick_device, sized, to_device
 from objectives import OBJECTIVES
@@ -1622,7 +1622,13 @@ def counted(objective, batch):
     other = objective.teacher.net.config if hasattr(objective, 'teacher') else objective.tokenizer.encoder.config if hasattr(objective, 'tokenizer') else None
     crop, once = macs(other, T, batch['peaks'].shape[1], batch['x'].is_cuda) if other else (0, 0)
     extra = crop + once / B
-    return total - extra, extra
+    student = total - extra
+    tokens = -(-T // 2) * objective.encoder.dim                  # what finds the codes of tokens has no backward
+    if hasattr(objective, 'sums'):                               # DinoSR's distances, which the counter overlooks
+        extra += objective.sums.shape[0] * objective.sums.shape[1] * tokens
+    if hasattr(objective, 'prototypes'):                         # HuBERT++'s similarities, which it counts
+        student, extra = student - len(objective.prototypes) * tokens, extra + len(objective.prototypes) * tokens
+    return student, extra
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1836,6 +1842,8 @@ def begun(folder, t):
     for k, v in saved.get('args', {}).items():
         if v != getattr(t, k) and k not in ('save_every', 'log_every'):
             raise Stop(f'{folder} was begun with {k} = {v}, not {getattr(t, k)}: go on as before, or take another --out')
+    if saved and saved['dataset'] != Dataset(t.data).hash:
+        raise Stop(f'{folder} was begun on {t.data} before that was prepared anew: remove the folder, and the same command makes that run again')
     return saved
 
 
@@ -2003,42 +2011,56 @@ def finetune(a):
 
 OBJECTIVES_5, BACKBONES_3 = ('cpc', 'jepa', 'data2vec', 'dinosr', 'hubert'), ('s4', 'transformer', 'net1d')
 GRID = {f'{o} {b}': f'--objective {o} --backbone {b}' for o, b in itertools.product(OBJECTIVES_5, BACKBONES_3)}
-# a question, what arms differ in, {arm: train.py's flags}, and where they are looked at: (data, mode, number of labels)
-Part = namedtuple('Part', 'question factors arms looks')
+# a question, what arms differ in, {arm: train.py's flags}, where they are looked at: (data, mode, number of labels), and pretraining seeds
+Part = namedtuple('Part', 'question factors arms looks seeds', defaults=((0, 1, 2),))
+LINEAR = (('cohort', 'linear', 'all'), ('sample', 'linear', 'all'))
 STUDY = {
-    'grid': Part('which objective on which backbone, after equal steps?', ('objective', 'backbone'), GRID,
-                 (('cohort', 'frozen', 'all'), ('cohort', 'linear', 'all'), ('cohort', 'finetune', 300), ('synthetic', 'linear', 'all'), ('synthetic', 'linear', 300),
-                  ('sample', 'linear', 'all'))),
-    'flops': Part('the same, after equal FLOPs', ('objective', 'backbone'), GRID, (('cohort', 'linear', 'all'), ('synthetic', 'linear', 'all'), ('sample', 'linear', 'all'))),
+    'objectives': Part('which objective, on S4, after equal steps?', ('objective',), {o: f'--objective {o} --backbone s4' for o in OBJECTIVES_5},
+                       (*LINEAR, ('synthetic', 'linear', 'all'), ('synthetic', 'linear', 300)), (0, 1, 2, 3, 4, 5)),
+    'grid': Part('which objective on which backbone, after equal steps?', ('objective', 'backbone'), GRID, (*LINEAR, ('synthetic', 'linear', 'all'), ('synthetic', 'linear', 300))),
+    'modes': Part('the same, with attention pooling and with fine-tuning on 300 labels', ('objective', 'backbone'), GRID,
+                  (('cohort2000', 'frozen', 'all'), ('cohort2000', 'finetune', 300))),
+    'flops': Part('which objective on S4, and which backbone by CPC, after equal FLOPs?', ('objective', 'backbone'),
+                  {arm: flags for arm, flags in GRID.items() if 'cpc' in arm or 's4' in arm}, LINEAR),
     'records': Part('do more pretraining records help, at equal steps?', ('objective', 'records'),
                     {f'{o} {n}': f'--objective {o}' + (n != 'all') * f' --records {n}' for o, n in itertools.product(OBJECTIVES_5, ('100', 'all'))},
-                    (('cohort', 'linear', 'all'), ('synthetic', 'linear', 'all'), ('sample', 'linear', 'all'), ('sequences', 'knn', 'all'))),
+                    (*LINEAR, ('sequences', 'knn', 'all'))),
     'depth': Part('are 6 layers of S4 better than 4?', ('objective', 'layers'),
-                  {f'{o} {n}': f'--objective {o}' + (n != '4') * f' --layers {n}' for o, n in itertools.product(('cpc', 'jepa'), '46')},
-                  (('cohort', 'linear', 'all'), ('synthetic', 'linear', 'all'), ('sample', 'linear', 'all'))),
+                  {f'{o} {n}': f'--objective {o}' + (n != '4') * f' --layers {n}' for o, n in itertools.product(('cpc', 'jepa'), '46')}, LINEAR),
     'masking': Part('what matters for a masked autoencoder?', ('variant',),
                     {f'hide{h}': f'--objective mae --hide .{h}' for h in ('50', '05', '25', '75')}
-                    | dict(raw='--objective mae --hide .50 --raw-target', long='--objective mae --hide .50 --steps {long}'),
-                    (('cohort', 'frozen', 'all'), ('cohort', 'linear', 'all'), ('cohort', 'finetune', 300), ('sample', 'linear', 'all'))),
-    'pool': Part('are real ECGs better to pretrain on than as many steps on synthetic ones?', ('objective', 'source'),
-                 {f'{o} {s}': f'--objective {o}' + (s == 'pool') * ' --data ludb,cinc' for o, s in itertools.product(OBJECTIVES_5, ('synthetic', 'pool'))},
+                    | dict(raw='--objective mae --hide .50 --raw-target', long='--objective mae --hide .50 --steps {long}'), LINEAR),
+    'pool': Part('are real ECGs better to pretrain on than as many synthetic ones?', ('objective', 'source'),
+                 {f'{o} {s}': f'--objective {o} ' + ('--data ludb,cinc' if s == 'pool' else '--records {pool}') for o, s in itertools.product(('cpc', 'jepa', 'hubert'), ('synthetic', 'pool'))},
                  (('sample', 'linear', 'all'), ('sample', 'linear', 100), ('sample', 'finetune', 'all'))),
-    'filtered': Part('which objective, on real records alone, filtered and standardised?', ('objective',),
-                     {o: f'--objective {o} --data ptbxl1819' for o in OBJECTIVES_5},
-                     (('ptbxl1819', 'frozen', 'all'), ('ptbxl1819', 'linear', 'all'), ('ptbxl1819', 'finetune', 'all')))}
-PREPARE = {'cohort': 'python data.py synthetic --records 2000 --seed 1 --shift all --out cohort', 'sequences': 'python data.py sequences',
-           'ludb': 'python data.py wfdb --root LUDB --out ludb',
+    'filtered': Part('which objective, on real records alone, filtered and standardised?', ('objective',), {o: f'--objective {o} --data ptbxl1819' for o in OBJECTIVES_5},
+                     (('ptbxl1819', 'linear', 'all'), ('ptbxl1819', 'frozen', 'all'), ('ptbxl1819', 'finetune', 'all')))}
+PREPARE = {'cohort': 'python data.py synthetic --records 999 --seed 1 --shift all --out cohort', 'cohort2000': 'python data.py synthetic --records 2000 --seed 1 --shift all --out cohort2000',
+           'sequences': 'python data.py sequences', 'ludb': 'python data.py wfdb --root LUDB --out ludb',
            'cinc': 'python data.py challenge --root CINC2021 --cohort cpsc_2018 cpsc_2018_extra chapman_shaoxing ningbo --out cinc',
            'ptbxl1819': 'python data.py array --root X.npy --filter hp0.5+lp40 --norm record --out ptbxl1819, with any records of yours so filtered'}
+
+
+def flags_of(part, arm, a):
+    """train.py's arguments of an arm; {long}: four times the steps, {pool}: as many records as the pool has to train on."""
+    fill = dict(long=4 * a.steps)
+    if '{pool}' in (flags := STUDY[part].arms[arm]):
+        fill['pool'] = len(Dataset('ludb,cinc').split()[0])
+    return train.knobs().parse_args(['--steps', str(a.steps), *flags.format(**fill).split()])
+
+
+def seeds_of(part, a):
+    """Pretraining seeds: as asked for, each once, else the part's own."""
+    return sorted(set(a.seeds or STUDY[part].seeds))
 
 
 def study_runs(part, a, device):
     """{arm: [(folder, arguments of train.py) of each seed]}. flops: every arm takes as many steps as the cheapest one's FLOPs allow."""
     default, runs = vars(train.knobs().parse_args([])), {}
-    for arm, flags in STUDY[part].arms.items():
+    for arm in STUDY[part].arms:
         runs[arm] = []
-        for seed in a.seeds:
-            t = train.knobs().parse_args(['--steps', str(a.steps), *flags.format(long=4 * a.steps).split()])
+        for seed in seeds_of(part, a):
+            t = flags_of(part, arm, a)
             t.seed, t.batch, t.probe_every, t.save_every, t.device = seed, a.batch, 0, 100, a.device
             train.settle(t)
             runs[arm].append(t)
@@ -2057,8 +2079,9 @@ def pretrain(folder, t, threads):
     try:
         torch.set_num_threads(threads)
         keep_heap()
+        saved = begun(folder, t)
         folder.mkdir(parents=True, exist_ok=True)
-        if (saved := begun(folder, t)).get('step') != t.steps:
+        if saved.get('step') != t.steps:
             with open(folder / 'train.txt', 'a') as log, contextlib.redirect_stdout(log):
                 train.train(copy.copy(t), folder, saved)
     except SystemExit as e:                                      # it would end the worker, not the study
@@ -2073,9 +2096,11 @@ def look(arms, data, looks, device, threads=None):
             torch.set_num_threads(threads)
             keep_heap()
         found = {}
-        with contextlib.redirect_stdout(open(os.devnull, 'w')):
+        with contextlib.redirect_stdout(io.StringIO()) as said:
             families = {name: [open_run(f) for f in folders] for name, folders in arms.items()}
             t = Task(data, None, [r for runs in families.values() for r in runs], pick_device(device))
+        if 'seen in pretraining' in said.getvalue():
+            raise Stop(f'{data} tests patients that were pretrained on')
         for _, mode, count in looks:
             made = arms_of(families, t, mode, scratch=mode == 'finetune')
             found[data, mode, count] = t, made, {name: t.score(arm, count, 3)[t.names[0]] for name, arm in made.items()}
@@ -2086,25 +2111,42 @@ def look(arms, data, looks, device, threads=None):
         return f'{data}, {", ".join(arms)}: {e}'
 
 
+def combined(scores, how):
+    """A Score whose points and resamples are how(those of all scores), seed by seed and draw by draw."""
+    out = copy.copy(scores[0])
+    out.point, out.boot = ({m: how([getattr(s, what)[m] for s in scores]) for m in scores[0].point} for what in ('point', 'boot'))
+    return out
+
+
 def average(scores):
-    """The Score of what is expected of an arm drawn from several, seed by seed."""
-    mean = copy.copy(scores[0])
-    mean.point, mean.boot = ({m: np.mean([getattr(s, what)[m] for s in scores], 0) for m in scores[0].point} for what in ('point', 'boot'))
-    return mean
+    """The Score of what is expected of an arm drawn from several."""
+    return combined(scores, lambda values: np.mean(values, 0))
 
 
-def contrasts(part, scores):
-    """{name of a family of comparisons: {level: Score}}: one factor's levels, averaged over the other factor and at each level of it."""
+def contrasts(part, scores, prefix=''):
+    """{name of a family of comparisons: {level: Score}}: one factor's levels at each level of the other, and averaged over it where all meet all."""
     arms, factors = {tuple(name.split()): scores[name] for name in part.arms}, part.factors
     if len(factors) == 1:
-        return {factors[0]: {level: s for (level,), s in arms.items()}}
+        return {prefix + factors[0]: {level: s for (level,), s in arms.items()}}
     out = {}
     for i, factor in enumerate(factors):
         levels, others = (list(dict.fromkeys(key[j] for key in arms)) for j in (i, 1 - i))
-        out[f'{factor}, mean'] = {l: average([s for key, s in arms.items() if key[i] == l]) for l in levels}
+        if len(arms) == len(levels) * len(others):
+            out[f'{prefix}{factor}, mean'] = {l: average([s for key, s in arms.items() if key[i] == l]) for l in levels}
         for other in others:
-            out[f'{factor}, {other}'] = {key[i]: s for key, s in arms.items() if key[1 - i] == other}
+            if len(found := {key[i]: s for key, s in arms.items() if key[1 - i] == other}) > 1:
+                out[f'{prefix}{factor}, {other}'] = found
     return out
+
+
+def compared(levels):
+    """The rows of `compare`, and in each the difference that Holm's first step would find four times in five: what reaches beyond 0 at its level,
+    and .84 standard errors (Student's t for seeds) more."""
+    rows = compare(levels)[0]
+    for r in rows:
+        half = lambda level: np.diff(interval(*levels[r['a']].difference(levels[r['b']]), level)[1:])[0] / 2
+        r['detectable'] = half(1 - .05 / len(rows)) + half(.6)
+    return rows
 
 
 def study(a):
@@ -2114,104 +2156,126 @@ def study(a):
     if unknown := set(a.part) - set(STUDY):
         raise Stop(f'study has no part {", ".join(sorted(unknown))}: take some of {", ".join(STUDY)}')
     for name in a.part or STUDY:
-        part = STUDY[name]
-        needed = {d for d, _, _ in part.looks} | {d for flags in part.arms.values() for d in train.knobs().parse_args(flags.format(long=1).split()).data.split(',')}
+        needed = {d for d, _, _ in STUDY[name].looks} | {d for flags in STUDY[name].arms.values() for d in re.findall(r'--data (\S+)', flags) for d in d.split(',')} | {'synthetic'}
         missing = [d for d in sorted(needed) if d not in ('synthetic', 'sample') and not Path('datasets', d).is_dir()]
-        if missing and len(a.part) != 1:
-            print(f'{name}: left out, since {", ".join(missing)} is not prepared: {"; ".join(PREPARE[d] for d in missing)}')
-            continue
+        lack = f'{name} needs {", ".join(missing)}: {"; ".join(PREPARE[d] for d in missing)}'
+        if missing and len(a.part) == 1:
+            raise Stop(lack)
         if missing:
-            raise Stop(f'{name} needs {", ".join(missing)}: {"; ".join(PREPARE[d] for d in missing)}')
-        for d in sorted(needed):
-            Dataset(d)                                           # synthetic ones are prepared once, before several processes want them
-        runs = study_runs(name, a, device)
-        left = {str(f): (pretrain, (f, t)) for pairs in runs.values() for f, t in pairs if not (f / 'ckpt.pt').is_file() or begun(f, t)['step'] < t.steps}
-        print(f'{name}: {part.question} {len(part.arms)} arms, {len(a.seeds)} seeds; {len(left)} of {sum(map(len, runs.values()))} runs to make')
-        if a.estimate:
-            torch.set_num_threads(max(1, torch.get_num_threads() // a.jobs))
-            cost = sum(price(pairs[0][1], Dataset(pairs[0][1].data), device)[0] * sum(t.steps for f, t in pairs if str(f) in left) for pairs in runs.values())
-            print(f'  {cost / 60:.0f} core-minutes of pretraining, and about as much for the {len(part.looks)} tables')
+            print(lack)
             continue
-        run_all(left, a, f'{name}: pretraining')
-        folders = {arm: [str(f) for f, _ in pairs] for arm, pairs in runs.items()}
-        by_data = {d: [l for l in part.looks if l[0] == d] for d in dict.fromkeys(l[0] for l in part.looks)}
-        run_all({f'{d} {arm}': (look, ({arm: folders[arm]}, d, looks, a.device)) for d, looks in by_data.items() for arm in folders}, a, f'{name}: looking')
-        rows, pairs = [], []
-        for d, looks in by_data.items():
-            for (_, mode, count), (t, arms, scores) in look(folders, d, looks, a.device).items():
-                shared = dict(part=name, data=d, task=t.names[0], mode=mode, labels=count, n=len(t.test), patients=t.patients or '', classes=len(t.parts[t.names[0]]),
-                              seeds=' '.join(map(str, a.seeds)), metric=f'macro {next(iter(scores.values())).main}')
-                rows += [shared | arm_row(arms[n], s, scores.get(arms[n].reference), runs.get(n)) for n, s in scores.items()]
-                for family, levels in contrasts(part, scores).items():
-                    pairs += [shared | dict(family=family) | r | dict(detectable=1.43 * (r['high'] - r['low']) / 2) for r in compare(levels)[0]]
-        for what, table in (('arms', rows), ('pairs', pairs)):
-            write_csv(Path(a.out, f'study_{name}_{what}.csv'), table)
-        print(f'  {a.out}/study_{name}_arms.csv, _pairs.csv: {len(rows)} arms, {len(pairs)} comparisons; python scaling.py claims {a.out}')
+        for d in needed:
+            Dataset(d)                                           # synthetic ones are prepared once, before several processes want them
+        study_part(name, a, device)
+
+
+def study_part(name, a, device):
+    """One part of the study: its runs, its looks, and its two tables."""
+    part, seeds, threads = STUDY[name], seeds_of(name, a), torch.get_num_threads()
+    table, size = lambda what: Path(a.out, f'study_{name}_{what}.csv'), dict(steps=str(a.steps), batch=str(a.batch))
+    if table('arms').exists() and any(r[k] != v for r in csv.DictReader(open(table('arms'), newline='')) for k, v in size.items()):
+        raise Stop(f'{table("arms")} was made with other --steps or --batch: take another --out')
+    runs = study_runs(name, a, device)
+    left = {str(f): (pretrain, (f, t)) for pairs in runs.values() for f, t in pairs if begun(f, t).get('step') != t.steps}
+    print(f'{name}: {part.question} {len(part.arms)} arms, {len(seeds)} seeds; {len(left)} of {sum(map(len, runs.values()))} runs to make', flush=True)
+    if a.estimate:
+        torch.set_num_threads(max(1, threads // a.jobs))
+        cost = sum(price(pairs[0][1], Dataset(pairs[0][1].data), device)[0] * sum(t.steps for f, t in pairs if str(f) in left) for pairs in runs.values())
+        print(f'  {cost / 60:.0f} core-minutes of pretraining, and about as much for the {len(part.looks)} tables')
+        return torch.set_num_threads(threads)
+    run_all(left, a, f'{name}: pretraining')
+    folders = {arm: [str(f) for f, _ in pairs] for arm, pairs in runs.items()}
+    by_data = {d: [l for l in part.looks if l[0] == d] for d in dict.fromkeys(l[0] for l in part.looks)}
+    run_all({f'{d} {arm}': (look, ({arm: folders[arm]}, d, looks, a.device)) for d, looks in by_data.items() for arm in folders}, a, f'{name}: looking')
+    torch.set_num_threads(max(1, threads // a.jobs))             # as in the processes: so random encoders come out bit for bit as there
+    rows, pairs = [], []
+    for d, looks in by_data.items():
+        for (_, mode, count), (t, arms, scores) in look(folders, d, looks, a.device).items():
+            shared = dict(part=name, **size, data=d, task=t.names[0], mode=mode, labels=count, n=len(t.test), patients=t.patients or '',
+                          classes=len(t.parts[t.names[0]]), seeds=' '.join(map(str, seeds)), metric=f'macro {next(iter(scores.values())).main}')
+            rows += [shared | arm_row(arms[n], s, scores.get(arms[n].reference), runs.get(n)) for n, s in scores.items()]
+            gains = {n: combined([scores[n], scores[arms[n].reference]], lambda v: v[0] - v[1]) for n in part.arms}
+            for family, levels in (contrasts(part, scores) | contrasts(part, gains, 'gain by ')).items():
+                pairs += [shared | dict(family=family) | r for r in compared(levels)]
+    torch.set_num_threads(threads)
+    write_csv(table('arms'), rows)
+    write_csv(table('pairs'), pairs)
+    print(f'  {table("arms")}, {table("pairs").name}: {len(rows)} arms, {len(pairs)} comparisons; python scaling.py claims {a.out}', flush=True)
 
 
 def arm_row(arm, score, reference, runs):
     """One line of study_*_arms.csv: an arm under one look."""
     minus = score.minus(reference) if reference and reference is not score else ()
-    steps, rate = (runs[0][1].steps, runs[0][1].lr) if runs else ('', '')
-    return dict(arm=arm.name, steps=steps, lr=rate, **dict(zip(('mean', 'low', 'high'), score.interval())), minus_random=' '.join(f'{v:.4f}' for v in minus),
+    own, rate = (runs[0][1].steps, runs[0][1].lr) if runs else ('', '')
+    return dict(arm=arm.name, own_steps=own, lr=rate, **dict(zip(('mean', 'low', 'high'), score.interval())), minus_random=' '.join(f'{v:.4f}' for v in minus),
                 points=' '.join(f'{v:.4f}' for v in score.point[score.main].mean(1)))
 
 
-# what a paper says, the part and family of comparisons that ask, the level that is said to win (close: to be no worse), and over which
+# what a paper says, the part and family of comparisons that ask, the level that is said to win (close: to equal), and over which
 Claim = namedtuple('Claim', 'text part family winner others kind')
-CLAIMS = (Claim('CPC is the best objective (on S4)', 'grid', 'objective, s4', 'cpc', OBJECTIVES_5[1:], 'better'),
-          Claim('CPC is the best objective (on S4), equal FLOPs', 'flops', 'objective, s4', 'cpc', OBJECTIVES_5[1:], 'better'),
-          Claim('CPC is the best objective (mean of backbones)', 'grid', 'objective, mean', 'cpc', OBJECTIVES_5[1:], 'better'),
-          Claim('JEPA comes close to CPC (on S4)', 'grid', 'objective, s4', 'cpc', ('jepa',), 'close'),
-          Claim('S4 beats Transformer and CNN (mean of objectives)', 'grid', 'backbone, mean', 's4', BACKBONES_3[1:], 'better'),
-          Claim('S4 beats Transformer and CNN (mean of objectives), equal FLOPs', 'flops', 'backbone, mean', 's4', BACKBONES_3[1:], 'better'),
-          Claim('more pretraining records help (mean of objectives), 3,154 against 100', 'records', 'records, mean', 'all', ('100',), 'better'),
-          Claim('6 layers of S4 are better than 4 (mean of CPC and JEPA)', 'depth', 'layers, mean', '6', ('4',), 'better'),
+CLAIMS = (Claim('CPC is the best objective, on S4', 'objectives', 'objective', 'cpc', OBJECTIVES_5[1:], 'better'),
+          Claim('CPC is the best objective, on S4, equal FLOPs', 'flops', 'objective, s4', 'cpc', OBJECTIVES_5[1:], 'better'),
+          Claim('CPC is the best objective, mean of backbones', 'grid', 'objective, mean', 'cpc', OBJECTIVES_5[1:], 'better'),
+          Claim('CPC is the best objective, mean of backbones, other modes', 'modes', 'objective, mean', 'cpc', OBJECTIVES_5[1:], 'better'),
+          Claim('CPC is the best objective, on S4, real records, filtered', 'filtered', 'objective', 'cpc', OBJECTIVES_5[1:], 'better'),
+          Claim('JEPA comes close to CPC, on S4', 'objectives', 'objective', 'cpc', ('jepa',), 'close'),
+          Claim('S4 beats Transformer and CNN, mean of objectives', 'grid', 'backbone, mean', 's4', BACKBONES_3[1:], 'better'),
+          Claim('the same of what pretraining adds to random weights', 'grid', 'gain by backbone, mean', 's4', BACKBONES_3[1:], 'better'),
+          Claim('S4 beats Transformer and CNN, mean of objectives, other modes', 'modes', 'backbone, mean', 's4', BACKBONES_3[1:], 'better'),
+          Claim('S4 beats Transformer and CNN, by CPC, equal FLOPs', 'flops', 'backbone, cpc', 's4', BACKBONES_3[1:], 'better'),
+          Claim('all pretraining records help over 100, mean of objectives', 'records', 'records, mean', 'all', ('100',), 'better'),
+          Claim('6 layers of S4 are better than 4, mean of CPC and JEPA', 'depth', 'layers, mean', '6', ('4',), 'better'),
           Claim('any share hidden from 5 to 75 % will do (MAE)', 'masking', 'variant', 'hide50', ('hide05', 'hide25', 'hide75'), 'close'),
           Claim('fluctuations are a better target than millivolts (MAE)', 'masking', 'variant', 'hide50', ('raw',), 'better'),
           Claim('four times the schedule helps (MAE)', 'masking', 'variant', 'long', ('hide50',), 'better'),
-          Claim('CPC is the best objective (on S4, real records, filtered)', 'filtered', 'objective', 'cpc', OBJECTIVES_5[1:], 'better'))
+          Claim('our own: real records are better to pretrain on than as many synthetic ones', 'pool', 'source, mean', 'pool', ('synthetic',), 'better'))
 
 
 def verdict(claim, rows):
-    """(row whose difference speaks most against the claim, the claimed winner first; agrees, disagrees or can't tell) of the rows of one look.
+    """(row that decides, the claimed winner first; agrees, disagrees or can't tell) of the rows of one look.
 
     better: agrees if the winner beats every other (Holm's p under .05 within the family), disagrees if it loses to one or equals one within the margin;
-    close: agrees if it equals all within the margin, disagrees if it differs from one by Holm's p."""
-    sign = -1 if rows[0]['metric'].endswith('MAE') else 1
-    mine = []
+    close: agrees if it equals all within the margin, disagrees if it differs from one by Holm's p. Under three seeds nothing can be told. Of the
+    rows that decide, the one that speaks most against the claim."""
+    mine, turned = [], {'better': 'worse', 'worse': 'better'}
     for r in rows:
         if r['a'] == claim.winner and r['b'] in claim.others:
             mine.append(r)
         elif r['b'] == claim.winner and r['a'] in claim.others:
-            turned = {'better': 'worse', 'worse': 'better'}
             mine.append(r | dict(a=r['b'], b=r['a'], difference=-r['difference'], low=-r['high'], high=-r['low'], verdict=turned.get(r['verdict'], r['verdict'])))
-    said = {r['verdict'].split(' ')[0] for r in mine}
+    word = lambda r: r['verdict'].split(' ')[0]
     wanted, against = ({'better'}, {'worse', 'equivalent'}) if claim.kind == 'better' else ({'equivalent'}, {'better', 'worse'})
-    least = min(mine, key=lambda r: sign * r['difference'] if claim.kind == 'better' else -abs(r['difference']))
-    return least, 'agrees' if said == wanted else 'disagrees' if said & against else "can't tell"
+    said, decide = "can't tell", [r for r in mine if word(r) not in wanted]
+    if not decide:
+        said, decide = 'agrees', mine
+    elif any(word(r) in against for r in decide):
+        said, decide = 'disagrees', [r for r in decide if word(r) in against]
+    sign = -1 if rows[0]['metric'].endswith('MAE') else 1
+    least = min(decide, key=lambda r: sign * r['difference'] if claim.kind == 'better' else -abs(r['difference']))
+    return least, said if len(rows[0]['seeds'].split()) > 2 else "can't tell"
 
 
 def claims_command(a):
     """The papers' claims with their verdicts, as far as the study's tables in a folder go; and its figures."""
-    numbers = ('n', 'difference', 'low', 'high', 'p_holm', 'detectable', 'mean')
-    tables = {}
+    numbers, tables = ('n', 'difference', 'low', 'high', 'p_holm', 'detectable', 'mean'), {}
     for f in sorted(Path(a.runs).glob('study_*_*.csv')):
         with open(f, newline='') as file:
             tables[f.stem] = [r | {k: float(r[k]) for k in numbers if r.get(k)} for r in csv.DictReader(file)]
     found = []
     for claim in CLAIMS:
         rows = [r for r in tables.get(f'study_{claim.part}_pairs', ()) if r['family'] == claim.family]
+        if not {claim.winner, *claim.others} <= {r[k] for r in rows for k in 'ab'}:
+            continue
         for at in dict.fromkeys((r['data'], r['mode'], r['labels']) for r in rows):
             least, said = verdict(claim, [r for r in rows if (r['data'], r['mode'], r['labels']) == at])
-            found.append(dict(claim=claim.text, data=at[0], mode=at[1], labels=at[2], n=int(least['n']), seeds=len(least['seeds'].split()), against=f'{least["a"]} - {least["b"]}',
+            found.append(dict(claim=claim.text, data=at[0], mode=at[1], labels=at[2], steps=least['steps'], n=int(least['n']), seeds=len(least['seeds'].split()), against=f'{least["a"]} - {least["b"]}',
                               **{k: least[k] for k in ('difference', 'low', 'high')}, detectable=least['detectable'], verdict=said))
     if not found:
         raise Stop(f'no study_*_pairs.csv in {a.runs}: make them with python scaling.py study')
-    out = Path(a.out or a.runs)
+    out = Path(a.out or 'out')
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / 'claims.csv', found)
-    print('| claim | data, mode, labels | n, seeds | least favourable difference [95 %] | found 4 times in 5 from | verdict |\n|---|---|---|---|---|---|')
+    print('| claim | data, mode, labels | records, seeds | difference that decides [95 %] | would be found from | verdict |\n|---|---|---|---|---|---|')
     for i, r in enumerate(found):
         again = i and found[i - 1]['claim'] == r['claim']
         print(f'| {"" if again else r["claim"]} | {r["data"]}, {r["mode"]}, {r["labels"]} | {r["n"]:,}, {r["seeds"]} | {r["against"]} '
@@ -2223,7 +2287,7 @@ def claims_command(a):
 
 
 def draw_claims(found, path):
-    """Every claim's least favourable difference with its interval, and the margin of equivalence."""
+    """Every claim's deciding difference with its interval, and the margin of equivalence."""
     fig, ax = figure(figsize=(9, .24 * len(found) + 1.3), layout='constrained')
     colour = {'agrees': 'C2', 'disagrees': 'C3', "can't tell": 'C7'}
     ax.axvspan(-.005, .005, color='C0', alpha=.15, lw=0)
@@ -2235,7 +2299,7 @@ def draw_claims(found, path):
     for verdict_, c in colour.items():
         ax.plot([], [], 'o-', color=c, label=verdict_)
     ax.legend(fontsize=7, loc='lower right')
-    ax.set(xlabel='difference in macro AUROC, least favourable to the claim; shaded: would not matter', ylim=(-.7, len(found) - .3))
+    ax.set(xlabel='difference in macro AUROC that decides, the claimed winner first; shaded: would not matter', ylim=(-.7, len(found) - .3))
     fig.savefig(path, dpi=120)
 
 
@@ -2262,7 +2326,7 @@ def draw_grid(rows, path):
 def study_flags(p):
     """The flags of study."""
     p.add_argument('part', nargs='*', help='default: all; ' + '; '.join(f'{k}: {v.question}' for k, v in STUDY.items()))
-    p.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='of pretraining')
+    p.add_argument('--seeds', nargs='+', type=int, help='of pretraining (default: 0 to 5 for objectives, else 0 1 2)')
     p.add_argument('--steps', type=int, default=300, help='of pretraining')
     p.add_argument('--batch', type=int, default=32)
     p.add_argument('--jobs', type=int, help='processes (default: one per thread that torch has, 1 on CUDA)')
