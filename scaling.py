@@ -19,7 +19,7 @@ Laws and experiments of arXiv 2605.17276, fitted as Hoffmann et al. (2203.15556,
 (2404.10102); loss-vs-error is of 2605.12241. Where a run has several rows, the one with the lowest validation loss stands for it, and its
 test loss is fitted. Tables, figures and JSON in full precision land beside the CSV of runs, or in --out.
 """
-import argparse, contextlib, copy, csv, io, itertools, json, math, multiprocessing, os, re, shutil, textwrap, time
+import argparse, contextlib, copy, csv, io, itertools, json, math, multiprocessing, os, re, shutil, textwrap, threading, time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -1925,10 +1925,15 @@ def collect(out, prefix=''):
     return rows
 
 
+def leave_with_parent():
+    """In a worker: end when the process that made it is killed, and do not go on alone."""
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
 def run_all(work, a, name):
     """work: {name: (function, arguments)}, a.jobs at a time in processes of their own. Stops, after the others are done, with what failed."""
     results, threads = {}, max(1, torch.get_num_threads() // a.jobs)
-    with ProcessPoolExecutor(a.jobs, multiprocessing.get_context('spawn')) as pool:
+    with ProcessPoolExecutor(a.jobs, multiprocessing.get_context('spawn'), leave_with_parent) as pool:
         futures = {pool.submit(function, *arguments, threads): key for key, (function, arguments) in work.items()}
         for future in tqdm(as_completed(futures), desc=name, total=len(futures), disable=None):
             results[futures[future]] = future.result()

@@ -2,6 +2,10 @@
 import argparse
 import csv
 import itertools
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -243,6 +247,29 @@ def test_bad_flags_are_one_line(here, tmp_path, flags, words):
         scaling.main(['sweep', 'params', '--size', '4x12', '--records', '20', '--seeds', '0', '--steps', '2', '--lr', '1e-2', '--batch', '4', '--jobs', '1',
                       '--ood', 'sample:super', '--out', str(tmp_path), *flags])
     assert '\n' not in str(stop.value)
+
+
+def test_workers_end_with_a_killed_sweep(tmp_path):
+    (tmp_path / 'sleeper.py').write_text('''import argparse, os, time, scaling
+def work(threads):
+    open('pid.tmp', 'w').write(str(os.getpid()))
+    os.rename('pid.tmp', 'pid')
+    time.sleep(600)
+if __name__ == '__main__':
+    scaling.run_all({'x': (work, ())}, argparse.Namespace(jobs=1, out='.'), 'x')
+''')
+    root = Path(__file__).parent.parent
+    parent = subprocess.Popen([sys.executable, 'sleeper.py'], cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(root)}, stderr=subprocess.DEVNULL)
+    end = time.time() + 120
+    while not (tmp_path / 'pid').exists() and time.time() < end:
+        time.sleep(.1)
+    worker = int((tmp_path / 'pid').read_text())
+    parent.kill()
+    parent.wait()
+    alive = lambda: Path(f'/proc/{worker}/stat').exists() and Path(f'/proc/{worker}/stat').read_text().split()[2] != 'Z'
+    while alive() and time.time() < end:
+        time.sleep(.1)
+    assert not alive()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
