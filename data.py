@@ -581,10 +581,10 @@ def array(path, fs, leads, unit, labels=None):
         raise Stop(f'{path} is {file.dtype} {file.shape}: numbers of shape (N, {len(leads)}, T) or (N, T, {len(leads)}) are needed')
     if labels and not Path(labels).is_file():
         raise Stop(f'no file {labels}: --labels must name a csv file')
-    rows = list(rows_of(labels, ragged=False)) if labels else [{}] * len(file)
+    known = ('id', 'patient', 'fold', 'age', 'sex')
+    rows = [{k.lower() if k.lower() in known else k: v for k, v in r.items()} for r in rows_of(labels, ragged=False)] if labels else [{}] * len(file)
     if len(rows) != len(file):
         raise Stop(f'{labels} has {len(rows)} rows for {len(file)} records')
-    known = ('id', 'patient', 'fold', 'age', 'sex')
     for name in [n for n in (rows[0] if rows else ()) if n not in known]:
         if odd := next(((i, r[name]) for i, r in enumerate(rows) if number(r[name]) not in (0, 1) and math.isfinite(number(r[name]))), None):
             print(f'{labels}: column {name} is a number, not yes or no (row {odd[0] + 1} has {odd[1]}): scored by MAE')
@@ -836,6 +836,7 @@ def write_dataset(folder, records, contract, workers, peaks, strict, total, name
     began, early = time.time(), 0
     dropped, index, spaces, balanced, names, fold_by, ids = Tally(), [], [], [], {}, {}, set()
     peaks_so_far, peak_start = typed('i'), typed('q', [0])       # typed arrays: small objects here would fragment the heap
+    rates, sizes = typed('f'), typed('f')                        # of each record: beats a minute, its middle lead from trough to crest
     cells = typed('q'), typed('i'), typed('f')                   # row, column, value of each label that is not 0
     digest, offset, repaired, odd = hashlib.blake2b(digest_size=8), 0, 0, 0
     records = iter(records)
@@ -869,6 +870,8 @@ def write_dataset(folder, records, contract, workers, peaks, strict, total, name
                         balanced.append([k for k, v in (record.labels or {}).items() if v > 0] if record.strata is None else record.strata)
                     peaks_so_far.extend(record.peaks.tolist())
                     peak_start.append(len(peaks_so_far))
+                    rates.append(60 * contract.fs * len(record.peaks) / len(counts))
+                    sizes.append(contract.scale * np.median(np.ptp(counts, 0)))
                     data = counts.tobytes()
                     signals.write(data)
                     digest.update(data)
@@ -906,6 +909,10 @@ def write_dataset(folder, records, contract, workers, peaks, strict, total, name
           f'{len(names)} labels, {len(peaks_so_far):,} R-peaks; {seconds:.1f} s ({seen / seconds:.0f} records/s)')
     for reason, n in dropped.most_common():
         print(f'  {n:,} dropped: {reason}')
+    rate, size = np.median(rates), np.median(sizes)
+    if contract.norm == 'none' and peaks_so_far:
+        print(f'  half of them have {rate:.0f} or more beats a minute, and {size:.2g} mV or more from trough to crest'
+              + ('' if 40 < rate < 140 and .3 < size < 5 else ': no usual ECG, or is the rate or the gain another than was said?'))
     if repaired:
         print(f'  {repaired:,} with short gaps interpolated')
     if odd:
@@ -1454,10 +1461,10 @@ def show(name, row, path=None):
     ax.plot(peaks[peaks < T] / fs, np.full((peaks < T).sum(), -7.3), 'k|', ms=5)
     labels = [n for n, v in zip(ds.label_names, ds.labels[row]) if v == 1 and not n.startswith('target/')]
     ax.set(xlim=(0, T / fs), ylim=(-7.5, 2), xticks=[], yticks=[], aspect=.4)
-    ax.set_title(f'{ds.id[row]}   {"" if np.isnan(ds.age[row]) else f"{ds.age[row]:.0f} y"}\n{", ".join(labels) or "no labels"}', size=9, loc='left')
+    ax.set_title(f'{ds.id[row]}   {"" if np.isnan(ds.age[row]) else f"{ds.age[row]:.0f} y"}\n{", ".join(labels) or "no positive label"}', size=9, loc='left')
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=130)
-    print(f'{path}: record {row} of {name}, {", ".join(labels) or "no labels"}')
+    print(f'{path}: record {row} of {name}, {", ".join(labels) or "no positive label"}')
     return path
 
 

@@ -855,6 +855,8 @@ def evaluate_task(families, t, mode, counts, a, out):
     print(f'\n{t.ds.name}, {mode}: {len(t.test):,} test records of {t.patients or "unknown"} patients, {len(t.columns)} labels'
           + (f' ({len(t.unscored)} trained on, but without both values among these records: {", ".join(t.unscored[:6])}{" ..." if len(t.unscored) > 6 else ""})' if t.unscored else '')
           + (f'; {len(t.plans)} folds, each record predicted by a probe that never saw its patient, pairs counted within folds' if t.folded else ''))
+    if (people := t.patients or len(t.test)) < 20:
+        print(f'  ! {people} patients are too few to say anything: test on all, with an encoder that was pretrained on other data')
     given = dict(lr=a.lr, batch=a.batch, preview=a.preview, path=a.drop_path, dropout=a.dropout, schedule=a.schedule, decay=a.layer_decay)
     recipe = dataclasses.replace(PROTOCOLS[a.protocol], **{k: v for k, v in given.items() if v is not None})
     counts = list(dict.fromkeys(int(c * t.available) if isinstance(c, float) and c < 1 else 'all' if c == 1 else c for c in counts))

@@ -660,7 +660,7 @@ def released_input(x):
 
 
 def draw(row, path):
-    """What each objective hides (red), sees and predicts, on lead II of a real record: masks come from the objectives' own code."""
+    """What each objective sees (white), hides (grey) and predicts (red), on lead II of a real record: masks come from the objectives' own code."""
     from data import Dataset, figure
     ds = Dataset('sample')
     torch.manual_seed(0)
@@ -682,8 +682,8 @@ def draw(row, path):
         return [(a * width, b * width) for a, b in zip(torch.nonzero(edges == 1)[:, 0].tolist(), torch.nonzero(edges == -1)[:, 0].tolist())]
 
     x, token = short['x'][0, 1], 1 / 120
-    panel(axes[0], 'cpc: from all up to token 150 (grey), tell token 164 (red), 117 ms ahead, from 128 others of the crop (blue ticks)', x, [(164 * token, 165 * token)])
-    axes[0].axvspan(0, 151 * token, color='.85')
+    axes[0].axvspan(151 * token, L * token, color='.85')
+    panel(axes[0], 'cpc: from what is white, all up to token 150, tell token 164 (red), 117 ms ahead, from 128 others of the crop (blue ticks)', x, [(164 * token, 165 * token)])
     axes[0].vlines(torch.randint(L, (128,)) * token, *axes[0].get_ylim(), color='C0', lw=.3)
     visible, cover = block_mask(1, L)
     panel(axes[1], 'jepa: from what is white, predict the teacher\'s features in four blocks (red; darker where two overlap); grey is hidden, not predicted',
@@ -695,7 +695,7 @@ def draw(row, path):
         panel(ax, f'data2vec, dinosr, hubert with spans of {ms} ms: hidden tokens (red); predicted are the teacher\'s top layers, its codes, its soft clusters',
               x, runs(span_mask(1, L, span)[0], token))
     x = long['x'][0, 1]
-    panel(axes[4], 'cmsc: two halves of one record (blue, green) attract, those of other patients repel', x, [(0, 5)], 'C0')
+    panel(axes[4], 'cmsc: two halves of one record (orange, green) attract, those of other patients repel', x, [(0, 5)], 'C1')
     axes[4].axvspan(5, 10, color='C2', alpha=.35, lw=0)
     beats = cut_beats(long['x'][:, 1:2], long['peaks'], 230)[0, 0].ne(0)                     # (P, length)
     half = torch.rand(len(beats)).argsort() < len(beats) // 2

@@ -1,4 +1,8 @@
-"""Prepared datasets that several tests share, in a folder of their own."""
+"""Prepared datasets that several tests share, in a folder of their own; and one thread, for tensors so small that threads wait for each other longer than they work."""
+import os
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')                    # before torch is imported, and for the scripts that tests start
+
 import pytest
 
 import data

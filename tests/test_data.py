@@ -625,3 +625,24 @@ def test_odd_label_files_are_one_line(tmp_path, text, why):
     (tmp_path / 'l.csv').write_bytes(text.encode('latin-1'))
     with pytest.raises(Stop, match=why):
         list(data.array(tmp_path / 'x.npy', 250, LEADS, 'mV', tmp_path / 'l.csv'))
+
+
+def test_a_wrong_rate_or_gain_is_asked_about(here, capsys):
+    """Einthoven's law holds at any rate and gain; the usual heart rate and size of a lead do not."""
+    ds = Dataset('sample')
+    np.save('known.npy', np.stack([ds.collate([i], [0], 2400)['x'][0].numpy() for i in range(30)]))
+    rate = np.median([60 * ds.peak_count[i] / (ds.length[i] / 240) for i in range(30)])
+    for name, flags, asked in (('right', ['--fs-in', '240'], False), ('fast', ['--fs-in', '500'], True), ('small', ['--fs-in', '240', '--unit', 'uV'], None)):
+        if asked is None:
+            np.save('known.npy', 200 * np.load('known.npy'))     # counts of 5 uV taken for microvolts
+        data.main(['array', '--root', 'known.npy', '--out', name, '--workers', '1', *flags])
+        said = capsys.readouterr().out
+        assert ('is the rate or the gain another' in said) == (asked is not False)
+        assert asked is not False or f'{rate:.0f} or more beats a minute' in said
+
+
+def test_columns_of_labels_in_any_case(here):
+    np.save('case.npy', np.random.default_rng(0).normal(0, .2, (12, 12, 1300)).cumsum(2) * .05)
+    Path('case.csv').write_text('ID,Patient,sick\n' + ''.join(f'r{i},p{i // 2},{i % 2}\n' for i in range(12)))
+    data.main(['array', '--root', 'case.npy', '--fs-in', '240', '--labels', 'case.csv', '--out', 'case', '--workers', '1', '--no-peaks'])
+    assert Dataset('case').id[3] == 'r3' and Dataset('case').label_names == ['label/sick']
