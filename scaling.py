@@ -2053,7 +2053,7 @@ def flags_of(part, arm, a):
     fill = dict(long=4 * a.steps)
     if '{pool}' in (flags := STUDY[part].arms[arm]):
         fill['pool'] = len(Dataset('ludb,cinc').split()[0])
-    return train.knobs().parse_args(['--steps', str(a.steps), *flags.format(**fill).split()])
+    return train.knobs().parse_args(['--steps', str(a.steps), '--size', a.size, '--data', a.data, *flags.format(**fill).split()])
 
 
 def seeds_of(part, a):
@@ -2179,9 +2179,9 @@ def study(a):
 def study_part(name, a, device):
     """One part of the study: its runs, its looks, and its two tables."""
     part, seeds, threads = STUDY[name], seeds_of(name, a), torch.get_num_threads()
-    table, size = lambda what: Path(a.out, f'study_{name}_{what}.csv'), dict(steps=str(a.steps), batch=str(a.batch))
+    table, size = lambda what: Path(a.out, f'study_{name}_{what}.csv'), dict(pretrained_on=a.data, size=a.size, steps=str(a.steps), batch=str(a.batch))
     if table('arms').exists() and any(r[k] != v for r in csv.DictReader(open(table('arms'), newline='')) for k, v in size.items()):
-        raise Stop(f'{table("arms")} was made with other --steps or --batch: take another --out')
+        raise Stop(f'{table("arms")} was made with another --data, --size, --steps or --batch: take another --out')
     runs = study_runs(name, a, device)
     left = {str(f): (pretrain, (f, t)) for pairs in runs.values() for f, t in pairs if begun(f, t).get('step') != t.steps}
     print(f'{name}: {part.question} {len(part.arms)} arms, {len(seeds)} seeds; {len(left)} of {sum(map(len, runs.values()))} runs to make', flush=True)
@@ -2334,6 +2334,8 @@ def study_flags(p):
     """The flags of study."""
     p.add_argument('part', nargs='*', help='default: all; ' + '; '.join(f'{k}: {v.question}' for k, v in STUDY.items()))
     p.add_argument('--seeds', nargs='+', type=int, help='of pretraining (default: 0 to 5 for objectives, else 0 1 2)')
+    p.add_argument('--data', default='synthetic', help='to pretrain on where a part does not say; on a GPU synthetic@1000000')
+    p.add_argument('--size', default='tiny', choices=['tiny', 'small', 'base'])
     p.add_argument('--steps', type=int, default=300, help='of pretraining')
     p.add_argument('--batch', type=int, default=32)
     p.add_argument('--jobs', type=int, help='processes (default: one per thread that torch has, 1 on CUDA)')
