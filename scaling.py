@@ -2180,7 +2180,7 @@ def study_part(name, a, device):
     """One part of the study: its runs, its looks, and its two tables."""
     part, seeds, threads = STUDY[name], seeds_of(name, a), torch.get_num_threads()
     table, size = lambda what: Path(a.out, f'study_{name}_{what}.csv'), dict(pretrained_on=a.data, size=a.size, steps=str(a.steps), batch=str(a.batch))
-    if table('arms').exists() and any(r[k] != v for r in csv.DictReader(open(table('arms'), newline='')) for k, v in size.items()):
+    if table('arms').exists() and any(r.get(k) != v for r in csv.DictReader(open(table('arms'), newline='')) for k, v in size.items()):
         raise Stop(f'{table("arms")} was made with another --data, --size, --steps or --batch: take another --out')
     runs = study_runs(name, a, device)
     left = {str(f): (pretrain, (f, t)) for pairs in runs.values() for f, t in pairs if begun(f, t).get('step') != t.steps}
