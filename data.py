@@ -599,7 +599,10 @@ def array(path, fs, leads, unit, labels=None):
         for name, cell in row.items():
             if name not in known and cell and not math.isfinite(number(cell)):
                 raise Stop(f'{labels}, row {i + 1}, column {name}: {str(cell)[:40]!r} is no number; use 1, 0, or blank for unknown')
-        yield Record(row.get('id') or f'{Path(path).stem}/{i}', row.get('patient') or '', np.array(x, float), fs, tuple(leads), unit,
+        patient = row.get('patient') or ''
+        if math.isfinite(number(patient)):                       # a patient's number is no record's number, which `overlap` looks for too
+            patient = f'patient {patient}'
+        yield Record(row.get('id') or f'{Path(path).stem}/{i}', patient, np.array(x, float), fs, tuple(leads), unit,
                      number(row.get('age')), sex, {f'label/{k}': number(v) for k, v in row.items() if k not in known} if labels else None,
                      fold)
 

@@ -10,6 +10,7 @@ import torch
 import wfdb
 
 import data
+import evaluate
 from data import LEADS, Contract, Dataset, Defect, Record, Stop, conform, find_peaks, fold_of, prepare, resample, synthesize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -646,3 +647,12 @@ def test_columns_of_labels_in_any_case(here):
     Path('case.csv').write_text('ID,Patient,sick\n' + ''.join(f'r{i},p{i // 2},{i % 2}\n' for i in range(12)))
     data.main(['array', '--root', 'case.npy', '--fs-in', '240', '--labels', 'case.csv', '--out', 'case', '--workers', '1', '--no-peaks'])
     assert Dataset('case').id[3] == 'r3' and Dataset('case').label_names == ['label/sick']
+
+
+def test_numbers_of_patients_are_not_those_of_records(here):
+    """Records 0 to 11 of patients 6 to 17, half of them pretrained on: none of the others counts as seen."""
+    np.save('numbers.npy', np.random.default_rng(0).normal(0, .2, (12, 12, 1300)).cumsum(2) * .05)
+    Path('numbers.csv').write_text('id,patient,sick\n' + ''.join(f'{i},{i + 6},{i % 2}\n' for i in range(12)))
+    data.main(['array', '--root', 'numbers.npy', '--fs-in', '240', '--labels', 'numbers.csv', '--out', 'numbers', '--workers', '1', '--no-peaks'])
+    ds = Dataset('numbers')
+    assert evaluate.overlap(ds, {*ds.patient[:6].tolist(), *ds.id[:6].tolist()}).tolist() == [True] * 6 + [False] * 6

@@ -41,3 +41,10 @@ def test_files_linked_are_there():
 def test_requirements_are_the_six_packages_pinned():
     lines = (ROOT / 'requirements.txt').read_text().split()
     assert sorted(re.fullmatch(r'(\w+)==[\d.]+', line)[1] for line in lines) == ['numpy', 'pytest', 'scipy', 'torch', 'tqdm', 'wfdb']
+
+
+def test_anchors_linked_are_headings():
+    text = re.sub(r'(?m)^    .*$', '', (ROOT / 'README.md').read_text())
+    slugs = [re.sub(r'[^\w\- ]', '', h.lower()).replace(' ', '-') for h in re.findall(r'(?m)^#+ (.*)$', text)]
+    linked = re.findall(r'\]\(#([^)]+)\)', text)
+    assert len(linked) > 20 and [a for a in linked if slugs.count(a) != 1] == []
