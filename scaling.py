@@ -2311,7 +2311,7 @@ def draw_claims(found, path):
 
 
 def draw_grid(rows, path):
-    """Macro AUROC of every objective and backbone in four looks, random encoders as bars."""
+    """Macro AUROC of every objective and backbone in each look, random encoders as bars."""
     looks = list(dict.fromkeys((r['data'], r['mode'], r['labels']) for r in rows))
     fig, axes = figure(1, len(looks), figsize=(2.6 * len(looks) + 1, 5), layout='constrained', sharey=True, squeeze=False)
     arms = [n for n in dict.fromkeys(r['arm'] for r in rows) if n in GRID]
