@@ -2288,9 +2288,10 @@ def claims_command(a):
         print(f'| {"" if again else r["claim"]} | {r["data"]}, {r["mode"]}, {r["labels"]} | {r["n"]:,}, {r["seeds"]} | {r["against"]} '
               f'{r["difference"]:+.3f} [{r["low"]:+.3f}, {r["high"]:+.3f}] | {r["detectable"]:.3f} | {r["verdict"]} |')
     draw_claims(found, out / 'claims.png')
-    if rows := tables.get('study_grid_arms'):
-        draw_grid(rows, out / 'study_grid.png')
-    print(f'\nin {out}/: claims.csv, claims.png' + ', study_grid.png' * bool(rows))
+    parts = [name for name in STUDY if f'study_{name}_arms' in tables]
+    for name in parts:
+        draw_part(tables[f'study_{name}_arms'], out / f'study_{name}.png')
+    print(f'\nin {out}/: claims.csv, claims.png, ' + ', '.join(f'study_{name}.png' for name in parts))
 
 
 def draw_claims(found, path):
@@ -2306,26 +2307,29 @@ def draw_claims(found, path):
     for verdict_, c in colour.items():
         ax.plot([], [], 'o-', color=c, label=verdict_)
     ax.legend(fontsize=7, loc='lower right')
-    ax.set(xlabel='difference in macro AUROC that decides, the claimed winner first; shaded: would not matter', ylim=(-.7, len(found) - .3))
+    ax.set_ylim(-.7, len(found) - .3)
+    fig.supxlabel('the difference that decides, the claimed winner minus the other, in macro AUROC; shaded: it would not matter', size=9)
     fig.savefig(path, dpi=120)
 
 
-def draw_grid(rows, path):
-    """Macro AUROC of every objective and backbone in each look, random encoders as bars."""
+def draw_part(rows, path):
+    """Macro AUROC of every arm of a part in each look, random encoders as bars."""
     looks = list(dict.fromkeys((r['data'], r['mode'], r['labels']) for r in rows))
-    fig, axes = figure(1, len(looks), figsize=(2.6 * len(looks) + 1, 5), layout='constrained', sharey=True, squeeze=False)
-    arms = [n for n in dict.fromkeys(r['arm'] for r in rows) if n in GRID]
+    arms = [n for n in dict.fromkeys(r['arm'] for r in rows) if n in STUDY[rows[0]['part']].arms][::-1]
+    last = list(dict.fromkeys(n.partition(' ')[2] for n in reversed(arms)))                  # levels of the second factor, if there is one
+    fig, axes = figure(1, len(looks), figsize=(2.6 * len(looks) + 1, .27 * len(arms) + 1.2), layout='constrained', sharey=True, squeeze=False)
     for ax, at in zip(axes[0], looks):
         mine = {r['arm']: r for r in rows if (r['data'], r['mode'], r['labels']) == at}
-        for i, arm in enumerate(reversed(arms)):
-            r = mine[arm]
-            c = f'C{BACKBONES_3.index(arm.split()[1])}'
-            ax.plot([float(r['low']), float(r['high'])], [i, i], color=c)
-            ax.plot(r['mean'], i, 'o', ms=4, color=c)
+        for i, arm in enumerate(arms):
+            r, colour = mine[arm], f'C{last.index(arm.partition(" ")[2])}'
+            ax.plot([float(r['low']), float(r['high'])], [i, i], color=colour)
+            ax.plot(r['mean'], i, 'o', ms=4, color=colour)
             if r['minus_random']:
                 ax.plot(r['mean'] - float(r['minus_random'].split()[0]), i, '|', ms=9, color='k')
         ax.set_title(', '.join(at), size=8)
-    axes[0, 0].set_yticks(range(len(arms)), list(reversed(arms)))
+        ax.locator_params(axis='x', nbins=4)
+    axes[0, 0].set_yticks(range(len(arms)), arms)
+    axes[0, 0].set_ylim(-.6, len(arms) - .4)
     fig.supxlabel('macro AUROC; bar: random encoders of the same shape', size=9)
     fig.savefig(path, dpi=120)
 

@@ -293,7 +293,7 @@ def test_a_part_of_the_study_is_rebuilt(here, monkeypatch, capsys):
         for kept in (Path(__file__).parent.parent / 'assets/results').glob(f'study_*_{what}.csv'):
             assert list(found[0]) == list(csv.DictReader(open(kept)).fieldnames)
     scaling.main(['claims', 'st', '--out', 'st/claims'])
-    assert "raw" in (said := capsys.readouterr().out) and said.count("can't tell") == 1 and Path('st/claims/claims.png').exists()      # of two seeds
+    assert "raw" in (said := capsys.readouterr().out) and said.count("can't tell") == 1 and Path('st/claims/claims.png').exists() and Path('st/claims/study_masking.png').exists()      # of two seeds
     with pytest.raises(Stop, match='another --data'):
         scaling.main([*flags, '--steps', '3'])
     for bad, line in ((['nothing'], 'no part nothing'), (['filtered'], 'needs ptbxl1819')):
