@@ -2230,6 +2230,7 @@ CLAIMS = (Claim('CPC is the best objective, on S4', 'objectives', 'objective', '
           Claim('the same of what pretraining adds to random weights', 'grid', 'gain by backbone, mean', 's4', BACKBONES_3[1:], 'better'),
           Claim('S4 beats Transformer and CNN, mean of objectives, other modes', 'modes', 'backbone, mean', 's4', BACKBONES_3[1:], 'better'),
           Claim('S4 beats Transformer and CNN, by CPC, equal FLOPs', 'flops', 'backbone, cpc', 's4', BACKBONES_3[1:], 'better'),
+          Claim('the same of what CPC adds to random weights, equal FLOPs', 'flops', 'gain by backbone, cpc', 's4', BACKBONES_3[1:], 'better'),
           Claim('all pretraining records help over 100, mean of objectives', 'records', 'records, mean', 'all', ('100',), 'better'),
           Claim('6 layers of S4 are better than 4, mean of CPC and JEPA', 'depth', 'layers, mean', '6', ('4',), 'better'),
           Claim('any share hidden from 5 to 75 % will do (MAE)', 'masking', 'variant', 'hide50', ('hide05', 'hide25', 'hide75'), 'close'),
