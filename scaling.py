@@ -2307,7 +2307,7 @@ def draw_claims(found, path):
     ax.set_yticks(range(len(found)), [f'{r["claim"]}: {r["data"]}, {r["mode"]}, {r["labels"]}' for r in reversed(found)], fontsize=6)
     for verdict_, c in colour.items():
         ax.plot([], [], 'o-', color=c, label=verdict_)
-    ax.legend(fontsize=7, loc='lower right')
+    ax.legend(fontsize=7, loc='upper right')
     ax.set_ylim(-.7, len(found) - .3)
     fig.supxlabel('the difference that decides, the claimed winner minus the other, in macro AUROC; shaded: it would not matter', size=9)
     fig.savefig(path, dpi=120)
