@@ -668,7 +668,6 @@ def main(argv=None):
     try:
         train(a, out, checkpoint)
         if dist.is_initialized():
-            dist.barrier()                                       # who leaves while gloo's threads still let go of tensors aborts
             dist.destroy_process_group()
     except KeyboardInterrupt:
         raise Stop(f'\nstopped; go on from the last save (every {a.save_every} steps) with python train.py --resume --out {out}')
@@ -676,3 +675,6 @@ def main(argv=None):
 
 if __name__ == '__main__':
     script(main, 'stopped')
+    if 'RANK' in os.environ:                                     # gloo's threads that still let go of tensors abort if the interpreter is taken down around them
+        sys.stdout.flush()
+        os._exit(0)

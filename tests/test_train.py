@@ -291,6 +291,7 @@ def as_one_of_two(rank, folder, port, flags):
     objective = train.train(a, Path(a.out))
     torch.save(dict(objective.named_parameters()), f'{a.out}_{rank}.pt')
     torch.distributed.destroy_process_group()
+    os._exit(0)                                                  # as at the end of train.py
 
 
 def averaged_gradient(rank, folder, port):
@@ -303,6 +304,7 @@ def averaged_gradient(rank, folder, port):
     if not rank:
         torch.save([p.grad for p in objective.parameters()], f'{folder}/gradient.pt')
     torch.distributed.destroy_process_group()
+    os._exit(0)                                                  # as at the end of train.py
 
 
 def still_supervised(folder, share):
