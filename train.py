@@ -406,7 +406,7 @@ def train(a, out, checkpoint=None, until=None):
             log.append(dict(step=step, lr=optimiser.param_groups[0]['lr'], loss=loss.item(), gradient=norm.item(), **state, alarm=alarm, probe=probe,
                             seconds=round(spent, 2), crops_per_second=round((step + 1 - first) * a.batch / (time.time() - began), 1), device=str(device)))
             print(f'{step:7,d} {spent:8.1f} {loss.item():8.4f} {norm.item():8.3f}  ' + ' '.join(f'{k} {v:.3g}' for k, v in state.items())
-                  + (('' if not probing else f'  probe AUROC {probe:.3f}' if math.isfinite(probe) else '  no probe: too few labelled records')) + (f'  ! {alarm}' if alarm else ''), flush=True)
+                  + ('' if not probing else f'  probe AUROC {probe:.3f}' if math.isfinite(probe) else '  no probe: too few labelled records') + (f'  ! {alarm}' if alarm else ''), flush=True)
         if saving and not rank:
             keep(step + 1)
             write_csv(out / 'log.csv', log)

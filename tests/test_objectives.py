@@ -643,3 +643,15 @@ def test_pairs_and_picture(tmp_path, here, capsys):
     assert all(name in text for name in OBJECTIVES)
     objectives.main(['--out', str(tmp_path / 'o.png')])
     assert (tmp_path / 'o.png').stat().st_size > 10_000
+
+
+def test_raw_target_is_millivolts():
+    """Patch by patch, lead by lead, the signal itself; with a zeroed head the loss is its mean square over all patches but one."""
+    objective, batch = MAE(Encoder(sized('vit', 'tiny')), hide=.999, raw_target=True).eval(), records(2, 480)
+    target = objective.target(batch)                             # (B, 40, 12 12): 50 ms are 12 samples
+    x = batch['x']
+    assert all(torch.equal(target[b, i, 12 * lead:12 * lead + 12], x[b, lead, 12 * i:12 * i + 12]) for b in (0, 1) for i in (0, 17, 39) for lead in (0, 11))
+    objective.head.weight.data.zero_(), objective.head.bias.data.zero_()
+    squares = target.square().mean(2)                            # (B, 40)
+    loss = objective(batch)[0].item()
+    assert squares.sum().sub(squares.amax(1).sum()).item() / 78 - 1e-7 <= loss <= squares.sum().sub(squares.amin(1).sum()).item() / 78 + 1e-7
