@@ -1173,7 +1173,7 @@ def trajectories(ax, rows, chosen):
 
 def labels_command(a):
     """Loss and AUROC on an arm's anchor labels, and out of distribution, against the number of labels trained on."""
-    rows, losses = read_runs(a.runs, a.loss, ('arm', 'labels'))
+    rows, losses = read_runs(a.runs, a.loss, ('N', 'D', 'arm', 'labels'))
     rows = [r for r in rows if r['arm'] in ('dominant', 'tail')]
     if not rows:
         raise Stop(f'{a.runs} has no rows whose arm is dominant or tail: labels needs training on more and more labels around a fixed anchor')
@@ -1231,6 +1231,8 @@ def winners_command(a):
             field = loss if loss.startswith('ood_') else f'{loss} of {part[0].get("objective") or group}'     # losses of two objectives have two units
             for r in select(part, loss):
                 cells.setdefault((field, half_decade(r['N']), r['D']), {}).setdefault(group, []).append(r[loss])
+    if not cells:
+        raise Stop(f'{a.runs}: no two losses can be compared')
     for (field, N, D), found in sorted(cells.items()):
         means = {g: float(np.mean(v)) for g, v in found.items()}
         best = min(means, key=means.get)
@@ -1311,6 +1313,9 @@ def error_command(a):
     table, drawn = [], []
     for group, mine in configurations(rows).items():
         chosen = select([r for r in mine if math.isfinite(r['id_test'])], 'id_test')
+        if not chosen:
+            print(f'{group}: left out, no id_test')
+            continue
         if any(r.get('objective', '').lower().rstrip('+') in MOVING for r in chosen):
             print(f"{group}: careful, the targets move with the run, so its loss is no common scale")
         elif reason := incomparable(chosen, 'id_test'):

@@ -390,6 +390,18 @@ def test_bad_flags_and_columns_are_one_line(tmp_path, monkeypatch, flags, words)
     assert '\n' not in str(stop.value) and not list(tmp_path.glob('*_*'))
 
 
+def test_a_table_with_nothing_to_compare_is_one_line(tmp_path, capsys):
+    rows = [dict(objective=o, arm='tail', labels=n, N=n, D=n, id_test=v, ood_a_auroc=.5 + n / 100) for o, v in (('jepa', .5), ('cpc', '')) for n in (10, 20, 30, 40)]
+    write(tmp_path / 'runs.csv', rows)
+    write(tmp_path / 'bare.csv', [{k: v for k, v in r.items() if k not in 'ND'} for r in rows])
+    with pytest.raises(Stop, match='no two losses'):
+        scaling.main(['winners', str(tmp_path / 'runs.csv')])
+    with pytest.raises(Stop, match='lacks the column N, D'):
+        scaling.main(['labels', str(tmp_path / 'bare.csv')])
+    scaling.main(['loss-vs-error', str(tmp_path / 'runs.csv')])
+    assert 'cpc: left out, no id_test' in capsys.readouterr().out
+
+
 def test_cmsc_with_several_batch_sizes_is_refused():
     rows = [dict(objective='cmsc', batch=b) for b in (32, 64)]
     assert 'batch size' in scaling.incomparable(rows, 'id_test') and not scaling.incomparable(rows, 'ood_a_test') and not scaling.incomparable(rows[:1], 'id_test')
