@@ -62,32 +62,22 @@ def read_runs(path, losses=None, needed=('N', 'D')):
         raise Stop(f'{path} has no rows')
     columns = [c for c in reader.fieldnames if c]
     losses = losses or [c for c in columns if re.fullmatch('id_test|ood_.+_test', c)] or [c for c in columns if c == 'loss']
-    missing = [c for c in (*needed, *losses) if c not in columns]
     if words := [c for c in losses if c in TEXT]:
         raise Stop(f'{words[0]} is no loss: name a column of numbers with --loss')
-    if missing or not losses:
-        lacks = f'the column {", ".join(missing)}' if missing else 'id_test and ood_*_test: name the column of its loss with --loss'
-        raise Stop(f'{path} lacks {lacks}; it has {", ".join(columns)}')
+    if missing := [c for c in (*needed, *losses) if c not in columns]:
+        raise Stop(f'{path} lacks the column {", ".join(missing)}; it has {", ".join(columns)}')
+    if not losses:
+        raise Stop(f'{path} lacks id_test and ood_*_test: name the column of its loss with --loss; it has {", ".join(columns)}')
     for row in rows:
         if None in row or None in row.values():
             raise Stop(f'{path}, line {row["line"]}: not as many cells as the header has')
         row |= {c: real(row[c]) for c in columns if c not in TEXT}
-    for column, what, least in (('N', 'parameters', 10), ('D', 'records', 1)):
-        if column in needed:
-            check_units(path, rows, column, what, least)
-    seen = {}
-    for row in rows:
-        key = [row.get(c) for c in (('run', 'step', 'mode', 'D_F', 'task') if row.get('run') else columns)]
-        if (first := seen.setdefault(str(key), row['line'])) != row['line']:
-            raise Stop(f'{path}: lines {first} and {row["line"]} are the same ' + (f'step of run {row["run"]}' if row.get('run') else 'row')
-                       + ': remove one')
+    for name, what, least in (('N', 'parameters', 10), ('D', 'records', 1)):
+        if name in needed:
+            check_units(path, rows, name, what, least)
+    check_twice(path, rows, columns)
     if {'run', 'finished'} <= set(columns):
-        ended = {row['run'] for row in rows if row['finished'] != 0}
-        if left := {row['run'] for row in rows} - ended:
-            print(f'{len(left)} runs have not finished and are left out: let the sweep go on')
-            rows = [row for row in rows if row['run'] in ended]
-        if not rows:
-            raise Stop(f'{path}: no run has finished')
+        rows = without_unfinished(path, rows)
     return rows, losses
 
 
@@ -99,36 +89,74 @@ def real(text):
         return math.nan
 
 
-def check_units(path, rows, column, what, least):
+def column(rows, name):
+    """One column of rows as floats (n,), NaN where it is missing."""
+    return np.array([r.get(name, math.nan) for r in rows], float)
+
+
+def check_units(path, rows, name, what, least):
     """Raises Stop where N or D is no count, or looks like thousands or millions in some rows and like ones in others."""
     for row in rows:
-        value = row[column]
+        value = row[name]
         if not 0 < value < math.inf:
-            raise Stop(f'{path}, line {row["line"]}: {column} must be a positive number of {what}')
+            raise Stop(f'{path}, line {row["line"]}: {name} must be a positive number of {what}')
         if value < least or value % 1:
-            raise Stop(f'{path}, line {row["line"]}: {column} = {value:g} is no count of {what}; thousands or millions? Write the number out in every row')
-    levels = np.unique([row[column] for row in rows])
-    gap = int(np.argmax(levels[1:] / levels[:-1])) if len(levels) > 1 else 0
-    if levels[-1] / levels[0] > 1e7 or len(levels) > 1 and levels[gap + 1] / levels[gap] >= 1000:
-        raise Stop(f'{path}: {column} runs from {levels[0]:,.0f} to {levels[-1]:,.0f} with nothing between {levels[gap]:,.0f} and '
+            raise Stop(f'{path}, line {row["line"]}: {name} = {value:g} is no count of {what}; thousands or millions? Write the number out in every row')
+    levels = np.unique(column(rows, name))
+    if len(levels) == 1:
+        return
+    ratios = levels[1:] / levels[:-1]
+    gap = ratios.argmax()
+    if ratios[gap] >= 1000 or levels[-1] / levels[0] > 1e7:
+        raise Stop(f'{path}: {name} runs from {levels[0]:,.0f} to {levels[-1]:,.0f} with nothing between {levels[gap]:,.0f} and '
                    f'{levels[gap + 1]:,.0f}; mixed units? Give the number of {what} in every row')
+
+
+def check_twice(path, rows, columns):
+    """Raises Stop where a step of a run, or a whole row of a table without runs, is there twice."""
+    seen = {}
+    for row in rows:
+        run = row.get('run')
+        key = str([row.get(c) for c in (('run', 'step', 'mode', 'D_F', 'task') if run else columns)])
+        first = seen.setdefault(key, row['line'])
+        if first != row['line']:
+            what = f'step of run {run}' if run else 'row'
+            raise Stop(f'{path}: lines {first} and {row["line"]} are the same {what}: remove one')
+
+
+def without_unfinished(path, rows):
+    """The rows of runs of which one row says that it has finished."""
+    ended = {row['run'] for row in rows if row['finished'] != 0}
+    if left := {row['run'] for row in rows} - ended:
+        print(f'{len(left)} runs have not finished and are left out: let the sweep go on')
+    if not ended:
+        raise Stop(f'{path}: no run has finished')
+    return [row for row in rows if row['run'] in ended]
 
 
 def configurations(rows):
     """Rows by (family, paradigm, objective), and by arm where there are several: {name: rows}."""
-    columns = ['family', 'paradigm', 'objective'] + ['arm'] * (len({r.get('arm') for r in rows}) > 1)
+    several = len({r.get('arm') for r in rows}) > 1
+    columns = ('family', 'paradigm', 'objective', 'arm') if several else ('family', 'paradigm', 'objective')
     groups = {}
     for row in rows:
         groups.setdefault(' '.join(row[c] for c in columns if row.get(c)) or 'all runs', []).append(row)
     return groups
 
 
+def moving(rows):
+    """The objective of a configuration whose targets move with the run, else ''."""
+    objective = rows[0].get('objective', '').lower().rstrip('+')
+    return objective if objective in MOVING else ''
+
+
 def incomparable(rows, loss):
     """Why these runs' losses cannot be held against each other, or ''."""
-    objective = rows[0].get('objective', '').lower().rstrip('+')
-    if objective in MOVING and not loss.startswith('ood_'):
+    if loss.startswith('ood_'):
+        return ''
+    if objective := moving(rows):
         return f"{objective}'s targets come from a network or codebook that learns too, so losses of two runs do not compare: only ood_*_test is fitted"
-    if objective == 'cmsc' and not loss.startswith('ood_') and len({str(r.get('batch')) for r in rows}) > 1:
+    if rows[0].get('objective', '').lower() == 'cmsc' and len({str(r.get('batch')) for r in rows}) > 1:
         return "cmsc's loss depends on the batch size (the number of negatives), and these runs have several"
     return ''
 
@@ -145,10 +173,12 @@ def select(rows, loss):
     val = validation(loss)
 
     def best(group, what):
-        if len(group) > 1 and (val == loss or any(not math.isfinite(r.get(val, math.nan)) for r in group)):
+        if len(group) == 1:
+            return group[0]
+        if val == loss or not np.isfinite(column(group, val)).all():
             raise Stop(f'{what} for {loss}, and no validation loss ({val if val != loss else "NAME_val beside NAME_test"}) to choose by: '
                        'the lowest test loss would be optimistic. Keep one of them')
-        return min(group, key=lambda r: r[val]) if len(group) > 1 else group[0]
+        return min(group, key=lambda r: r[val])
 
     for row in rows:
         if not 0 < row[loss] < math.inf:
@@ -165,14 +195,10 @@ def select(rows, loss):
         twins.setdefault((row['N'], row['D'], row.get('labels'), row.get('seed', row['line'])), []).append(row)
     chosen = []
     for (N, D, _, seed), group in twins.items():
-        tuned = len({str(r.get('lr')) for r in group}) > 1
-        chosen += [best(group, f'N = {N:,.0f}, D = {D:,.0f}, seed {seed:g} has several learning rates')] if tuned else group
+        if len({str(r.get('lr')) for r in group}) > 1:
+            group = [best(group, f'N = {N:,.0f}, D = {D:,.0f}, seed {seed:g} has several learning rates')]
+        chosen += group
     return sorted(chosen, key=lambda r: (r['N'], r['D'], str(r.get('seed')), r['line']))
-
-
-def column(rows, name):
-    """One column of rows as floats (n,), NaN where it is missing."""
-    return np.array([r.get(name, math.nan) for r in rows], float)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1316,7 +1342,7 @@ def error_command(a):
         if not chosen:
             print(f'{group}: left out, no id_test')
             continue
-        if any(r.get('objective', '').lower().rstrip('+') in MOVING for r in chosen):
+        if moving(chosen):
             print(f"{group}: careful, the targets move with the run, so its loss is no common scale")
         elif reason := incomparable(chosen, 'id_test'):
             print(f'{group}: left out, {reason}')

@@ -391,7 +391,7 @@ def test_bad_flags_and_columns_are_one_line(tmp_path, monkeypatch, flags, words)
 
 
 def test_a_table_with_nothing_to_compare_is_one_line(tmp_path, capsys):
-    rows = [dict(objective=o, arm='tail', labels=n, N=n, D=n, id_test=v, ood_a_auroc=.5 + n / 100) for o, v in (('jepa', .5), ('cpc', '')) for n in (10, 20, 30, 40)]
+    rows = [dict(objective=o, arm='tail', labels=n, N=n, D=n, id_test=n if o == 'jepa' else '', ood_a_auroc=.9 - n / 100) for o in ('jepa', 'cpc') for n in (10, 20, 30, 40)]
     write(tmp_path / 'runs.csv', rows)
     write(tmp_path / 'bare.csv', [{k: v for k, v in r.items() if k not in 'ND'} for r in rows])
     with pytest.raises(Stop, match='no two losses'):
