@@ -22,7 +22,7 @@ test loss is fitted. Tables, figures and JSON in full precision land beside the 
 import argparse, contextlib, copy, csv, io, itertools, json, math, multiprocessing, os, re, shutil, textwrap, threading, time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,6 @@ from objectives import OBJECTIVES
 
 MOVING = ('jepa', 'data2vec', 'dinosr', 'hubert')                # their targets move with the run: losses of two runs do not compare
 TEXT = ('run', 'family', 'paradigm', 'objective', 'arm', 'mode', 'size', 'task')             # columns that are no numbers
-LOW, HIGH = 1e-3, 3.                                             # what an exponent may be
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,7 +238,8 @@ def optimum(C, law, k, u=1., v=1.):
     if np.any(v <= 0) or np.any(u <= 0):
         raise ValueError(f'compute grows as N^{np.min(u):.2f} D^{np.min(v):.2f}: with an exponent of zero or less that side is free, and no optimum exists')
     E, A, B, alpha, beta = law
-    H, total = (v * alpha * A / (u * beta * B)) ** (1 / (u * beta + v * alpha)), u * beta + v * alpha
+    total = u * beta + v * alpha
+    H = (v * alpha * A / (u * beta * B)) ** (1 / total)
     return H ** v * (C / k) ** (beta / total), H ** -u * (C / k) ** (alpha / total)
 
 
@@ -284,6 +284,12 @@ def minimum_data(N, law, tolerance):
 # ---------------------------------------------------------------------------------------------------------------------
 # fitting
 
+LOW, HIGH = 1e-3, 3.                                             # what an exponent may be
+NEAR_LOW, NEAR_HIGH = LOW * 1.01, HIGH / 1.01                    # one beyond these has ended at its bound
+AXES = {'joint': ('N', 'D'), 'N': ('N',), 'D': ('D',)}           # what a law is fitted over
+EXPONENT = {'N': 'alpha', 'D': 'beta'}
+
+
 def project(N, D, L, grid=25):
     """The joint law by variable projection: for given exponents it is linear in (E, A, B) >= 0, so only those two are searched, on a log
     grid and then by Nelder-Mead. Least squares of the raw loss. N, D, L (n,). Returns Law."""
@@ -292,7 +298,7 @@ def project(N, D, L, grid=25):
 
     def solve(alpha, beta):
         X[:, 1], X[:, 2] = (N / N0) ** -alpha, (D / D0) ** -beta
-        return scipy.optimize.nnls(X, L)
+        return scipy.optimize.nnls(X, L)                         # (E, A, B), root of the sum of squares
 
     values = np.geomspace(LOW, HIGH, grid)
     coarse = min(itertools.product(values, values), key=lambda e: solve(*e)[1])
@@ -309,18 +315,21 @@ def marginal(x, L, floor=None, weight=1.):
     PLUS what the records held fixed cost, and the other way round. Returns (E, A, alpha, sum of squares)."""
     x0, w = np.exp(np.log(x).mean()), np.broadcast_to(weight, x.shape)
     grid = np.linspace(math.log(LOW), math.log(HIGH), 150)
-    for _ in range(7):
-        z = (x / x0) ** -np.exp(grid)[:, None]                   # (exponents, n)
+    for _ in range(7):                                           # each time finer around the best
+        alpha = np.exp(grid)
+        z = (x / x0) ** -alpha[:, None]                          # (exponents, n)
         Sw, Sz, Szz, Sy, Szy = w.sum(), z @ w, z ** 2 @ w, L @ w, z @ (w * L)
-        E = np.full(len(grid), floor) if floor is not None else np.maximum(0, (Sy * Szz - Sz * Szy) / np.maximum(Sw * Szz - Sz ** 2, 1e-300))
-        A = (Szy - E * Sz) / Szz
-        E = np.where(A < 0, Sy / Sw, E) if floor is None else E
-        A = np.maximum(A, 0)
+        if floor is None:
+            E = np.maximum(0, (Sy * Szz - Sz * Szy) / np.maximum(Sw * Szz - Sz ** 2, 1e-300))
+            E = np.where(Szy < E * Sz, Sy / Sw, E)               # losses that rise: their mean, and A = 0
+        else:
+            E = np.full(len(grid), floor)
+        A = np.maximum(0, (Szy - E * Sz) / Szz)
         rss = ((L - E[:, None] - A[:, None] * z) ** 2) @ w
-        i = rss.argmin()
-        best, step = (float(E[i]), float(A[i] * x0 ** np.exp(grid[i])), float(np.exp(grid[i])), float(rss[i])), grid[1] - grid[0]
+        i, step = rss.argmin(), grid[1] - grid[0]
+        best = E[i], A[i] * x0 ** alpha[i], alpha[i], rss[i]
         grid = np.clip(np.linspace(grid[i] - step, grid[i] + step, 41), math.log(LOW), math.log(HIGH))
-    return best
+    return tuple(map(float, best))
 
 
 def huber(r, delta):
@@ -345,35 +354,9 @@ def objective_sum(p, x, y, l, delta):
     return huber(r, delta).sum(), -(np.clip(r, -delta, delta)[:, None] * J).sum(0)
 
 
-def descend(p, x, y, l, weight, delta, low, high, steps=300, tolerance=1e-10):
-    """R weighted Huber fits at once, by Levenberg-Marquardt on reweighted squares: every step lowers the sum or is not made.
-    p, low, high (R, 5); weight (R, n). Returns (p, sums)."""
-    p, damping, live = np.clip(p, low, high), np.full(len(p), 1e-3), np.arange(len(p))
-    r, J = residual(p, x, y, l)
-    f = (weight * huber(r, delta)).sum(1)
-    for _ in range(steps):
-        if not len(live):
-            break
-        i = live
-        WJ = (weight[i] / np.maximum(1, np.abs(r[i]) / delta))[..., None] * J[i]
-        H, g = WJ.transpose(0, 2, 1) @ J[i], (WJ * r[i][..., None]).sum(1)
-        stuck = ((p[i] <= low[i]) & (g < 0)) | ((p[i] >= high[i]) & (g > 0))                 # at a bound, and pushing outwards
-        g, H = np.where(stuck, 0, g), np.where(stuck[:, :, None] | stuck[:, None, :], 0, H)
-        diagonal = np.einsum('ijj->ij', H)
-        H = H + (damping[i, None] * diagonal + 1e-12 * diagonal.max(1, keepdims=True) + stuck + 1e-300)[:, :, None] * np.eye(5)
-        q = np.clip(p[i] + np.linalg.solve(H, g[..., None])[..., 0], low[i], high[i])
-        r2, J2 = residual(q, x, y, l)
-        f2 = (weight[i] * huber(r2, delta)).sum(1)
-        better = f2 < f[i]
-        done = np.where(better, f[i] - f2 < tolerance * f[i], damping[i] > 1e8)
-        p[i[better]], r[i[better]], J[i[better]], f[i[better]] = q[better], r2[better], J2[better], f2[better]
-        damping[i] = np.where(better, damping[i] / 5, damping[i] * 4)
-        live = i[~done]
-    return p, f
-
-
 class Scaled:
-    """N, D, L in units of their geometric means, as logs; the bounds of the five parameters. axis N or D: the other term is pinned at 0."""
+    """N, D, L (n,) in units of their geometric means, as logs x, y, l; the bounds low, high (5,) of the parameters. axis N or D: the other
+    term is pinned at 0."""
 
     def __init__(self, N, D, L, axis='joint'):
         logs = [np.log(np.asarray(v, float)) for v in (N, D, L)]
@@ -393,16 +376,40 @@ class Scaled:
         return Law(*law) if p.ndim > 1 else Law(*map(float, law))
 
     def vector(self, law):
+        """A Law as parameters (5,) within the bounds."""
         n, d, l = self.zero
         A, B = (max(c * math.exp(-e * z - l), 1e-9) for c, e, z in ((law.A, law.alpha, n), (law.B, law.beta, d)))
         return np.clip([math.log(A), math.log(B), law.E * math.exp(-l), law.alpha, law.beta], self.low, self.high)
 
-    def descend(self, p, weight=None, delta=1e-3, low=None, high=None, **more):
+    def descend(self, p, weight=1., delta=1e-3, low=None, high=None, steps=300):
+        """R weighted Huber fits at once, by Levenberg-Marquardt on reweighted squares: every step lowers the sum or is not made.
+        p, low, high (R, 5) or (5,), the last two by default the bounds; weight (R, n). Returns (p, sums)."""
         p = np.atleast_2d(p)
-        shape = (len(p), len(self.l))
-        wide = lambda v: np.broadcast_to(v, p.shape)
-        return descend(p, self.x, self.y, self.l, np.ones(shape) if weight is None else weight, delta,
-                       wide(self.low if low is None else low), wide(self.high if high is None else high), **more)
+        low = np.broadcast_to(self.low if low is None else low, p.shape)
+        high = np.broadcast_to(self.high if high is None else high, p.shape)
+        weight = np.broadcast_to(weight, (len(p), len(self.l)))
+        p, damping, live = np.clip(p, low, high), np.full(len(p), 1e-3), np.arange(len(p))
+        r, J = residual(p, self.x, self.y, self.l)
+        f = (weight * huber(r, delta)).sum(1)
+        for _ in range(steps):
+            if not len(live):
+                break
+            i = live
+            WJ = (weight[i] / np.maximum(1, np.abs(r[i]) / delta))[..., None] * J[i]
+            H, g = WJ.transpose(0, 2, 1) @ J[i], (WJ * r[i][..., None]).sum(1)
+            stuck = ((p[i] <= low[i]) & (g < 0)) | ((p[i] >= high[i]) & (g > 0))             # at a bound, and pushing outwards
+            g, H = np.where(stuck, 0, g), np.where(stuck[:, :, None] | stuck[:, None, :], 0, H)
+            diagonal = np.einsum('ijj->ij', H)
+            H = H + (damping[i, None] * diagonal + 1e-12 * diagonal.max(1, keepdims=True) + stuck + 1e-300)[:, :, None] * np.eye(5)
+            q = np.clip(p[i] + np.linalg.solve(H, g[..., None])[..., 0], low[i], high[i])
+            r2, J2 = residual(q, self.x, self.y, self.l)
+            f2 = (weight[i] * huber(r2, delta)).sum(1)
+            better = f2 < f[i]
+            done = np.where(better, f[i] - f2 < 1e-10 * f[i], damping[i] > 1e8)
+            p[i[better]], r[i[better]], J[i[better]], f[i[better]] = q[better], r2[better], J2[better], f2[better]
+            damping[i] = np.where(better, damping[i] / 5, damping[i] * 4)
+            live = i[~done]
+        return p, f
 
 
 def robust(s, delta=1e-3, first=None):
@@ -410,7 +417,9 @@ def robust(s, delta=1e-3, first=None):
     from `first`, all at once; the best is polished by L-BFGS-B with tight tolerances."""
     half = math.log(.5), math.log(.1)
     starts = [np.clip(p, s.low, s.high) for p in itertools.product(half, half, (0, .5 * s.high[2]), (.1, .3, .9), (.1, .3, .9))]
-    ends, sums = s.descend(np.unique(starts + ([] if first is None else [first]), axis=0), delta=delta, steps=1000)
+    if first is not None:
+        starts.append(first)
+    ends, sums = s.descend(np.unique(starts, axis=0), delta=delta, steps=1000)
     best = ends[sums.argmin()]
     fine = scipy.optimize.minimize(objective_sum, best, (s.x, s.y, s.l, delta), 'L-BFGS-B', True, bounds=list(zip(s.low, s.high)),
                                    options=dict(ftol=1e-15, gtol=1e-12, maxiter=5000))
@@ -425,26 +434,28 @@ def draws(n, resamples, free, seed):
     return np.random.default_rng(seed).gamma(shape, 1 / shape, (resamples, n))
 
 
-def profile(s, p, which, level=.95):
+def profile(s, p, which):
     """(low, high) of a parameter by its profile: values at which the least squares of log loss over all the others are within Student's
-    bound of the best (an F test). Equal to the bounds of the search where the data cannot exclude them."""
-    p, n = s.descend(p, delta=1e9)[0][0], len(s.l)
+    bound of the best (an F test at 95 %). Equal to the bounds of the search where the data cannot exclude them. which: 2 E, 3 alpha, 4 beta."""
+    p, spare = s.descend(p, delta=1e9)[0][0], len(s.l) - s.free
+    allowed = 1 + scipy.stats.f.ppf(.95, 1, spare) / spare
+    spaced = np.linspace if which == 2 else np.geomspace         # E may be 0
     start, end, least = s.low[which], s.high[which], math.inf
     for _ in range(3):                                           # the second and third time only around the bounds of the interval
-        values = np.unique(np.r_[p[which], np.linspace(start, end, 80) if which == 2 else np.geomspace(start, end, 80)])
+        values = np.unique(np.r_[p[which], spaced(start, end, 80)])
         low, high, starts = (np.tile(v, (len(values), 1)) for v in (s.low, s.high, p))
         low[:, which] = high[:, which] = values
         sums = s.descend(starts, delta=1e9, low=low, high=high)[1]
         least = min(least, sums.min())
-        inside = np.flatnonzero(sums <= least * (1 + scipy.stats.f.ppf(level, 1, n - s.free) / (n - s.free)) + 1e-25)
+        inside = np.flatnonzero(sums <= least * allowed + 1e-25)
         start, end = values[max(inside[0] - 1, 0)], values[min(inside[-1] + 1, len(values) - 1)]
     return float(values[inside[0]]), float(values[inside[-1]])
 
 
 @dataclass
 class Fit:
-    """A law with what is needed to trust it. rows: one per run; boot: Law of arrays (R,); checks: R2, log RMSE, held-out errors, AICc;
-    profiles {E, alpha, beta: (low, high)}; flags: words."""
+    """A law with what is needed to trust it. rows: one per run; boot: Law of arrays (R,); profiles {E, alpha, beta: (low, high)}; checks:
+    R2, log RMSE, held-out errors, AICc; flags: words."""
     name: str
     loss: str
     axis: str
@@ -454,16 +465,17 @@ class Fit:
     delta: float
     projected: Law
     law: Law
-    boot: Law
     weights: np.ndarray                                          # (R, n) of the runs in each resample
+    boot: Law
     profiles: dict
-    checks: dict
-    flags: list
+    checks: dict = field(default_factory=dict)
+    flags: list = field(default_factory=list)
 
     N = property(lambda self: column(self.rows, 'N'))
     D = property(lambda self: column(self.rows, 'D'))
     L = property(lambda self: column(self.rows, self.loss))
-    exponents = property(lambda self: {'joint': ('alpha', 'beta'), 'N': ('alpha',), 'D': ('beta',)}[self.axis])
+    axes = property(lambda self: AXES[self.axis])
+    exponents = property(lambda self: [EXPONENT[c] for c in self.axes])
 
     def interval(self, value, level=.95):
         """Percentiles of value(law) over resamples; some may be infinite, so none are interpolated."""
@@ -474,18 +486,19 @@ class Fit:
 def unfit(N, D, axis):
     """Why runs at these sizes cannot tell the exponents of a law, or ''."""
     levels = {'N': np.unique(N), 'D': np.unique(D)}
+    count = {c: f'{c} has {len(v)} level{"s" * (len(v) > 1)}' for c, v in levels.items()}
     if axis != 'joint':
-        v = levels[axis]
-        if len(v) < 5 or math.log10(v[-1] / v[0]) < 1.5 - 1e-9:
-            return f'{axis} has {len(v)} level{"s" * (len(v) > 1)} over {math.log10(v[-1] / v[0]):.1f} decades; a curve with a floor needs 5 over 1.5'
+        decades = math.log10(levels[axis][-1] / levels[axis][0])
+        if len(levels[axis]) < 5 or decades < 1.5 - 1e-9:
+            return f'{count[axis]} over {decades:.1f} decades; a curve with a floor needs 5 over 1.5'
         return ''
-    for name, exponent, other in (('N', 'alpha', 'D'), ('D', 'beta', 'N')):
-        if len(levels[name]) < 3:
-            return f'{name} has {len(levels[name])} level{"s" * (len(levels[name]) > 1)} only, and {exponent} needs three' \
-                + f'; for the other axis alone add --axis {other}' * (len(levels[other]) > 4)
-    cells = np.unique(np.log(np.c_[N, D]), axis=0)
+    for c, other in (('N', 'D'), ('D', 'N')):
+        if len(levels[c]) < 3:
+            instead = f'; for the other axis alone add --axis {other}' if len(levels[other]) > 4 else ''
+            return f'{count[c]} only, and {EXPONENT[c]} needs three{instead}'
     if len(N) < 8:
         return f'{len(N)} runs are too few for five parameters; 8 are the least'
+    cells = np.unique(np.log(np.c_[N, D]), axis=0)
     if abs(np.corrcoef(cells.T)[0, 1]) > .95:
         return 'N and D grow together (correlation of their logs over .95), so nobody can tell which of them lowers the loss'
     return ''
@@ -507,34 +520,45 @@ def fit_runs(rows, loss, name='all runs', axis='joint', delta=1e-3, resamples=60
         first = Law(E, c, 0., e, 1.) if axis == 'N' else Law(E, 0., c, 1., e)
     if delta == 'mad':
         r = residual(s.vector(first)[None], s.x, s.y, s.l)[0][0]
-        delta = max(1.345 * 1.4826 * np.median(np.abs(r - np.median(r))), 1e-6)
+        delta = max(1.345 * 1.4826 * scipy.stats.median_abs_deviation(r), 1e-6)
     p, _ = robust(s, delta, s.vector(first))
-    law = s.law(p)
-    fit = Fit(name, loss, axis, rows, s, p, delta, first, law, None, draws(len(L), resamples, s.free, seed), {}, {}, [])
-    fit.profiles = {c: profile(s, p, i) for i, c in ((2, 'E'), (3, 'alpha'), (4, 'beta')) if c == 'E' or c in fit.exponents}
-    fit.profiles['E'] = tuple(v * math.exp(s.zero[2]) for v in fit.profiles['E'])
-    for exponent in fit.exponents:
-        low, high = fit.profiles[exponent]
-        if low <= LOW * 1.01 and high >= HIGH / 1.01:
-            return f'{exponent} fits as well at {LOW:g} as at {HIGH:g}: these runs do not identify it'
-    fit.boot = s.law(s.descend(np.tile(p, (resamples, 1)), fit.weights, delta)[0])
-    fit.checks = checks(fit) if checked else {}
+    profiles = {'E': tuple(v * math.exp(s.zero[2]) for v in profile(s, p, 2))}
+    for c in AXES[axis]:
+        low, high = profiles[EXPONENT[c]] = profile(s, p, 3 if c == 'N' else 4)
+        if low <= NEAR_LOW and high >= NEAR_HIGH:
+            return f'{EXPONENT[c]} fits as well at {LOW:g} as at {HIGH:g}: these runs do not identify it'
+    weights = draws(len(L), resamples, s.free, seed)
+    boot = s.law(s.descend(np.tile(p, (resamples, 1)), weights, delta)[0])
+    fit = Fit(name, loss, axis, rows, s, p, delta, first, s.law(p), weights, boot, profiles)
+    if checked:
+        fit.checks = checks(fit)
     fit.flags = bounds(fit) + rising(fit)
     if n := sum(r.get('improving', False) for r in rows):
         fit.flags.append(f'{n} of {len(rows)} runs still improving when they ended')
     return fit
 
 
+def at_bound(exponent):
+    """Whether an exponent, or each of an array, ended at a bound of the search, and so is censored, not measured."""
+    return (exponent <= NEAR_LOW) | (exponent >= NEAR_HIGH)
+
+
 def bounds(fit):
-    """What ended at a bound of the search, and so is censored, not measured; and exponents whose profile is open to one side."""
+    """Flags: what ended at a bound of the search, and exponents whose profile is open to one side."""
     law, least, flags = fit.law, fit.L.min(), []
     for e in fit.exponents:
         value, (low, high) = getattr(law, e), fit.profiles[e]
-        if value <= LOW * 1.01 or value >= HIGH / 1.01:
+        if at_bound(value):
             flags.append(f'{e} at its bound {value:.3g}')
-        elif low <= LOW * 1.01 or high >= HIGH / 1.01:
-            flags.append(f'{e} open ' + ('downwards' if low <= LOW * 1.01 else 'upwards'))
-    return flags + ['E = 0'] * int(law.E < 1e-6 * least) + ['E at the lowest loss'] * int(law.E > least * (1 - 1e-6))
+        elif low <= NEAR_LOW:
+            flags.append(f'{e} open downwards')
+        elif high >= NEAR_HIGH:
+            flags.append(f'{e} open upwards')
+    if law.E < 1e-6 * least:
+        flags.append('E = 0')
+    if law.E > least * (1 - 1e-6):
+        flags.append('E at the lowest loss')
+    return flags
 
 
 def rising(fit):
@@ -551,19 +575,17 @@ def rising(fit):
 def checks(fit):
     """R2 of the raw loss, RMSE of its log, relative errors at the largest N and D when left out of the fit, and AICc minus that of a
     straight line in log-log space (below zero: the law is better)."""
-    N, D, L, s, out = fit.N, fit.D, fit.L, fit.s, {}
+    N, D, L, s = fit.N, fit.D, fit.L, fit.s
     at = joint_law(N, D, *fit.law)
-    out['R2'] = 1 - ((L - at) ** 2).sum() / ((L - L.mean()) ** 2).sum()
-    out['log_RMSE'] = float(np.sqrt((np.log(L / at) ** 2).mean()))
-    for c, v in (('N', N), ('D', D)):
-        kept, out[f'held_out_{c}'] = v < v.max(), math.nan
-        enough = min(len(np.unique(x[kept])) for x in ((N, D) if fit.axis == 'joint' else (v,))) > 2 and kept.sum() > s.free
-        if fit.axis in ('joint', c) and enough:
+    out = dict(R2=1 - ((L - at) ** 2).sum() / ((L - L.mean()) ** 2).sum(), log_RMSE=float(np.sqrt((np.log(L / at) ** 2).mean())),
+               held_out_N=math.nan, held_out_D=math.nan)
+    for c in fit.axes:
+        kept = getattr(fit, c) < getattr(fit, c).max()
+        if kept.sum() > s.free and all(len(np.unique(getattr(fit, axis)[kept])) > 2 for axis in fit.axes):
             part = Scaled(N[kept], D[kept], L[kept], fit.axis)
-            law = part.law(robust(part, fit.delta)[0])
+            law = out[f'law_without_{c}'] = part.law(robust(part, fit.delta)[0])
             out[f'held_out_{c}'] = float((joint_law(N, D, *law)[~kept] / L[~kept] - 1).mean())
-            out[f'law_without_{c}'] = law
-    X = np.c_[np.ones(len(L)), *[v for v, c in ((s.x, 'N'), (s.y, 'D')) if fit.axis in ('joint', c)]]
+    X = np.c_[np.ones(len(L)), *[{'N': s.x, 'D': s.y}[c] for c in fit.axes]]
     line = ((s.l - X @ np.linalg.lstsq(X, s.l, rcond=None)[0]) ** 2).sum()
     squares = 2 * s.descend(fit.p, delta=1e9)[1][0]
     out['AICc_minus_line'] = aicc(squares, len(L), s.free) - aicc(line, len(L), X.shape[1])
@@ -580,16 +602,16 @@ def shared_floor(fits):
     """One floor for all configurations on a task, since what cannot be told belongs to the task: the E of least summed Huber loss.
     Returns {name: Law}."""
     grid = np.linspace(0, min(f.L.min() for f in fits), 60)
-    for _ in range(3):
+    for _ in range(3):                                           # each time finer around the best
         total, laws = 0, {}
         for f in fits:
             low, high, starts = (np.tile(v, (len(grid), 1)) for v in (f.s.low, f.s.high, f.p))
             low[:, 2] = high[:, 2] = grid * math.exp(-f.s.zero[2])
             ends, sums = f.s.descend(starts, delta=f.delta, low=low, high=high)
             total, laws[f.name] = total + sums, f.s.law(ends)
-        i = total.argmin()
+        i, step = total.argmin(), grid[1] - grid[0]
         found = {name: Law(*(float(v[i]) for v in law)) for name, law in laws.items()}
-        grid = np.clip(np.linspace(grid[i] - grid[1] + grid[0], grid[i] + grid[1] - grid[0], 21), 0, grid[-1])
+        grid = np.clip(np.linspace(grid[i] - step, grid[i] + step, 21), 0, grid[-1])
     return found
 
 
@@ -600,33 +622,41 @@ def slices(rows):
         levels = {}
         for r in rows:
             levels.setdefault(r[other], []).append(r)
-        out[axis] = max(levels.items(), key=lambda item: (len({r[axis] for r in item[1]}), item[0]))[1]
+        fullest = max(levels, key=lambda level: (len({r[axis] for r in levels[level]}), level))
+        out[axis] = levels[fullest]
     return out
 
 
-def fit_all(a, axis='joint'):
-    """Fits of every configuration and loss of a.runs; what cannot be fitted is said in a line. Raises Stop where nothing can."""
-    rows, losses = read_runs(a.runs, a.loss)
-    fits, reasons = [], []
-    jobs = [(name, group, loss) for name, group in configurations(rows).items() for loss in losses]
-    for i, (name, group, loss) in enumerate(tqdm(jobs, desc='fitting', leave=False, disable=None)):
-        present = [r for r in group if math.isfinite(r[loss])]
-        reason = incomparable(group, loss) if present or a.loss else f'no {loss}'
-        if not reason:
-            chosen = select(group, loss)
-            chosen = slices(chosen).get(axis, chosen)            # one axis is fitted at one level of the other
-            fit = fit_runs(chosen, loss, name, axis, a.delta, a.resamples, [a.seed, *name.encode()])
-            reason = fit if isinstance(fit, str) else ''
-            fits += [fit] * (not reason)
-        if reason:
-            reasons.append(f'{name}, {loss}: {reason}')
+def fit_one(a, name, rows, loss, axis):
+    """The fit of one configuration and loss, or the reason, as text, why there is none."""
+    if not a.loss and not any(math.isfinite(r[loss]) for r in rows):
+        return f'no {loss}'
+    if reason := incomparable(rows, loss):
+        return reason
+    chosen = select(rows, loss)
+    if axis != 'joint':
+        chosen = slices(chosen)[axis]
+    return fit_runs(chosen, loss, name, axis, a.delta, a.resamples, [a.seed, *name.encode()])
+
+
+def fit_all(a, axis='joint', needed=('N', 'D')):
+    """(fits of every configuration and loss of a.runs, all rows by configuration); what cannot be fitted is said in a line. Raises Stop
+    where nothing can."""
+    rows, losses = read_runs(a.runs, a.loss, needed)
+    groups, fits, reasons = configurations(rows), [], []
+    for name, loss in tqdm(list(itertools.product(groups, losses)), desc='fitting', leave=False, disable=None):
+        found = fit_one(a, name, groups[name], loss, axis)
+        if isinstance(found, Fit):
+            fits.append(found)
+        else:
+            reasons.append(f'{name}, {loss}: {found}')
     if not fits:
         raise Stop('nothing can be fitted. ' + reasons[0] + (f' ({len(reasons) - 1} more like it)' if len(reasons) > 1 else ''))
     for reason in reasons:
         print('not fitted: ' + reason)
     for name in sorted({f.name for f in fits if f.rows[0].get('objective') == 'cpc' and f.loss.startswith('id_')}):
         print(f"{name}: cpc's targets are learned too, so part of a change in its id_test is a change of the task")
-    return fits
+    return fits, groups
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -697,7 +727,7 @@ def ratios(fits):
 
 def fit_command(a):
     """Fit the law, or one axis of it; table, ratios, CSV, JSON and one figure per loss."""
-    fits = fit_all(a, a.axis)
+    fits, _ = fit_all(a, a.axis)
     marginals, shared = [], {}
     for f in fits if a.axis == 'joint' else ():
         for axis, rows in slices(f.rows).items():
@@ -907,8 +937,8 @@ def spent(rows):
 
 def allocate_command(a):
     """The sizes and records of least loss for a budget, with intervals; iso-loss map; Pareto frontier of all evaluations."""
-    groups = configurations(read_runs(a.runs, a.loss, ('N', 'D', 'macs', 'batch', 'step'))[0])
-    fits, table, figures, refused = fit_all(a), [], [], []
+    fits, groups = fit_all(a, needed=('N', 'D', 'macs', 'batch', 'step'))
+    table, figures, refused = [], [], []
     for f in fits:
         g, resampled = growth(f)
         print(f'\n{f.name}, {f.loss}: epochs to the best step = N^{g["p"]:.2f}+-{g["p_95"]:.2f} D^{g["q"]:.2f}+-{g["q_95"]:.2f}, '
@@ -1060,7 +1090,7 @@ def transfer_command(a):
     rows, losses = read_runs(a.runs, a.loss, ())
     if tuned := [r for r in rows if r.get('mode') in ('scratch', 'finetune')]:
         return effective(a, tuned, losses)
-    fits, table = fit_all(a), []
+    fits, table = fit_all(a)[0], []
     pairs = [(i, o) for i in fits for o in fits if i.name == o.name and i.loss == 'id_test' and o.loss.startswith('ood_')]
     if not pairs:
         raise Stop('no configuration has a law of id_test and of an ood_*_test, whose floors loss-to-loss needs')
@@ -1141,8 +1171,8 @@ def effective(a, rows, losses):
 
 def overfit_command(a):
     """Overfitting extent, its collapse on one line, the records that suffice, and training against validation loss over steps."""
-    fits, table, lines = fit_all(a), [], []
-    everything = configurations(read_runs(a.runs, a.loss)[0])
+    fits, groups = fit_all(a)
+    table, lines = [], []
     fig, axes = figure(len(fits), 3, figsize=(13, 3.6 * len(fits)), squeeze=False, layout='constrained')
     for f, row in zip(fits, axes):
         extent, z = overfit_extent(f.L, f.N, f.law), f.D ** f.law.beta * joint_law(f.N, np.inf, *f.law)
@@ -1174,7 +1204,7 @@ def overfit_command(a):
         ends = np.array([z.min(), z.max()])
         row[1].plot(ends, f.law.B / ends, 'k--', lw=1, label='slope -1'), row[1].legend(fontsize=7)
         row[1].set(xscale='log', yscale='log', xlabel='D^beta L(N, inf)', title='collapse')
-        trajectories(row[2], everything[f.name], f.rows)
+        trajectories(row[2], groups[f.name], f.rows)
     print('the law was fitted to these very runs, so a slope near -1 is no proof of it, but one far from -1 speaks against it')
     deliver(a, ('overfit', lines), ('minimum_data', table), ('overfit', fig))
 
