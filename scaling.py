@@ -663,14 +663,16 @@ def fit_all(a, axis='joint', needed=('N', 'D')):
 # fit
 
 def plain(value):
-    """What JSON can hold, in full precision."""
+    """What JSON can hold, in full precision; what is not finite becomes null."""
+    if isinstance(value, Law):
+        value = value._asdict()
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, Law):
-        return plain(value._asdict())
     if isinstance(value, (list, tuple, np.ndarray)):
         return [plain(v) for v in value]
-    return None if isinstance(value, (float, np.floating)) and not math.isfinite(value) else value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def spread(fit, value):
@@ -683,16 +685,14 @@ def row_of(fit, shared=None):
     """A fit as a flat row: values, percentile intervals (80 and 95 %), profile intervals, checks, absolute losses."""
     row = dict(configuration=fit.name, loss=fit.loss, axis=fit.axis, runs=len(fit.rows), levels_N=len(set(fit.N)), levels_D=len(set(fit.D)),
                lowest_loss=fit.L.min(), drop=math.log(fit.L.max() / fit.L.min()))
-    for c in ('E', 'A', 'B', 'alpha', 'beta'):
-        if fit.axis == 'joint' or c == 'E' or c in {'N': ('A', 'alpha'), 'D': ('B', 'beta')}[fit.axis]:
-            row[c] = getattr(fit.law, c)
-            for level in (95, 80):
-                row[f'{c}_low{level}'], row[f'{c}_high{level}'] = fit.interval(lambda law: getattr(law, c), level / 100)
-            if c in fit.profiles:
-                row[f'{c}_profile_low'], row[f'{c}_profile_high'] = fit.profiles[c]
-    for e, c in (('alpha', 'N'), ('beta', 'D')):
-        if e in fit.exponents:
-            row[f'excess_left_by_10x_{c}'] = excess_ratio(10, row[e])
+    for c in {'joint': Law._fields, 'N': ('E', 'A', 'alpha'), 'D': ('E', 'B', 'beta')}[fit.axis]:
+        row[c] = getattr(fit.law, c)
+        for level in (95, 80):
+            row[f'{c}_low{level}'], row[f'{c}_high{level}'] = fit.interval(lambda law: getattr(law, c), level / 100)
+        if c in fit.profiles:
+            row[f'{c}_profile_low'], row[f'{c}_profile_high'] = fit.profiles[c]
+    for c in fit.axes:
+        row[f'excess_left_by_10x_{c}'] = excess_ratio(10, row[EXPONENT[c]])
     if fit.axis == 'joint':
         row['data_share'] = shares(fit.law)[1]
         row['data_share_low95'], row['data_share_high95'] = fit.interval(lambda law: shares(law)[1])
@@ -701,100 +701,111 @@ def row_of(fit, shared=None):
     return row | {k: v for k, v in fit.checks.items() if not k.startswith('law_')} | dict(flags='; '.join(fit.flags))
 
 
+def ratio(pairs, exponent):
+    """The ratio of the summed exponents of pairs of fits, with an interval from joint resamples. A bound at either side censors a pair."""
+    free = [pair for pair in pairs if not any(flag.startswith(f'{exponent} at') for fit in pair for flag in fit.flags)]
+    censored = dict(censored=len(pairs) - len(free))
+    if not free:
+        return censored
+    a, b = (sum(getattr(fit.law, exponent) for fit in side) for side in zip(*free))
+    resampled_a, resampled_b = (sum(getattr(fit.boot, exponent) for fit in side) for side in zip(*free))
+    low, high = np.quantile(resampled_a / resampled_b, [.025, .975])
+    return dict(ratio=a / b, low=low, high=high, worth_of_10x=equivalent_scale_up(10, a, b)) | censored
+
+
 def ratios(fits):
-    """Ratios of exponents between configurations, each with an interval from joint resamples: per loss, and of the mean over the
-    out-of-distribution losses that both have. A bound at either side censors a ratio. In distribution only within an objective: the losses
-    of two have different units. worth_of_10x: by how much b must grow to gain what a gains from ten times the size (2605.17276, Eq. 3)."""
+    """Ratios of exponents between configurations: per loss, and of the mean over the out-of-distribution losses that both have. In
+    distribution only within an objective: the losses of two have different units. worth_of_10x: by how much b must grow to gain what a
+    gains from ten times the size (2605.17276, Eq. 3)."""
     by, rows = {}, []
     for f in fits:
         by.setdefault(f.name, {})[f.loss] = f
     for one, two in itertools.combinations(by, 2):
-        kinds = [next(iter(by[n].values())).rows[0].get('objective') for n in (one, two)]
-        both = [loss for loss in by[one] if loss in by[two] and (loss.startswith('ood_') or kinds[0] and kinds[0] == kinds[1])]
-        ood = [loss for loss in both if loss.startswith('ood_')]
-        for exponent in ('alpha', 'beta'):
-            for label, losses in [(loss, [loss]) for loss in both] + [('mean of ood', ood)] * (len(ood) > 1):
-                free = [loss for loss in losses if not any(flag.startswith(f'{exponent} at') for n in (one, two) for flag in by[n][loss].flags)]
-                if not free:
-                    rows.append(dict(exponent=exponent, loss=label, a=one, b=two, censored=len(losses)))
-                    continue
-                point, boot = ([sum(getattr(getattr(by[n][loss], which), exponent) for loss in free) for n in (one, two)] for which in ('law', 'boot'))
-                low, high = np.quantile(boot[0] / boot[1], [.025, .975])
-                rows.append(dict(exponent=exponent, loss=label, a=one, b=two, ratio=point[0] / point[1], low=low, high=high,
-                                 worth_of_10x=equivalent_scale_up(10, *point), censored=len(losses) - len(free)))
+        objective, other = (next(iter(by[name].values())).rows[0].get('objective') for name in (one, two))
+        compared = {}
+        for loss in by[one]:
+            if loss in by[two] and (loss.startswith('ood_') or objective and objective == other):
+                compared[loss] = [(by[one][loss], by[two][loss])]
+        ood = [pair for loss, (pair,) in compared.items() if loss.startswith('ood_')]
+        if len(ood) > 1:
+            compared['mean of ood'] = ood
+        for exponent, (label, pairs) in itertools.product(('alpha', 'beta'), compared.items()):
+            rows.append(dict(exponent=exponent, loss=label, a=one, b=two) | ratio(pairs, exponent))
     return rows
 
 
 def fit_command(a):
     """Fit the law, or one axis of it; table, ratios, CSV, JSON and one figure per loss."""
     fits, _ = fit_all(a, a.axis)
-    marginals, shared = [], {}
-    for f in fits if a.axis == 'joint' else ():
-        for axis, rows in slices(f.rows).items():
-            m = fit_runs(rows, f.loss, f.name, axis, a.delta, a.resamples, a.seed)
-            if isinstance(m, str):
-                print(f'no marginal: {f.name}, {f.loss}: {m}')
-            else:
-                marginals.append(m)
-    for loss in dict.fromkeys(f.loss for f in fits if a.axis == 'joint'):
-        group = [f for f in fits if f.loss == loss]
-        if len(group) > 1 and loss.startswith('ood_'):
-            shared[loss] = shared_floor(group)
-    print(f'\n{"configuration":28s} {"loss":16s} {"axis":5s} runs  lowest  drop  {"E [95 %]":24s} {"alpha":22s} {"beta":22s} {"data share":22s} '
-          f'{"R2":>6s} {"RMSE":>6s}  out N  out D   AICc')
-    percent = lambda v: '' if math.isnan(v) else f'{100 * v:+.1f}%'
-    for f in fits + marginals:
-        c = f.checks
-        print(f'{f.name:28s} {f.loss:16s} {f.axis:5s} {len(f.rows):4d} {f.L.min():7.4f} {math.log(f.L.max() / f.L.min()):5.2f}  '
-              f'{spread(f, lambda w: w.E):24s} '
-              + ''.join(f'{spread(f, lambda w: getattr(w, e)) if e in f.exponents else "":22s} ' for e in ('alpha', 'beta'))
-              + f'{spread(f, lambda w: shares(w)[1]) if f.axis == "joint" else "":22s} {c["R2"]:6.3f} {c["log_RMSE"]:6.4f} {percent(c["held_out_N"]):>6s} '
-              f'{percent(c["held_out_D"]):>6s} {c["AICc_minus_line"]:+6.0f}  {"; ".join(f.flags)}')
-    print('drop: log of highest over lowest loss; an exponent says how soon a curve nears its own floor, not how low it is or how far it fell. '
-          'out: error at the largest N or D, left out.\nAICc: against a straight line in log-log space; above zero the line does better')
+    losses = list(dict.fromkeys(f.loss for f in fits))
+    marginals, shared, pairs = [], {}, []
+    if a.axis == 'joint':
+        marginals, pairs = fit_marginals(a, fits), ratios(fits)
+        for loss in losses:
+            group = [f for f in fits if f.loss == loss]
+            if len(group) > 1 and loss.startswith('ood_'):
+                shared[loss] = shared_floor(group)
+    print_fits(fits + marginals)
     for loss, laws in shared.items():
         exponents = '; '.join(f'{n} alpha {w.alpha:.3g}, beta {w.beta:.3g}' for n, w in laws.items())
         print(f'one floor E = {next(iter(laws.values())).E:.3g} on {loss}: {exponents}')
-    pairs = ratios(fits) if a.axis == 'joint' else []
     for r in pairs:
-        found = f'{r["ratio"]:.2f} [{r["low"]:.2f}, {r["high"]:.2f}]' if 'ratio' in r else 'unknown'
-        found += f', 10x is worth {r["worth_of_10x"]:.3g}x' if 'ratio' in r and r['high'] < 10 * r['low'] else ''
-        print(f'{r["exponent"]:5s} {r["loss"]}: {r["a"]} / {r["b"]} {found}' + f'; {r["censored"]} at a bound left out' * bool(r['censored']))
-    laws = [row_of(f, shared.get(f.loss, {}).get(f.name) if f.axis == 'joint' else None) for f in fits + marginals]
-    content = [row | dict(law=f.law, projected=f.projected, delta=f.delta, checks=f.checks) for row, f in zip(laws, fits + marginals)]
-    figures = [(f'fit_{slug(loss)}', draw_fits([f for f in fits if f.loss == loss], shared.get(loss, {}))) for loss in dict.fromkeys(f.loss for f in fits)]
-    deliver(a, ('fit', laws), *[('ratios', pairs)] * bool(pairs), ('fit', dict(fits=content, ratios=pairs, resamples=a.resamples, seed=a.seed)), *figures)
+        found = 'unknown'
+        if 'ratio' in r:
+            found = f'{r["ratio"]:.2f} [{r["low"]:.2f}, {r["high"]:.2f}]'
+            found += f', 10x is worth {r["worth_of_10x"]:.3g}x' if r['high'] < 10 * r['low'] else ''
+        found += f'; {r["censored"]} at a bound left out' if r['censored'] else ''
+        print(f'{r["exponent"]:5s} {r["loss"]}: {r["a"]} / {r["b"]} {found}')
+    table = [row_of(f, shared.get(f.loss, {}).get(f.name)) for f in fits] + [row_of(f) for f in marginals]
+    full = [row | dict(law=f.law, projected=f.projected, delta=f.delta, checks=f.checks) for row, f in zip(table, fits + marginals)]
+    figures = [(f'fit_{slug(loss)}', draw_fits([f for f in fits if f.loss == loss], shared.get(loss, {}))) for loss in losses]
+    deliver(a, ('fit', table), ('ratios', pairs), ('fit', dict(fits=full, ratios=pairs, resamples=a.resamples, seed=a.seed)), *figures)
+
+
+def fit_marginals(a, fits):
+    """Fits of one axis alone at one level of the other, for each joint fit; said where there is none."""
+    out = []
+    for f in fits:
+        for axis, rows in slices(f.rows).items():
+            found = fit_runs(rows, f.loss, f.name, axis, a.delta, a.resamples, a.seed)
+            if isinstance(found, Fit):
+                out.append(found)
+            else:
+                print(f'no marginal: {f.name}, {f.loss}: {found}')
+    return out
+
+
+def print_fits(fits):
+    """One aligned line per fit, and what the columns mean."""
+    print(f'\n{"configuration":28s} {"loss":16s} {"axis":5s} runs  lowest  drop  {"E [95 %]":24s} {"alpha":22s} {"beta":22s} {"data share":22s} '
+          f'{"R2":>6s} {"RMSE":>6s}  out N  out D   AICc')
+    percent = lambda v: '' if math.isnan(v) else f'{100 * v:+.1f}%'
+    for f in fits:
+        c = f.checks
+        alpha, beta = (spread(f, lambda w: getattr(w, e)) if e in f.exponents else '' for e in ('alpha', 'beta'))
+        share = spread(f, lambda w: shares(w)[1]) if f.axis == 'joint' else ''
+        print(f'{f.name:28s} {f.loss:16s} {f.axis:5s} {len(f.rows):4d} {f.L.min():7.4f} {math.log(f.L.max() / f.L.min()):5.2f}  '
+              f'{spread(f, lambda w: w.E):24s} {alpha:22s} {beta:22s} {share:22s} {c["R2"]:6.3f} {c["log_RMSE"]:6.4f} '
+              f'{percent(c["held_out_N"]):>6s} {percent(c["held_out_D"]):>6s} {c["AICc_minus_line"]:+6.0f}  {"; ".join(f.flags)}')
+    print('drop: log of highest over lowest loss; an exponent says how soon a curve nears its own floor, not how low it is or how far it fell. '
+          'out: error at the largest N or D, left out.\nAICc: against a straight line in log-log space; above zero the line does better')
+
+
+def panels(rows, columns, width=4.6, height=3.6):
+    """A figure of panels of that many inches each, and its axes (rows, columns)."""
+    return figure(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout='constrained')
 
 
 def draw_fits(fits, shared):
-    """A row per configuration: loss against N and against D with the law, its 95 % band at the largest level, the floor, and the held-out
-    point; then the residuals."""
-    axes_of = {'joint': ('N', 'D'), 'N': ('N',), 'D': ('D',)}[fits[0].axis]
-    fig, axes = figure(len(fits), len(axes_of) + 1, figsize=(4.6 * (len(axes_of) + 1), 3.4 * len(fits)), squeeze=False, layout='constrained')
+    """A row per configuration: loss against N and against D; then the residuals."""
+    fig, axes = panels(len(fits), len(fits[0].axes) + 1, height=3.4)
     for f, row in zip(fits, axes):
-        for ax, c in zip(row, axes_of):
-            x, other = (f.N, f.D) if c == 'N' else (f.D, f.N)
-            line = np.geomspace(x.min(), x.max() * 3, 60)
-            at = lambda law, o: joint_law(line, o, *law) if c == 'N' else joint_law(o, line, *law)
-            levels = np.unique(other) if f.axis == 'joint' else [other[0]]
-            for i, o in enumerate(levels):
-                colour, mine = f'C{i % 10}', other == o if f.axis == 'joint' else np.ones(len(x), bool)
-                ax.plot(x[mine], f.L[mine], 'o', ms=4, color=colour, label=f'{"D" if c == "N" else "N"} = {o:,.0f}' if f.axis == 'joint' else None)
-                ax.plot(line, at(f.law, o), color=colour, lw=1)
-            ax.fill_between(line, *np.quantile([at(w, levels[-1]) for w in zip(*f.boot)], [.025, .975], axis=0), color=colour, alpha=.2)
-            law = f.checks.get(f'law_without_{c}')
-            if law:
-                at_end = joint_law(x.max(), levels[-1], *law) if c == 'N' else joint_law(levels[-1], x.max(), *law)
-                ax.plot(x.max(), at_end, 's', ms=8, mfc='none', color='k', label=f'predicted from smaller {c}')
-            ax.axhline(f.law.E, ls='--', color='C7', lw=1, label=f'floor E = {f.law.E:.3g}' + (' (at a bound)' if any('E' in flag for flag in f.flags) else ''))
-            if f.name in shared:
-                ax.axhline(shared[f.name].E, ls=':', color='C7', lw=1, label='one floor for all')
-            ax.set(xscale='log', yscale='log', xlabel={'N': 'N, parameters', 'D': 'D, records'}[c], ylabel=f.loss, ylim=(.8 * f.L.min(), 1.1 * f.L.max()))
-            caption(ax, f.name, f.flags)
-            ax.legend(fontsize=6)
+        for c, ax in zip(f.axes, row):
+            draw_axis(ax, f, c, shared.get(f.name))
         for c, x, mark in (('N', f.N, 'o'), ('D', f.D, 'x')):
             row[-1].plot(x, 100 * np.log(f.L / joint_law(f.N, f.D, *f.law)), mark, ms=4, label=f'against {c}')
-        row[-1].axhline(0, color='C7', lw=1), row[-1].set(xscale='log', xlabel='N or D', ylabel='residual of log loss, %', title='residuals')
+        row[-1].axhline(0, color='C7', lw=1)
+        row[-1].set(xscale='log', xlabel='N or D', ylabel='residual of log loss, %', title='residuals')
         row[-1].legend(fontsize=6)
     return fig
 
@@ -804,31 +815,61 @@ def caption(ax, name, flags):
     ax.set_title('\n'.join([name, *textwrap.wrap('; '.join(dict.fromkeys(flags)), 60)]), fontsize=9)
 
 
+def draw_axis(ax, f, c, shared):
+    """Loss against c, N or D, a colour for each level of the other: the runs and the law, its 95 % band at the largest level, the floor,
+    and the loss at the largest c as predicted without it. shared: the Law with one floor for all, or None."""
+    x, others, other = (f.N, f.D, 'D') if c == 'N' else (f.D, f.N, 'N')
+    line = np.geomspace(x.min(), x.max() * 3, 60)
+    at = lambda law, x, level: joint_law(x, level, *law) if c == 'N' else joint_law(level, x, *law)
+    if f.axis == 'joint':
+        levels = np.unique(others)
+    else:                                                        # the law has no term of the other, so its level does not matter
+        levels, others = others[:1], np.full(len(x), others[0])
+    for i, level in enumerate(levels):
+        colour, mine = f'C{i % 10}', others == level
+        ax.plot(x[mine], f.L[mine], 'o', ms=4, color=colour, label=f'{other} = {level:,.0f}' if f.axis == 'joint' else None)
+        ax.plot(line, at(f.law, line, level), color=colour, lw=1)
+    ax.fill_between(line, *np.quantile([at(w, line, levels[-1]) for w in zip(*f.boot)], [.025, .975], axis=0), color=colour, alpha=.2)
+    if law := f.checks.get(f'law_without_{c}'):
+        ax.plot(x.max(), at(law, x.max(), levels[-1]), 's', ms=8, mfc='none', color='k', label=f'predicted from smaller {c}')
+    bound = ' (at a bound)' if any('E' in flag for flag in f.flags) else ''
+    ax.axhline(f.law.E, ls='--', color='C7', lw=1, label=f'floor E = {f.law.E:.3g}{bound}')
+    if shared:
+        ax.axhline(shared.E, ls=':', color='C7', lw=1, label='one floor for all')
+    ax.set(xscale='log', yscale='log', xlabel={'N': 'N, parameters', 'D': 'D, records'}[c], ylabel=f.loss, ylim=(.8 * f.L.min(), 1.1 * f.L.max()))
+    caption(ax, f.name, f.flags)
+    ax.legend(fontsize=6)
+
+
 def few_ticks(fig):
     """Four plain numbers on log axes that span less than a decade and a half, where matplotlib's own would overlap."""
     from matplotlib.ticker import MaxNLocator, NullLocator
     for axis in (axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis) if axis.get_scale() == 'log'):
         low, high = axis.get_view_interval()
         if 0 < low < high < 30 * low:
-            axis.set_major_locator(MaxNLocator(4)), axis.set_minor_locator(NullLocator())
+            axis.set_major_locator(MaxNLocator(4))
+            axis.set_minor_locator(NullLocator())
             axis.set_major_formatter('{x:g}')
 
 
 def deliver(a, *things):
-    """Write (name, table, dict or figure) as STEM_NAME.csv, .json or .png beside the runs, or to --out, and say so."""
-    path = Path(a.runs)
-    out, files = Path(a.out) if a.out else path.parent, []
+    """Write (name, table, dict or figure) as STEM_NAME.csv, .json or .png beside the runs, or to --out, and say so. Empty tables are left out."""
+    path, files = Path(a.runs), []
+    out = Path(a.out) if a.out else path.parent
     out.mkdir(parents=True, exist_ok=True)
     for name, thing in things:
-        files.append(out / (f'{path.stem}_{name}' + {list: '.csv', dict: '.json'}.get(type(thing), '.png')))
+        if thing == []:
+            continue
+        file = out / (f'{path.stem}_{name}' + {list: '.csv', dict: '.json'}.get(type(thing), '.png'))
         if isinstance(thing, list):
-            write_csv(files[-1], thing)
+            write_csv(file, thing)
         elif isinstance(thing, dict):
-            files[-1].write_text(json.dumps(plain(thing), indent=1))
+            file.write_text(json.dumps(plain(thing), indent=1))
         else:
             few_ticks(thing)
-            thing.savefig(files[-1], dpi=100)
-    print(f'\nin {out}/: ' + ', '.join(f.name for f in files))
+            thing.savefig(file, dpi=100)
+        files.append(file.name)
+    print(f'\nin {out}/: ' + ', '.join(files))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1163,7 +1204,7 @@ def effective(a, rows, losses):
             ax.plot([p['D_F'] for p in part], [p['D_T'] for p in part], mark, color=f'C{i % 10}', label=f'{" ".join(key)}, {status}' if part else None)
     ax.set(xscale='log', yscale='log', xlabel='D_F, records fine-tuned on', ylabel='D_T, effective records transferred'), ax.legend(fontsize=7)
     print('a larger a means more saved per record, but read k and D_T themselves, not a alone')
-    deliver(a, *[('effective', laws)] * bool(laws), ('effective_points', table), ('effective', fig))
+    deliver(a, ('effective', laws), ('effective_points', table), ('effective', fig))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1300,7 +1341,7 @@ def winners_command(a):
             print('{loss}: {overtakes} overtakes {other} between {along} {from:,.0f} and {to:,.0f} at {fixed} {at:,.0f}'.format(**c))
     print(f'means over seeds; N to half a decade; {sum(not c["clear"] for c in crossed)} more crossings are not told from the spread of seeds, or have no '
           'seeds to tell them by')
-    deliver(a, ('winners', table), *[('crossings', crossed)] * bool(crossed), ('winners', draw_winners(table)))
+    deliver(a, ('winners', table), ('crossings', crossed), ('winners', draw_winners(table)))
 
 
 def contestants(rows):
