@@ -880,8 +880,8 @@ def simulated(seed, truth, a):
     rng = np.random.default_rng([a.seed, seed])
     N, D = (np.repeat(v.ravel(), a.seeds) for v in np.meshgrid(np.geomspace(2e4, 2e7, a.levels), np.geomspace(2e3, 2e6, a.levels)))
     L = joint_law(N, D, *truth) * np.exp(a.noise * rng.standard_normal(len(N)))
-    fit = fit_runs([dict(N=n, D=d, loss=v, line=i) for i, (n, d, v) in enumerate(zip(N, D, L))], 'loss', delta=a.delta, resamples=a.resamples,
-                   seed=[a.seed, seed, 1], checked=False)
+    runs = [dict(N=n, D=d, loss=v) for n, d, v in zip(N, D, L)]
+    fit = fit_runs(runs, 'loss', delta=a.delta, resamples=a.resamples, seed=[a.seed, seed, 1], checked=False)
     if isinstance(fit, str):
         return [dict(study=seed, refused=fit)]
     rows = []
@@ -910,11 +910,11 @@ def simulate_command(a):
     worst = 1.
     for c in ('alpha', 'beta', 'E'):
         mine = [r for r in rows if r.get('parameter') == c]
-        share = {k: np.mean([r[k] for r in mine]) for k in ('covered', 'profile_covered')}
-        worst, e = min(worst, share['covered']), np.array([r['estimate'] for r in mine])
-        print(f'{c:5s} truth {getattr(truth, c):.4g}, estimates {e.mean():.4g} +- {e.std():.2g}; covered by 95 % intervals: '
-              f'bootstrap {share["covered"]:.1%}, profile {share["profile_covered"]:.1%}; '
-              f'median width {np.median([r["high"] - r["low"] for r in mine]):.3g}')
+        estimates, width = column(mine, 'estimate'), np.median(column(mine, 'high') - column(mine, 'low'))
+        covered, profile_covered = column(mine, 'covered').mean(), column(mine, 'profile_covered').mean()
+        worst = min(worst, covered)
+        print(f'{c:5s} truth {getattr(truth, c):.4g}, estimates {estimates.mean():.4g} +- {estimates.std():.2g}; covered by 95 % intervals: '
+              f'bootstrap {covered:.1%}, profile {profile_covered:.1%}; median width {width:.3g}')
     print(f'{out}/simulate.csv')
     if worst < .88:
         raise Stop(f'95 % intervals cover the truth in {worst:.1%} only')
@@ -923,8 +923,8 @@ def simulate_command(a):
 # ---------------------------------------------------------------------------------------------------------------------
 # allocate
 
-def ols(X, y, weight=1., level=.95):
-    """Least squares of y (n,) on X (n, k): (coefficients, half widths of their Student intervals)."""
+def ols(X, y, weight=1.):
+    """Least squares of y (n,) on X (n, k): (coefficients, half widths of their 95 % Student intervals), NaN where X cannot tell them."""
     n, k = X.shape
     root = np.sqrt(np.broadcast_to(weight, n))
     X, y = X * root[:, None], y * root
@@ -932,7 +932,7 @@ def ols(X, y, weight=1., level=.95):
         return np.full(k, math.nan), np.full(k, math.nan)
     b = np.linalg.lstsq(X, y, rcond=None)[0]
     variance = ((y - X @ b) ** 2).sum() / (n - k) * np.linalg.inv(X.T @ X).diagonal()
-    return b, scipy.stats.t.ppf(.5 + level / 2, n - k) * np.sqrt(variance)
+    return b, scipy.stats.t.ppf(.975, n - k) * np.sqrt(variance)
 
 
 def growth(fit):
@@ -940,40 +940,47 @@ def growth(fit):
     that C = k N^u D^v with k = 6 m0 e0, u = mu + p, v = 1 + q. Runs that were still improving when they ended say nothing about how long is
     long enough, and are left out. Returns (dict of these and of half widths p_95, q_95, mu_95, (k, u, v) of each resample of runs)."""
     used = np.array([not r.get('improving', False) for r in fit.rows])
-    N, D, step, batch, macs = (column(fit.rows, c)[used] for c in ('N', 'D', 'step', 'batch', 'macs'))
-    macs = macs + np.nan_to_num(column(fit.rows, 'extra_macs')[used]) / 3
+    N, D, step, batch, macs, extra = (column(fit.rows, c)[used] for c in ('N', 'D', 'step', 'batch', 'macs', 'extra_macs'))
+    macs = macs + np.nan_to_num(extra) / 3
     if not all((v > 0).all() for v in (step, batch, macs)):
         raise Stop('allocate needs macs, batch and step in every row: compute is measured, not assumed')
-    X, y, m, w = np.c_[np.ones(len(N)), np.log(N), np.log(D)], np.log(step * batch / D), np.log(macs), fit.weights[:, used]
-    (e, p, q), (_, p95, q95) = ols(X, y)
-    (m0, mu), (_, mu95) = ols(X[:, :2], m)
-    found = dict(k=6 * math.exp(m0 + e), u=mu + p, v=1 + q, p=p, q=q, mu=mu, p_95=p95, q_95=q95, mu_95=mu95, left_out=int((~used).sum()))
+    X = np.c_[np.ones(len(N)), np.log(N), np.log(D)]             # of epochs; MACs do not depend on D
+    epochs, macs = np.log(step * batch / D), np.log(macs)
+    (e, p, q), (_, p95, q95) = ols(X, epochs)
+    (m, mu), (_, mu95) = ols(X[:, :2], macs)
+    found = dict(k=6 * math.exp(m + e), u=mu + p, v=1 + q, p=p, q=q, mu=mu, p_95=p95, q_95=q95, mu_95=mu95, left_out=int((~used).sum()))
     if math.isnan(found['k']) or len(N) < 6:
         return found | dict(v=math.nan), None
-    solve = lambda X, y: np.linalg.solve(np.einsum('rn,ni,nj->rij', w, X, X), np.einsum('rn,ni,n->ri', w, X, y)[..., None])[..., 0].T
-    (e, p, q), (m0, mu) = solve(X, y), solve(X[:, :2], m)
-    k, u, v = 6 * np.exp(m0 + e), mu + p, 1 + q
+
+    def resampled(X, y):                                         # coefficients (k, R) of weighted least squares
+        w = fit.weights[:, used]
+        return np.linalg.solve(np.einsum('rn,ni,nj->rij', w, X, X), np.einsum('rn,ni,n->ri', w, X, y)[..., None])[..., 0].T
+
+    (e, p, q), (m, mu) = resampled(X, epochs), resampled(X[:, :2], macs)
+    k, u, v = 6 * np.exp(m + e), mu + p, 1 + q
     return found, tuple(np.where((u > 0) & (v > 0), x, math.nan) for x in (k, u, v))         # resamples without an optimum are left out
 
 
 def fit_frontier(C, L):
     """Frontier curve through points (C, L): (a, b, c, d) of `frontier_curve`, by least squares of the log loss from 36 starts; C in units
     of its geometric mean while fitting."""
-    C0, best = np.exp(np.log(C).mean()), None
-    x, l = C / C0, np.log(L)
-    at = lambda q: np.log(np.exp(q[0]) * (x + np.exp(q[3])) ** -np.exp(q[1]) + q[2]) - l
+    C0 = np.exp(np.log(C).mean())
+    x = C / C0
+    natural = lambda q: (np.exp(q[0]), np.exp(q[1]), q[2], np.exp(q[3]))                     # a, b and d are positive
+    error = lambda q: np.log(frontier_curve(x, *natural(q))) - np.log(L)
     low, high = [-20, -7, 0, math.log(x.min()) - 9], [12, 2, L.min(), math.log(x.max()) + 2]
+    fits = []
     for b, c, d in itertools.product((.05, .2, .6), (.01, .3, .6, .9), (.01, .3, 3)):
         start = np.clip([math.log(L.max() * .5), math.log(b), c * L.min(), math.log(d * np.median(x))], low, np.array(high) - 1e-9)
-        r = scipy.optimize.least_squares(at, start, bounds=(low, high), xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=400)
-        best = r if best is None or r.cost < best.cost else best
-    a, b, c, d = math.exp(best.x[0]), math.exp(best.x[1]), best.x[2], math.exp(best.x[3])
+        fits.append(scipy.optimize.least_squares(error, start, bounds=(low, high), xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=400))
+    a, b, c, d = natural(min(fits, key=lambda r: r.cost).x)
     return a * C0 ** b, b, c, d * C0
 
 
 def spent(rows):
     """FLOPs (n,) that rows of a table took."""
-    return compute(*(column(rows, c) for c in ('macs', 'batch', 'step')), np.nan_to_num(column(rows, 'extra_macs')))
+    macs, batch, step, extra = (column(rows, c) for c in ('macs', 'batch', 'step', 'extra_macs'))
+    return compute(macs, batch, step, np.nan_to_num(extra))
 
 
 def allocate_command(a):
@@ -1016,18 +1023,19 @@ def degenerate(fit, g):
 def optima(f, g, resampled, budgets):
     """Rows of N* and D* at each budget (FLOPs), printed; intervals from resamples of runs, with their own growth of compute."""
     kuv, rows = [g[c] for c in 'kuv'], []
+    within = lambda value: np.nanquantile(value(f.boot, resampled), [.025, .975], axis=-1, method='inverted_cdf')
     with np.errstate(all='ignore'):
-        within = lambda value: np.nanquantile(value(f.boot, resampled), [.025, .975], axis=-1, method='inverted_cdf')
-        told = ['{:.3g} [{:.3g}, {:.3g}]'.format(shares(f.law, *kuv[1:])[side], *within(lambda w, c: shares(w, *c[1:])[side])) for side in (1, 0)]
-        print(f'  of a marginal increase in log compute, data get {told[0]}, parameters {told[1]} '
+        of_N, of_D = shares(f.law, *kuv[1:])
+        (N_low, D_low), (N_high, D_high) = within(lambda w, c: np.array(shares(w, *c[1:])))
+        print(f'  of a marginal increase in log compute, data get {of_D:.3g} [{D_low:.3g}, {D_high:.3g}], parameters {of_N:.3g} [{N_low:.3g}, {N_high:.3g}] '
               f'(at constant epochs and MACs = N: data {spread(f, lambda w: shares(w)[1])})')
         for C in budgets:
             n, d = optimum(C, f.law, *kuv)
             (nl, dl), (nh, dh) = within(lambda w, c: np.array(optimum(C, w, *c)))
             beyond = ' '.join(c for c, x, had in (('N', n, f.N), ('D', d, f.D)) if not had.min() <= x <= had.max())
-            rows.append(dict(configuration=f.name, loss=f.loss, C=C, N=n, N_low=nl, N_high=nh, D=d, D_low=dl, D_high=dh,
-                             predicted=optimal_loss(C, f.law, *kuv), share_data=shares(f.law, *kuv[1:])[1], beyond_the_runs=beyond, **g))
             loose = ' '.join(c for c, low, high in (('N*', nl, nh), ('D*', dl, dh)) if not high < 1000 * low)
+            rows.append(dict(configuration=f.name, loss=f.loss, C=C, N=n, N_low=nl, N_high=nh, D=d, D_low=dl, D_high=dh,
+                             predicted=optimal_loss(C, f.law, *kuv), share_data=of_D, beyond_the_runs=beyond, **g))
             print(f'  C {C:9.2e}: N* {n:10,.3g} [{nl:,.3g}, {nh:,.3g}], D* {d:10,.3g} [{dl:,.3g}, {dh:,.3g}], loss {rows[-1]["predicted"]:.4f}'
                   + f'  not identified: {loose}, its interval spans three decades or more' * bool(loose) + f'  extrapolated in {beyond}' * bool(beyond))
     return rows
@@ -1068,12 +1076,12 @@ def draw_allocation(f, rows, line, kuv, resampled):
 # ---------------------------------------------------------------------------------------------------------------------
 # transfer
 
-def loss_to_loss(excess_id, excess_ood, weight=None):
+def loss_to_loss(excess_id, excess_ood, weight=1.):
     """kappa, gamma of L_ood - E_ood = kappa (L_id - E_id)^gamma by a line in logs (2605.17276, Eq. 4), over the points where both excesses
     are positive. excess_* (..., n), weight alike. Returns (kappa, gamma, points dropped)."""
     x, y = np.asarray(excess_id, float), np.asarray(excess_ood, float)
     good = (x > 0) & (y > 0)
-    w = good * (1. if weight is None else weight)
+    w = good * weight
     x, y = (np.log(np.where(good, v, 1)) for v in (x, y))
     mean = lambda v: (w * v).sum(-1, keepdims=True) / w.sum(-1, keepdims=True)
     gamma = (w * (x - mean(x)) * (y - mean(y))).sum(-1) / (w * (x - mean(x)) ** 2).sum(-1)
@@ -1083,22 +1091,26 @@ def loss_to_loss(excess_id, excess_ood, weight=None):
 def effective_data(D, L, wanted, weight=1.):
     """Records D_E at which training from scratch reaches each loss of `wanted` (2605.17276, Appendix B; Hernandez 2102.01293), by inverting
     a smooth curve through scratch runs (D, L): the law E + B D^-b where there are 5 sizes over 1.5 decades, else isotonic and monotone in
-    log D. weight: of each scratch run. Returns (D_E, status): 'ok'; 'censored', lower than any scratch run or than the floor; 'extrapolated', beyond the sizes."""
+    log D. weight: of each scratch run. Returns (D_E, status): 'ok'; 'censored', lower than any scratch run or than the floor;
+    'extrapolated', beyond the sizes."""
     D, L, wanted = (np.asarray(v, float) for v in (D, L, wanted))
     levels, index = np.unique(D, return_inverse=True)
     w = np.broadcast_to(weight, D.shape)
-    mean = np.bincount(index, w * L) / np.bincount(index, w)
+    total = np.bincount(index, w)
+    mean = np.bincount(index, w * L) / total
     if not unfit(D, D, 'D'):
         E, B, b, _ = marginal(D, L, weight=w)
         with np.errstate(all='ignore'):
-            found, lowest = np.where(wanted > E, (B / (wanted - E)) ** (1 / b), np.inf), max(E, mean.min())
+            found = np.where(wanted > E, (B / (wanted - E)) ** (1 / b), np.inf)
+        lowest = max(E, mean.min())
     else:
         if len(levels) < 2:
             raise Stop(f'training from scratch has {len(levels)} number of records: two are the least to read a size off')
-        smooth = scipy.optimize.isotonic_regression(mean, weights=np.bincount(index, w), increasing=False).x
+        smooth = scipy.optimize.isotonic_regression(mean, weights=total, increasing=False).x
         curve = scipy.interpolate.PchipInterpolator(np.log(levels), smooth)
         fine = np.linspace(*np.log(levels[[0, -1]]), 20001)
-        found, lowest = np.exp(np.interp(-wanted, -curve(fine), fine, left=fine[0] - 1e-6, right=math.inf)), smooth.min()
+        found = np.exp(np.interp(-wanted, -curve(fine), fine, left=fine[0] - 1e-6, right=math.inf))
+        lowest = smooth.min()
     outside = (found > levels[-1] * (1 + 1e-9)) | (found < levels[0] * (1 - 1e-9))
     return found, np.where(wanted < lowest, 'censored', np.where(outside, 'extrapolated', 'ok'))
 
@@ -1107,23 +1119,58 @@ def data_transferred(rows, loss, weight=None):
     """D_T = D_E - D_F = k D_F^a N^b of one task (2605.17276, Appendix B): points from rows with mode scratch or finetune, D_F, N and a loss,
     then a line in logs over those that can be used. weight: of each row, for resamples. Returns (points, (k, a, b), counts by status); b is
     NaN where one size tells nothing about it, all three where the points are too few."""
-    points, used, mode, N = [], [], np.array([r['mode'] for r in rows]), column(rows, 'N')
-    weight, D_F, L = np.ones(len(rows)) if weight is None else weight, column(rows, 'D_F'), column(rows, loss)
+    mode, N, D_F, L = np.array([r['mode'] for r in rows]), column(rows, 'N'), column(rows, 'D_F'), column(rows, loss)
+    weight = np.ones(len(rows)) if weight is None else weight
+    points, good = [], []                                        # good: (D_F, N, D_T, weight) of those that can be used
     for n in np.unique(N):
         scratch, tuned = (np.flatnonzero((N == n) & (mode == m)) for m in ('scratch', 'finetune'))
         if not len(tuned) or not len(scratch):
             continue
         D_E, status = effective_data(D_F[scratch], L[scratch], L[tuned], weight[scratch])
-        used += list(tuned)
         for i, e, s in zip(tuned, D_E, status):
-            points.append(dict(N=n, D_F=D_F[i], loss=L[i], D_E=e, D_T=e - D_F[i], multiplier=e / D_F[i],
-                               status='negative' if s != 'censored' and e <= D_F[i] else str(s)))
-    good = [i for i, p in enumerate(points) if p['status'] == 'ok']
-    X = np.array([[1, math.log(points[i]['D_F']), math.log(points[i]['N'])] for i in good]).reshape(-1, 3)
-    one = len(set(X[:, 2])) < 2
-    (b, _) = ols(X[:, :2] if one else X, np.log([points[i]['D_T'] for i in good]), weight[np.array(used, int)[good]])
-    law = math.exp(b[0]), b[1], math.nan if one else b[2]
-    return points, law, {s: sum(p['status'] == s for p in points) for s in ('ok', 'censored', 'extrapolated', 'negative')}
+            if s != 'censored' and e <= D_F[i]:
+                s = 'negative'
+            if s == 'ok':
+                good.append((D_F[i], n, e - D_F[i], weight[i]))
+            points.append(dict(N=n, D_F=D_F[i], loss=L[i], D_E=e, D_T=e - D_F[i], multiplier=e / D_F[i], status=str(s)))
+    counts = {s: sum(p['status'] == s for p in points) for s in ('ok', 'censored', 'extrapolated', 'negative')}
+    x, n, y, w = np.array(good).reshape(-1, 4).T
+    X = np.c_[np.ones(len(x)), np.log(x), np.log(n)]
+    if len(set(n)) < 2:
+        (k, a), b = ols(X[:, :2], np.log(y), w)[0], math.nan
+    else:
+        k, a, b = ols(X, np.log(y), w)[0]
+    return points, (math.exp(k), a, b), counts
+
+
+def unit(row):
+    """What two losses of one run share, also where they were best at different steps."""
+    return tuple(str(row.get(c)) for c in ('run', 'N', 'D', 'seed')) if row.get('run') else row['line']
+
+
+def transfer_row(a, i, o, ax):
+    """Loss-to-loss of the fits in (i) and out of distribution (o) of one configuration: drawn, printed and returned as a row."""
+    mate = {unit(r): r for r in o.rows}                          # the same run, perhaps at another step
+    both = [(r, mate[unit(r)]) for r in i.rows if unit(r) in mate]
+    x, y = np.array([(r[i.loss] - i.law.E, m[o.loss] - o.law.E) for r, m in both]).T
+    kappa, gamma, dropped = loss_to_loss(x, y)
+    shift_x, shift_y = ((f.law.E - f.boot.E)[:, None] for f in (i, o))                       # floors of the same resamples of runs
+    boot = loss_to_loss(x + shift_x, y + shift_y, draws(len(x), a.resamples, i.s.free, [a.seed, *i.name.encode()]))[:2]
+    (klow, glow), (khigh, ghigh) = np.nanquantile(boot, [.025, .975], axis=1)
+    x, y = x[(x > 0) & (y > 0)], y[(x > 0) & (y > 0)]
+    R2 = 1 - ((y - transfer_law(x, kappa, gamma)) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+    alphas, betas, flags = o.law.alpha / i.law.alpha, o.law.beta / i.law.beta, '; '.join(i.flags + o.flags)
+    print(f'{i.name:28s} {o.loss:20s} {kappa:8.3g}  {f"{gamma:.3f} [{glow:.3f}, {ghigh:.3f}]":22s} {R2:6.3f} {dropped:3d} of {len(both):3d}  '
+          f'alphas {alphas:.2f}, betas {betas:.2f}  {flags}')
+    line = np.geomspace(x.min(), x.max(), 40)
+    ax.plot(x, y, 'o', ms=4)
+    ax.plot(line, transfer_law(line, kappa, gamma), label=f'kappa {kappa:.2g}, gamma {gamma:.2f}; {dropped} dropped')
+    ax.fill_between(line, *np.nanquantile(transfer_law(line, boot[0][:, None], boot[1][:, None]), [.025, .975], axis=0), alpha=.2)
+    ax.set(xscale='log', yscale='log', xlabel=f'id_test - {i.law.E:.3g}', ylabel=f'{o.loss} - {o.law.E:.3g}')
+    caption(ax, i.name, i.flags + o.flags)
+    ax.legend(fontsize=7)
+    return dict(configuration=i.name, loss=o.loss, points=len(x), dropped=int(dropped), E_id=i.law.E, E_ood=o.law.E, kappa=kappa, kappa_low=klow,
+                kappa_high=khigh, gamma=gamma, gamma_low=glow, gamma_high=ghigh, R2=R2, alpha_ratio=alphas, beta_ratio=betas, flags=flags)
 
 
 def transfer_command(a):
@@ -1131,42 +1178,16 @@ def transfer_command(a):
     rows, losses = read_runs(a.runs, a.loss, ())
     if tuned := [r for r in rows if r.get('mode') in ('scratch', 'finetune')]:
         return effective(a, tuned, losses)
-    fits, table = fit_all(a)[0], []
+    fits, _ = fit_all(a)
     pairs = [(i, o) for i in fits for o in fits if i.name == o.name and i.loss == 'id_test' and o.loss.startswith('ood_')]
     if not pairs:
         raise Stop('no configuration has a law of id_test and of an ood_*_test, whose floors loss-to-loss needs')
-    fig, axes = figure(1, len(pairs), figsize=(4.4 * len(pairs), 4), squeeze=False, layout='constrained')
+    fig, axes = panels(1, len(pairs), 4.4, 4)
     print(f'\n{"configuration":28s} {"out of distribution":20s}    kappa  {"gamma [95 %]":22s}     R2    dropped  expected where one term rules')
-    for (i, o), ax in zip(pairs, axes[0]):
-        mate = {unit(r): r for r in o.rows}                      # the same run, perhaps at another step
-        both = [(r, mate[unit(r)]) for r in i.rows if unit(r) in mate]
-        x, y = np.array([(r[i.loss] - i.law.E, m[o.loss] - o.law.E) for r, m in both]).T
-        kappa, gamma, dropped = loss_to_loss(x, y)
-        shift = [(f.law.E - f.boot.E)[:, None] for f in (i, o)]  # floors of the same resamples of runs
-        boot = loss_to_loss(x + shift[0], y + shift[1], draws(len(x), a.resamples, i.s.free, [a.seed, *i.name.encode()]))[:2]
-        (klow, glow), (khigh, ghigh) = np.nanquantile(boot, [.025, .975], axis=1)
-        x, y = x[(x > 0) & (y > 0)], y[(x > 0) & (y > 0)]
-        R2 = 1 - ((y - transfer_law(x, kappa, gamma)) ** 2).sum() / ((y - y.mean()) ** 2).sum()
-        expected, flags = (o.law.alpha / i.law.alpha, o.law.beta / i.law.beta), '; '.join(i.flags + o.flags)
-        table.append(dict(configuration=i.name, loss=o.loss, points=len(x), dropped=int(dropped), E_id=i.law.E, E_ood=o.law.E, kappa=kappa, kappa_low=klow,
-                          kappa_high=khigh, gamma=gamma, gamma_low=glow, gamma_high=ghigh, R2=R2, alpha_ratio=expected[0], beta_ratio=expected[1],
-                          flags=flags))
-        print(f'{i.name:28s} {o.loss:20s} {kappa:8.3g}  {f"{gamma:.3f} [{glow:.3f}, {ghigh:.3f}]":22s} {R2:6.3f} {dropped:3d} of {len(both):3d}  '
-              f'alphas {expected[0]:.2f}, betas {expected[1]:.2f}  {flags}')
-        line = np.geomspace(x.min(), x.max(), 40)
-        ax.plot(x, y, 'o', ms=4), ax.plot(line, transfer_law(line, kappa, gamma), label=f'kappa {kappa:.2g}, gamma {gamma:.2f}; {dropped} dropped')
-        ax.fill_between(line, *np.nanquantile(transfer_law(line, boot[0][:, None], boot[1][:, None]), [.025, .975], axis=0), alpha=.2)
-        ax.set(xscale='log', yscale='log', xlabel=f'id_test - {i.law.E:.3g}', ylabel=f'{o.loss} - {o.law.E:.3g}')
-        caption(ax, i.name, i.flags + o.flags)
-        ax.legend(fontsize=7)
+    table = [transfer_row(a, i, o, ax) for (i, o), ax in zip(pairs, axes[0])]
     print('gamma under 1: diminishing returns. It moves with both floors; where one term of the laws rules it is the ratio of their alphas or betas, '
           'so one clean power needs the two ratios alike')
     deliver(a, ('transfer', table), ('transfer', fig))
-
-
-def unit(row):
-    """What two losses of one run share, also where they were best at different steps."""
-    return tuple(str(row.get(c)) for c in ('run', 'N', 'D', 'seed')) if row.get('run') else row['line']
 
 
 def effective(a, rows, losses):
@@ -1182,7 +1203,7 @@ def effective(a, rows, losses):
         points, (k, p, b), counts = data_transferred(part, loss)
         if not points:
             continue
-        table += [dict(configuration=group, task=task or loss) | p for p in points]
+        table += [dict(configuration=group, task=task or loss) | point for point in points]
         left = (f'left out: {counts["censored"]} censored (no training from scratch is as good), {counts["extrapolated"]} beyond the sizes, '
                 f'{counts["negative"]} where pretraining harms')
         if math.isnan(p):
@@ -1197,14 +1218,22 @@ def effective(a, rows, losses):
         print(f'{group}, {task or loss}: D_T = {k:.3g} D_F^{p:.2f} [{low[1]:.2f}, {high[1]:.2f}]{sizes} from {counts["ok"]} points; {left}')
     if not table:
         raise Stop(f'{a.runs}: no size N has both scratch and finetune rows')
+    print('a larger a means more saved per record, but read k and D_T themselves, not a alone')
+    deliver(a, ('effective', laws), ('effective_points', table), ('effective', draw_effective(table)))
+
+
+
+def draw_effective(table):
+    """Effective records transferred against records fine-tuned on, a colour for each configuration and task."""
     fig, ax = figure(figsize=(6, 4.4), layout='constrained')
     for i, key in enumerate(dict.fromkeys((p['configuration'], p['task']) for p in table)):
         for status, mark in (('ok', 'o'), ('extrapolated', '^')):
             part = [p for p in table if (p['configuration'], p['task'], p['status']) == (*key, status) and p['D_T'] > 0]
-            ax.plot([p['D_F'] for p in part], [p['D_T'] for p in part], mark, color=f'C{i % 10}', label=f'{" ".join(key)}, {status}' if part else None)
-    ax.set(xscale='log', yscale='log', xlabel='D_F, records fine-tuned on', ylabel='D_T, effective records transferred'), ax.legend(fontsize=7)
-    print('a larger a means more saved per record, but read k and D_T themselves, not a alone')
-    deliver(a, ('effective', laws), ('effective_points', table), ('effective', fig))
+            if part:
+                ax.plot(column(part, 'D_F'), column(part, 'D_T'), mark, color=f'C{i % 10}', label=f'{" ".join(key)}, {status}')
+    ax.set(xscale='log', yscale='log', xlabel='D_F, records fine-tuned on', ylabel='D_T, effective records transferred')
+    ax.legend(fontsize=7)
+    return fig
 
 
 # ---------------------------------------------------------------------------------------------------------------------
