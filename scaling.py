@@ -143,7 +143,7 @@ def configurations(rows):
     return groups
 
 
-def moving(rows):
+def moving_targets(rows):
     """The objective of a configuration whose targets move with the run, else ''."""
     objective = rows[0].get('objective', '').lower().rstrip('+')
     return objective if objective in MOVING else ''
@@ -153,7 +153,7 @@ def incomparable(rows, loss):
     """Why these runs' losses cannot be held against each other, or ''."""
     if loss.startswith('ood_'):
         return ''
-    if objective := moving(rows):
+    if objective := moving_targets(rows):
         return f"{objective}'s targets come from a network or codebook that learns too, so losses of two runs do not compare: only ood_*_test is fitted"
     if rows[0].get('objective', '').lower() == 'cmsc' and len({str(r.get('batch')) for r in rows}) > 1:
         return "cmsc's loss depends on the batch size (the number of negatives), and these runs have several"
@@ -1243,37 +1243,27 @@ def overfit_command(a):
     """Overfitting extent, its collapse on one line, the records that suffice, and training against validation loss over steps."""
     fits, groups = fit_all(a)
     table, lines = [], []
-    fig, axes = figure(len(fits), 3, figsize=(13, 3.6 * len(fits)), squeeze=False, layout='constrained')
+    fig, axes = panels(len(fits), 3, 13 / 3)
     for f, row in zip(fits, axes):
         extent, z = overfit_extent(f.L, f.N, f.law), f.D ** f.law.beta * joint_law(f.N, np.inf, *f.law)
-        good = (overfit_extent(joint_law(f.N, f.D, *f.law), f.N, f.law) > 3 * f.checks['log_RMSE']) & (extent > 0)           # well above the noise, as predicted:
-                                                                 # to drop by what was observed would bend the line
+        # well above the noise as predicted: to drop by what was observed would bend the line
+        good = (overfit_extent(joint_law(f.N, f.D, *f.law), f.N, f.law) > 3 * f.checks['log_RMSE']) & (extent > 0)
         if len(np.unique(z[good])) < 3:
             print(f'{f.name}, {f.loss}: too few points lie above the limit of endless data by three times the noise')
-            [ax.axis('off') for ax in row]
+            for ax in row:
+                ax.axis('off')
             continue
         (c, slope), (_, half) = ols(np.c_[np.ones(good.sum()), np.log(z[good])], np.log(extent[good]))
-        lines.append(dict(configuration=f.name, loss=f.loss, slope=slope, slope_95=half, intercept=math.exp(c), B=f.law.B, dropped=int((~good).sum()),
-                          flags='; '.join(f.flags)))
+        left, flags = int((~good).sum()), '; '.join(f.flags)
+        lines.append(dict(configuration=f.name, loss=f.loss, slope=slope, slope_95=half, intercept=math.exp(c), B=f.law.B, dropped=left, flags=flags))
         print(f'{f.name}, {f.loss}: extent falls with slope {slope:.2f} +- {half:.2f} in D^beta L(N, inf), the law says -1 with intercept '
-              f'B = {f.law.B:.3g} (found {math.exp(c):.3g}); {(~good).sum()} of {len(good)} points left out, within the noise of the limit  {"; ".join(f.flags)}')
-        sizes = np.unique(f.N)
-        for N in sizes:
-            for eps in a.tolerance:
-                low, high = f.interval(lambda w: minimum_data(N, w, eps))
-                table.append(dict(configuration=f.name, loss=f.loss, N=N, tolerance=eps, D_min=minimum_data(N, f.law, eps), low=low, high=high))
-        for r in table[-len(sizes) * len(a.tolerance):]:
-            print(f'  N {r["N"]:12,.0f}: within {r["tolerance"]:.0%} of endless data from D = {r["D_min"]:.3g} [{r["low"]:.3g}, {r["high"]:.3g}] records'
-                  + '  extrapolated' * bool(not f.D.min() <= r['D_min'] <= f.D.max()) + '  not identified' * bool(not r['high'] < 1000 * r['low']))
-        for i, N in enumerate(sizes):
-            mine = good & (f.N == N)
-            row[0].plot(f.D[mine], extent[mine], 'o', ms=4, color=f'C{i % 10}', label=f'N = {N:,.0f}')
-            row[0].plot(np.unique(f.D), overfit_extent(joint_law(N, np.unique(f.D), *f.law), N, f.law), color=f'C{i % 10}', lw=1)
-            row[1].plot(z[mine], extent[mine], 'o', ms=4, color=f'C{i % 10}')
-        row[0].set(xscale='log', yscale='log', xlabel='D, records', ylabel='L / L(N, inf) - 1', title=f'{f.name}, {f.loss}'), row[0].legend(fontsize=6)
-        ends = np.array([z.min(), z.max()])
-        row[1].plot(ends, f.law.B / ends, 'k--', lw=1, label='slope -1'), row[1].legend(fontsize=7)
-        row[1].set(xscale='log', yscale='log', xlabel='D^beta L(N, inf)', title='collapse')
+              f'B = {f.law.B:.3g} (found {math.exp(c):.3g}); {left} of {len(good)} points left out, within the noise of the limit  {flags}')
+        for N, tolerance in itertools.product(np.unique(f.N), a.tolerance):
+            least, (low, high) = minimum_data(N, f.law, tolerance), f.interval(lambda w: minimum_data(N, w, tolerance))
+            table.append(dict(configuration=f.name, loss=f.loss, N=N, tolerance=tolerance, D_min=least, low=low, high=high))
+            print(f'  N {N:12,.0f}: within {tolerance:.0%} of endless data from D = {least:.3g} [{low:.3g}, {high:.3g}] records'
+                  + '  extrapolated' * bool(not f.D.min() <= least <= f.D.max()) + '  not identified' * bool(not high < 1000 * low))
+        draw_overfit(row[:2], f, good, extent, z)
         trajectories(row[2], groups[f.name], f.rows)
     print('the law was fitted to these very runs, so a slope near -1 is no proof of it, but one far from -1 speaks against it')
     deliver(a, ('overfit', lines), ('minimum_data', table), ('overfit', fig))
@@ -1297,46 +1287,52 @@ def trajectories(ax, rows, chosen):
 # ---------------------------------------------------------------------------------------------------------------------
 # labels, winners, loss against error
 
+def draw_overfit(axes, f, good, extent, z):
+    """Overfitting extent against D, a colour for each size, with the law; and against z = D^beta L(N, inf), where all sizes collapse."""
+    ax, bx = axes
+    D, ends = np.unique(f.D), np.array([z.min(), z.max()])
+    for i, N in enumerate(np.unique(f.N)):
+        mine, colour = good & (f.N == N), f'C{i % 10}'
+        ax.plot(f.D[mine], extent[mine], 'o', ms=4, color=colour, label=f'N = {N:,.0f}')
+        ax.plot(D, overfit_extent(joint_law(N, D, *f.law), N, f.law), color=colour, lw=1)
+        bx.plot(z[mine], extent[mine], 'o', ms=4, color=colour)
+    bx.plot(ends, f.law.B / ends, 'k--', lw=1, label='slope -1')
+    ax.set(xscale='log', yscale='log', xlabel='D, records', ylabel='L / L(N, inf) - 1', title=f'{f.name}, {f.loss}')
+    bx.set(xscale='log', yscale='log', xlabel='D^beta L(N, inf)', title='collapse')
+    ax.legend(fontsize=6)
+    bx.legend(fontsize=7)
+
+
 def labels_command(a):
     """Loss and AUROC on an arm's anchor labels, and out of distribution, against the number of labels trained on."""
     rows, losses = read_runs(a.runs, a.loss, ('N', 'D', 'arm', 'labels'))
     rows = [r for r in rows if r['arm'] in ('dominant', 'tail')]
     if not rows:
         raise Stop(f'{a.runs} has no rows whose arm is dominant or tail: labels needs training on more and more labels around a fixed anchor')
-    table, slopes = [], []
     if blank := [r['line'] for r in rows if not r['labels'] > 0]:
         raise Stop(f'{a.runs}, line {blank[0]}: labels must be the number of labels that were trained on')
-    groups, sizes = {}, {(r.get('N'), r.get('D')) for r in rows}
-    for name, mine in configurations(rows).items():              # one curve for each size and number of records
-        for r in mine:
-            words = [name] + [r['arm']] * (r['arm'] not in name.split()) + [f'N = {r.get("N"):,.0f}, D = {r.get("D"):,.0f}'] * (len(sizes) > 1)
-            groups.setdefault(' '.join(words), []).append(r)
-    for group, mine in groups.items():
-        for loss in losses:
-            part = [r for r in mine if math.isfinite(r[loss])]
-            chosen = select(part, loss) if part else []
-            areas = [loss.replace('_test', '_auroc'), loss + '_auroc']
-            for measure in [loss] + [c for c in areas if chosen and math.isfinite(chosen[0].get(c, math.nan))]:
-                x, y = column(chosen, 'labels'), column(chosen, measure)
-                for count in np.unique(x):
-                    v = y[x == count]
-                    table.append(dict(configuration=group, measure=measure, labels=int(count), seeds=len(v), mean=v.mean(), sd=v.std(ddof=1) if len(v) > 1 else math.nan))
-                if len(np.unique(x)) > 1:
-                    (c, b), (_, half) = ols(np.c_[np.ones(len(x)), np.log(x)], np.log(y))
-                    slopes.append(dict(configuration=group, measure=measure, slope=b, low=b - half, high=b + half, runs=len(x)))
-                    line = ', '.join(f'{r["labels"]} labels {r["mean"]:.4f}' for r in table if (r['configuration'], r['measure']) == (group, measure))
-                    print(f'{group}, {measure}: {line}; d log / d log labels {b:+.3f} [{b - half:+.3f}, {b + half:+.3f}]')
+    table, slopes = [], []
+    for (group, mine), loss in itertools.product(label_curves(rows).items(), losses):
+        part = [r for r in mine if math.isfinite(r[loss])]
+        chosen = select(part, loss) if part else []
+        areas = [c for c in (loss.replace('_test', '_auroc'), loss + '_auroc') if chosen and math.isfinite(chosen[0].get(c, math.nan))]
+        for measure in [loss] + areas:
+            x, y = column(chosen, 'labels'), column(chosen, measure)
+            points = []
+            for count in np.unique(x):
+                v = y[x == count]
+                points.append(dict(configuration=group, measure=measure, labels=int(count), seeds=len(v), mean=v.mean(),
+                                   sd=v.std(ddof=1) if len(v) > 1 else math.nan))
+            table += points
+            if len(points) > 1:
+                (_, b), (_, half) = ols(np.c_[np.ones(len(x)), np.log(x)], np.log(y))
+                slopes.append(dict(configuration=group, measure=measure, slope=b, low=b - half, high=b + half, runs=len(x)))
+                line = ', '.join(f'{r["labels"]} labels {r["mean"]:.4f}' for r in points)
+                print(f'{group}, {measure}: {line}; d log / d log labels {b:+.3f} [{b - half:+.3f}, {b + half:+.3f}]')
     if not slopes:
         raise Stop(f'{a.runs}: every arm has one number of labels only')
-    measures = list(dict.fromkeys(r['measure'] for r in table))
-    fig, axes = figure(1, len(measures), figsize=(4.6 * len(measures), 4), squeeze=False, layout='constrained')
-    for m, ax in zip(measures, axes[0]):
-        for group in dict.fromkeys(r['configuration'] for r in table if r['measure'] == m):
-            part = [r for r in table if r['measure'] == m and r['configuration'] == group]
-            ax.errorbar(*([r[c] for r in part] for c in ('labels', 'mean', 'sd')), marker='o', capsize=3, label=group)
-        ax.set(xscale='log', xlabel='labels trained on', title=m), ax.legend(fontsize=7)
     print('id_* is on the anchor labels, the same at every point of an arm; bars are standard deviations over seeds')
-    deliver(a, ('labels', table), ('labels_slopes', slopes), ('labels', fig))
+    deliver(a, ('labels', table), ('labels_slopes', slopes), ('labels', draw_labels(table)))
 
 
 def half_decade(N):
@@ -1344,26 +1340,53 @@ def half_decade(N):
     return 10 ** (round(2 * math.log10(N)) / 2)
 
 
+def label_curves(rows):
+    """{name: rows}: a curve for each configuration, arm, size and number of records."""
+    several, curves = len({(r['N'], r['D']) for r in rows}) > 1, {}
+    for name, mine in configurations(rows).items():
+        for r in mine:
+            curve = name if r['arm'] in name.split() else f'{name} {r["arm"]}'
+            curve += f' N = {r["N"]:,.0f}, D = {r["D"]:,.0f}' if several else ''
+            curves.setdefault(curve, []).append(r)
+    return curves
+
+
+def draw_labels(table):
+    """A panel per measure: its mean over seeds against the number of labels, a line for each curve."""
+    measures = list(dict.fromkeys(r['measure'] for r in table))
+    fig, axes = panels(1, len(measures), height=4)
+    for m, ax in zip(measures, axes[0]):
+        for group in dict.fromkeys(r['configuration'] for r in table if r['measure'] == m):
+            part = [r for r in table if r['measure'] == m and r['configuration'] == group]
+            ax.errorbar(*(column(part, c) for c in ('labels', 'mean', 'sd')), marker='o', capsize=3, label=group)
+        ax.set(xscale='log', xlabel='labels trained on', title=m)
+        ax.legend(fontsize=7)
+    return fig
+
+
 def winners_command(a):
     """Absolute losses per size and number of records, the lowest configuration of each cell, and where two configurations cross."""
     rows, losses = read_runs(a.runs, a.loss)
     table, cells = [], {}
-    for group, mine in configurations(rows).items():
-        for loss in losses:
-            part = [r for r in mine if math.isfinite(r[loss])]
-            if not part or (reason := incomparable(part, loss)):
-                print(f'left out: {group}, {loss}: {reason}') if part else None
-                continue
-            field = loss if loss.startswith('ood_') else f'{loss} of {part[0].get("objective") or group}'     # losses of two objectives have two units
-            for r in select(part, loss):
-                cells.setdefault((field, half_decade(r['N']), r['D']), {}).setdefault(group, []).append(r[loss])
+    for (group, mine), loss in itertools.product(configurations(rows).items(), losses):
+        part = [r for r in mine if math.isfinite(r[loss])]
+        if not part:
+            continue
+        if reason := incomparable(part, loss):
+            print(f'left out: {group}, {loss}: {reason}')
+            continue
+        field = loss                                             # in distribution, losses of two objectives have two units
+        if not loss.startswith('ood_'):
+            field += f' of {part[0].get("objective") or group}'
+        for r in select(part, loss):
+            cells.setdefault((field, half_decade(r['N']), r['D']), {}).setdefault(group, []).append(r[loss])
     if not cells:
         raise Stop(f'{a.runs}: no two losses can be compared')
     for (field, N, D), found in sorted(cells.items()):
         means = {g: float(np.mean(v)) for g, v in found.items()}
-        best = min(means, key=means.get)
-        table.append(dict(loss=field, N_near=N, D=D, winner=best if len(means) > 1 else 'alone', **means))
-        print(f'{field:28s} N near {N:11,.0f}, D {D:9,.0f}: ' + ', '.join(f'{g} {v:.4f}{"*" * (g == best and len(means) > 1)}' for g, v in means.items()))
+        best = min(means, key=means.get) if len(means) > 1 else 'alone'
+        table.append(dict(loss=field, N_near=N, D=D, winner=best, **means))
+        print(f'{field:28s} N near {N:11,.0f}, D {D:9,.0f}: ' + ', '.join(f'{g} {v:.4f}{"*" * (g == best)}' for g, v in means.items()))
     crossed = crossings(table, cells)
     for c in crossed:
         if c['clear']:
@@ -1384,11 +1407,14 @@ def crossings(table, cells):
     found, variances = [], {}
     for (field, _, _), losses in cells.items():
         for v in losses.values():
-            variances.setdefault(field, []).extend([np.var(np.log(v), ddof=1)] * (len(v) - 1) if len(v) > 1 else [])
+            if len(v) > 1:
+                variances.setdefault(field, []).extend([np.var(np.log(v), ddof=1)] * (len(v) - 1))
 
     def clear(row, one, two):
-        pooled, (a, b) = variances[row['loss']], (cells[row['loss'], row['N_near'], row['D']][g] for g in (one, two))
-        return bool(pooled) and abs(math.log(row[one] / row[two])) > 2 * math.sqrt(np.mean(pooled) * (1 / len(a) + 1 / len(b)))
+        if row['loss'] not in variances:
+            return False
+        a, b = (cells[row['loss'], row['N_near'], row['D']][g] for g in (one, two))
+        return bool(abs(math.log(row[one] / row[two])) > 2 * math.sqrt(np.mean(variances[row['loss']]) * (1 / len(a) + 1 / len(b))))
 
     for field, (fixed, moving) in itertools.product(dict.fromkeys(r['loss'] for r in table), (('N_near', 'D'), ('D', 'N_near'))):
         mine = [r for r in table if r['loss'] == field]
@@ -1405,54 +1431,62 @@ def crossings(table, cells):
 def draw_winners(table):
     """A row per loss: against N at the number of records with most sizes, and against D at the size with most numbers of records."""
     fields = list(dict.fromkeys(r['loss'] for r in table))
-    fig, axes = figure(len(fields), 2, figsize=(10, 3.6 * len(fields)), squeeze=False, layout='constrained')
+    fig, axes = panels(len(fields), 2, 5)
     for field, row in zip(fields, axes):
         mine = [r for r in table if r['loss'] == field]
         for ax, moving, fixed in ((row[0], 'N_near', 'D'), (row[1], 'D', 'N_near')):
             level = max({r[fixed] for r in mine}, key=lambda v: (sum(r[fixed] == v for r in mine), v))
             for g in contestants(mine):
                 line = sorted((r[moving], r[g]) for r in mine if r[fixed] == level and g in r)
-                ax.plot(*zip(*line), 'o-', ms=4, label=g) if line else None
-            ax.set(xscale='log', yscale='log', xlabel=moving, title=f'{field}, {fixed} {level:,.0f}'), ax.legend(fontsize=6)
+                if line:
+                    ax.plot(*zip(*line), 'o-', ms=4, label=g)
+            ax.set(xscale='log', yscale='log', xlabel=moving, title=f'{field}, {fixed} {level:,.0f}')
+            ax.legend(fontsize=6)
     return fig
 
 
-def permutation_p(x, y, most=8, seed=0):
+def permutation_p(x, y, most=8):
     """(Spearman's rho, two-sided p, exact): p over all orders of up to `most` points, over 20,000 random ones beyond."""
-    x, y = (scipy.stats.rankdata(v) for v in (x, y))
-    x, y, exact = x - x.mean(), y - y.mean(), len(x) <= most
-    rng, norm = np.random.default_rng(seed), math.sqrt((x @ x) * (y @ y))
+    n, exact = len(x), len(x) <= most
+    x, y = (scipy.stats.rankdata(v) - (n + 1) / 2 for v in (x, y))
+    norm = math.sqrt((x @ x) * (y @ y))
     if norm == 0:
         return math.nan, math.nan, exact
-    orders = np.array(list(itertools.permutations(range(len(x))))) if exact else rng.permuted(np.tile(np.arange(len(x)), (20000, 1)), axis=1)
+    if exact:
+        orders = np.array(list(itertools.permutations(range(n))))
+    else:
+        orders = np.random.default_rng(0).permuted(np.tile(np.arange(n), (20000, 1)), axis=1)
     rho, others = x @ y / norm, y[orders] @ x / norm
     extreme = (np.abs(others) >= abs(rho) - 1e-9).sum()
-    return float(rho), float(extreme / len(orders) if exact else (extreme + 1) / (len(orders) + 1)), exact
+    p = extreme / len(orders) if exact else (extreme + 1) / (len(orders) + 1)                # the order found is one of the random ones
+    return float(rho), float(p), exact
 
 
 def error_command(a):
     """Within one configuration: pretraining loss against 1 - AUROC downstream, a point per (N, D), seeds averaged (2605.12241)."""
     rows, _ = read_runs(a.runs, ['id_test'])
-    tasks = [c for c in rows[0] if re.fullmatch('ood_.+_auroc', c)]
+    tasks = {c: [c] for c in rows[0] if re.fullmatch('ood_.+_auroc', c)}
     if not tasks:
         raise Stop(f'{a.runs} has no ood_*_auroc')
+    if len(tasks) > 1:
+        tasks['all'] = list(tasks)
     table, drawn = [], []
     for group, mine in configurations(rows).items():
         chosen = select([r for r in mine if math.isfinite(r['id_test'])], 'id_test')
         if not chosen:
             print(f'{group}: left out, no id_test')
             continue
-        if moving(chosen):
-            print(f"{group}: careful, the targets move with the run, so its loss is no common scale")
+        if moving_targets(chosen):
+            print(f'{group}: careful, the targets move with the run, so its loss is no common scale')
         elif reason := incomparable(chosen, 'id_test'):
             print(f'{group}: left out, {reason}')
             continue
-        for task in tasks + ['all'] * (len(tasks) > 1):
+        for task, columns in tasks.items():
             points = {}
             for r in chosen:
-                area = np.mean([r[t] for t in (tasks if task == 'all' else [task])])
-                if math.isfinite(area):
-                    points.setdefault((r['N'], r['D']), []).append((r['id_test'], 1 - area))
+                error = 1 - np.mean([r[c] for c in columns])
+                if math.isfinite(error):
+                    points.setdefault((r['N'], r['D']), []).append((r['id_test'], error))
             if len(points) < 4:
                 print(f'{group}, {task}: {len(points)} points are too few to correlate')
                 continue
@@ -1460,14 +1494,14 @@ def error_command(a):
             rho, p, exact = permutation_p(x, y)
             pearson = float(np.corrcoef(np.log(x), np.log(np.maximum(y, 1e-6)))[0, 1])
             table.append(dict(configuration=group, task=task, points=len(x), spearman=rho, p=p, exact=exact, pearson_of_logs=pearson))
-            drawn.append((x, y, table[-1]))
+            drawn.append((x, y))
             print(f'{group}, {task}: {len(x)} points, Spearman {rho:+.2f}, p {p:.2g} ({"exact" if exact else "of 20,000 random orders"}), '
                   f'Pearson of logs {pearson:+.2f}')
     if not table:
         raise Stop('no configuration has four points with an id_test and an AUROC')
-    wide = len(drawn) // len({r['configuration'] for r in table})                            # a row each
-    fig, axes = figure(-(-len(drawn) // wide), wide, figsize=(3.8 * wide, 3.6 * -(-len(drawn) // wide)), squeeze=False, layout='constrained')
-    for (x, y, r), ax in zip(drawn, axes.flat):
+    wide = len(table) // len({r['configuration'] for r in table})                            # a row each
+    fig, axes = panels(-(-len(table) // wide), wide, 3.8)
+    for r, (x, y), ax in zip(table, drawn, axes.flat):
         ax.plot(x, y, 'o')
         ax.set(xscale='log', yscale='log', xlabel='id_test', ylabel=f'1 - AUROC, {r["task"]}',
                title=f'{r["configuration"]}\nSpearman {r["spearman"]:+.2f}, p {r["p"]:.1g}')
