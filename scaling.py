@@ -1531,52 +1531,75 @@ def printed_losses(name, bins):
     """(datasets, losses (4, datasets, bins)) of Table S.5 or S.6, in the order of CONFIGS."""
     rows = printed(name)
     sets = list(dict.fromkeys(r['dataset'] for r in rows))
-    L = np.full((4, len(sets), 1 + max(int(r[bins]) for r in rows)), math.nan)
+    L = np.full((4, len(sets), max(int(r[bins]) for r in rows)), math.nan)
     for r in rows:
-        L[CONFIGS.index((r['arch'], r['paradigm'])), sets.index(r['dataset']), int(r[bins])] = float(r['loss'])
-    return sets, L[:, :, 1:]
+        L[CONFIGS.index((r['arch'], r['paradigm'])), sets.index(r['dataset']), int(r[bins]) - 1] = float(r['loss'])
+    return sets, L
+
+
+def shared_marginal_floor(x, curves):
+    """(E, whether it is at its bound): the one floor, at most the lowest loss, under which all curves over x have the least squares."""
+    total = lambda E: sum(marginal(x, L, E)[3] for L in curves)
+    grid = np.linspace(0, min(L.min() for L in curves), 25)
+    i = int(np.argmin([total(E) for E in grid]))
+    fine = scipy.optimize.minimize_scalar(total, bounds=(grid[max(i - 1, 0)], grid[min(i + 1, 24)]), method='bounded').x
+    return min(grid[i], fine, key=total), i == 24
 
 
 def printed_exponents(x, L, floor):
     """Exponents (4, datasets) of curves L (4, datasets, bins) over x. floor: free, shared (one E per dataset) or 0. And the number of
     datasets whose shared floor ended at their lowest loss, which is a bound."""
-    out, bound = np.empty(L.shape[:2]), 0
+    out, ended = np.empty(L.shape[:2]), 0
     for d in range(L.shape[1]):
         E = None if floor == 'free' else 0.
         if floor == 'shared':
-            total = lambda e: sum(marginal(x, L[c, d], e)[3] for c in range(4))
-            grid = np.linspace(0, L[:, d].min(), 25)
-            i = int(np.argmin([total(e) for e in grid]))
-            bound += i == 24
-            E = min(grid[i], scipy.optimize.minimize_scalar(total, bounds=(grid[max(i - 1, 0)], grid[min(i + 1, 24)]), method='bounded').x, key=total)
-        out[:, d] = [marginal(x, L[c, d], E)[2] for c in range(4)]
-    return out, bound
+            E, bound = shared_marginal_floor(x, L[:, d])
+            ended += bound
+        out[:, d] = [marginal(x, curve, E)[2] for curve in L[:, d]]
+    return out, ended
 
 
-def claims():
+def printed_claims():
     """Statements of the text about Tables S.5 and S.6, taken apart, and what the tables hold: [(claim, found, of, agrees)]."""
     sets, M = printed_losses('table_s5_model_bins', 'model_bin')
     _, D = printed_losses('table_s6_data_bins', 'data_bin')
-    ts, tx, rs, rx = range(4)
+    ts, tx, rs, rx = range(4)                                    # as in CONFIGS: Transformer or ResNet, supervised or SSL
     best_M, best_D = M.argmin(0), D.argmin(0)
-    wins = M[tx] < M[ts], D[tx] < D[ts]
-    over = [s for d, s in enumerate(sets) if (D[rs, d, 3] < D[rx, d, 3]) and not (D[rs, d, 2] < D[rx, d, 2])]
-    full, stays = [s for d, s in enumerate(sets) if best_D[d, 5] == rs], [D[rs, sets.index(s), 5] < D[rx, sets.index(s), 5] for s in over]
+    wins_M, wins_D = M[tx] < M[ts], D[tx] < D[ts]
+    ahead = D[rs] < D[rx]                                        # (datasets, bins)
+    over = [s for s, r in zip(sets, ahead) if r[3] and not r[2]]
+    stays = [r[5] for r in ahead if r[3] and not r[2]]
+    full = [s for s, best in zip(sets, best_D[:, 5]) if best == rs]
     says = lambda text, found, of, agrees: (text, int(found), of, bool(agrees))
+    every = lambda text, cells: says(text, np.sum(cells), np.size(cells), np.all(cells))
     most = lambda text, cells: says(text, cells.sum(), cells.size, cells.mean() > .5)
     return [
-        says('(i) T-SSL below T-SL in every model-size cell', wins[0].sum(), 55, wins[0].all()),
-        says('(i) and in the three larger model bins', wins[0][:, 2:].sum(), 33, wins[0][:, 2:].all()),
-        says('(i) T-SSL below T-SL in every data-size cell', wins[1].sum(), 66, wins[1].all()),
-        says('(i) and in the smallest data bin', wins[1][:, 0].sum(), 11, wins[1][:, 0].all()),
+        every('(i) T-SSL below T-SL in every model-size cell', wins_M),
+        every('(i) and in the three larger model bins', wins_M[:, 2:]),
+        every('(i) T-SSL below T-SL in every data-size cell', wins_D),
+        every('(i) and in the smallest data bin', wins_D[:, 0]),
         *(most(f'(ii) R-SSL lowest on most sets in data bin {b}', best_D[:, b - 1] == rx) for b in (1, 2, 3)),
         says('(iii) R-SL lowest with all data on ' + ', '.join(full), len(full), 11, {'CPSC2018', 'PTB-XL(rhythm)'} <= set(full)),
         says('(iii) R-SL overtakes R-SSL at data bin 4 on ' + ', '.join(over), len(over), 11, len(over) > 0),
-        says('(iii) and stays below with all data', sum(stays), len(stays), all(stays)),
+        every('(iii) and stays below with all data', stays),
         *(most(f'(iv) R-SL lowest on most sets in model bin {b}', best_M[:, b - 1] == rs) for b in (1, 2, 3)),
-        says('(v) T-SL is not the lowest, in any cell', (best_M != ts).sum() + (best_D != ts).sum(), 121, (best_M != ts).all() and (best_D != ts).all()),
-        most('(v) a ResNet lowest in most model-size cells', best_M >= rs), most('(v) a ResNet lowest in most data-size cells', best_D >= rs),
-        most('(v) R-SSL below R-SL in most model-size cells', M[rx] < M[rs]), most('(v) R-SSL below R-SL in most data-size cells', D[rx] < D[rs])]
+        every('(v) T-SL is not the lowest, in any cell', np.c_[best_M, best_D] != ts),
+        most('(v) a ResNet lowest in most model-size cells', best_M >= rs),
+        most('(v) a ResNet lowest in most data-size cells', best_D >= rs),
+        most('(v) R-SSL below R-SL in most model-size cells', M[rx] < M[rs]),
+        most('(v) R-SSL below R-SL in most data-size cells', D[rx] < D[rs])]
+
+
+def printed_sums():
+    """Whether the means that Tables S.9 and S.10 print are those of their columns, to rounding: as `printed_claims`."""
+    s9, s10 = printed('table_s9_benchmark_auroc'), {r['method']: r for r in printed('table_s10_ptbxl_detail')}
+    tasks = 'ptbxl_avg', 'echonext', 'mimic_sex', 'mimic_icu', 'mimic_mort', 'cpsc2018'
+    areas = 'diag_auc', 'sub_auc', 'sup_auc', 'form_auc', 'rhythm_auc'
+    off = lambda r, columns, total: abs(np.mean([float(r[c]) for c in columns]) - float(r[total]))
+    return [(text, sum(good), len(good), all(good)) for text, good in (
+        ('S.9: the mean is that of its six columns', [off(r, tasks, 'mean') < 6e-4 for r in s9]),
+        ('S.10: the average is that of its five AUROCs', [off(r, areas, 'macro_auc_avg') < 6e-5 for r in s10.values()]),
+        ('S.9: PTB-XL is the average of S.10', [off(r | s10[r['method']], ['ptbxl_avg'], 'macro_auc_avg') < 6e-4 for r in s9]))]
 
 
 def printed_transfer():
@@ -1585,17 +1608,6 @@ def printed_transfer():
     sets = list(dict.fromkeys(r['dataset'] for r in rows if r['category']))
     of = lambda c, summary: [float(r['transfer_exponent']) for r in rows if (r['arch'], r['paradigm']) == c and (not r['category']) == summary]
     return sets, np.array([of(c, False) for c in CONFIGS]), np.array([of(c, True) for c in CONFIGS])
-
-
-def printed_shares(grid):
-    """Share of data in marginal compute (4, datasets), from joint laws through the 11 points of each set: Table S.5, taken to be at full
-    data, and S.6, taken to be at the size of its fourth bin; and how many of the fits ended at a bound."""
-    _, M = printed_losses('table_s5_model_bins', 'model_bin')
-    _, D = printed_losses('table_s6_data_bins', 'data_bin')
-    N, R = np.r_[N_GRID, np.full(6, N_GRID[3])], np.r_[np.full(5, RECORDS), grid * RECORDS / 100]
-    laws = [[project(N, R, np.r_[M[c, d], D[c, d]], 12) for d in range(M.shape[1])] for c in range(4)]
-    bound = sum(e <= LOW * 1.01 or e >= HIGH / 1.01 for row in laws for w in row for e in (w.alpha, w.beta))
-    return np.array([[shares(w)[1] for w in row] for row in laws]), bound
 
 
 def published_command(a):
@@ -1607,10 +1619,6 @@ def published_command(a):
         rows.append(dict(quantity=quantity, published=published, refitted=refitted, note=note))
         print(f'  {quantity:58s} {published:>10s}  {refitted:32s} {note}')
 
-    def count(text, found, of, agrees):
-        rows.append(dict(quantity=text, published='yes', refitted=f'{found} of {of}', note='agrees' if agrees else 'differs'))
-        print(f'  {"agrees " if agrees else "differs"}  {found:3d} of {of:3d}  {text}')
-
     print('arXiv 2605.17276, refitted from its printed tables (tests/published). T Transformer, R ResNet; SL supervised, SSL self-supervised\n')
     print(f'  {"":58s} {"published":>10s}  refitted')
     sets, gamma = refit_transfer(say)
@@ -1618,15 +1626,18 @@ def published_command(a):
     _, D = printed_losses('table_s6_data_bins', 'data_bin')
     beta = refit_data(say, D)
     alpha = refit_model(say, M)
-    refit_shares(say)
+    refit_shares(say, M, D)
     same = D[0, names.index('Echonext')] == D[2, names.index('Echonext')]
     print(f'\n  In Table S.6 EchoNext has the same loss for T-SL and R-SL in {same.sum()} of 6 bins, to four digits: likely a copied column, '
           'so nothing is concluded from it\n')
     print('statements about Tables S.5 and S.6, counted in them')
-    for statement in claims() + sums():
-        count(*statement)
+    for text, found, of, agrees in printed_claims() + printed_sums():
+        word = 'agrees' if agrees else 'differs'
+        rows.append(dict(quantity=text, published='yes', refitted=f'{found} of {of}', note=word))
+        print(f'  {word:7s}  {found:3d} of {of:3d}  {text}')
     write_csv(out / 'published.csv', rows)
-    draw_published(names, M, D, alpha, beta, sets, gamma, out)
+    draw_bins(names, M, D, out / 'bins.png')
+    draw_exponents(names, alpha, beta, sets, gamma, out / 'exponents.png')
     print(f'\nin {out}/: published.csv, bins.png, exponents.png')
 
 
@@ -1650,16 +1661,16 @@ def refit_data(say, D):
     """Data exponents of Table S.6 under three kinds of floor. Returns those with free floors on a grid of 1 to 100 %."""
     for floor in ('free', 'shared', '0'):
         found = {k: printed_exponents(g, D, floor) for k, g in D_GRIDS.items()}
-        beta, ended = {k: b for k, (b, _) in found.items()}, [n for _, n in found.values()]
-        for one, two, label in ((1, 0, 'Transformer'), (3, 2, 'ResNet')):
-            r = [b[one].mean() / b[two].mean() for b in beta.values()]
-            n = [(b[one] > b[two]).sum() for b in beta.values()]
+        for sl, ssl, label in ((0, 1, 'Transformer'), (2, 3, 'ResNet')):
+            r = [b[ssl].mean() / b[sl].mean() for b, _ in found.values()]
+            n = [(b[ssl] > b[sl]).sum() for b, _ in found.values()]
             say(f'data exponent SSL / SL, {label}, floor {floor}', 'up to 16x' if floor == 'free' else '',
                 f'{min(r):.2f} to {max(r):.2f} over {len(r)} grids',
                 f'SSL larger on {min(n)}-{max(n)} of 11 sets' + (', REVERSED' if max(r) < 1 else ''))
         if floor == 'free':
-            free = beta['log 1-100']
+            free = found['log 1-100'][0]
         if floor == 'shared':
+            ended = [n for _, n in found.values()]
             print(f'  the shared floor ends at the lowest loss of all on {min(ended)}-{max(ended)} of 11 sets: the bins do not hold enough to find it')
     print('  "more data-efficient" hangs on the floor: with a free one it is large, with one floor per set small, with E = 0 reversed for ResNets.\n'
           '  How many records a bin holds is not printed: five grids are assumed, above is the range over them')
@@ -1676,65 +1687,66 @@ def refit_model(say, M):
         'so 200 can only be a ResNet, if it counts parameters')
     for floor in ('free', 'shared', '0'):
         alpha, _ = printed_exponents(N_GRID, M, floor)
-        for s, label in ((0, 'SL'), (1, 'SSL')):
+        for t, r, label in ((0, 2, 'SL'), (1, 3, 'SSL')):
             say(f'model exponent R / T, {label}, floor {floor}', '1.3-2.5x' if floor == 'free' else '',
-                f'{alpha[2 + s].mean() / alpha[s].mean():.2f} of means',
-                f'{np.median(alpha[2 + s]) / np.median(alpha[s]):.2f} of medians, R larger on {(alpha[2 + s] > alpha[s]).sum()} of 11 sets')
+                f'{alpha[r].mean() / alpha[t].mean():.2f} of means',
+                f'{np.median(alpha[r]) / np.median(alpha[t]):.2f} of medians, R larger on {(alpha[r] > alpha[t]).sum()} of 11 sets')
         if floor == 'free':
             free = alpha
-    at = ((free <= LOW * 1.01) | (free >= HIGH / 1.01)).sum()
-    print(f'  {at} of 44 model exponents are at a bound; sizes are assumed evenly spaced in log from 20K to 200M. Exponents are compared, not losses\n')
+    print(f'  {at_bound(free).sum()} of 44 model exponents are at a bound; sizes are assumed evenly spaced in log from 20K to 200M. '
+          'Exponents are compared, not losses\n')
     return free
 
 
-def refit_shares(say):
-    """What compute should be spent on, by the joint laws."""
+def refit_shares(say, M, D):
+    """What compute should be spent on, by joint laws through the 11 points of each set: Table S.5, taken to be at full data, and S.6, taken
+    to be at the size of its fourth bin."""
+    N = np.r_[N_GRID, np.full(6, N_GRID[3])]
     for k in ('log 1-100', '1 5 10 25 50 100'):
-        share, at = printed_shares(D_GRIDS[k])
-        for c, values, told in zip(SHORT, share, ('.90', '.27', '.79', '')):
-            say(f'data share of marginal compute, {c}, grid {k}', told, f'{values.mean():.2f} mean, {np.median(values):.2f} median',
-                f'alpha > beta on {(values > .5).sum()} of 11 sets')
-        print(f'  {at} of 88 exponents are at a bound')
+        R = np.r_[np.full(5, RECORDS), D_GRIDS[k] * RECORDS / 100]
+        ended = 0
+        for c, told in enumerate(('.90', '.27', '.79', '')):
+            laws = [project(N, R, np.r_[m, d], 12) for m, d in zip(M[c], D[c])]
+            share = np.array([shares(law)[1] for law in laws])
+            ended += sum(at_bound(law.alpha) + at_bound(law.beta) for law in laws)
+            say(f'data share of marginal compute, {SHORT[c]}, grid {k}', told, f'{share.mean():.2f} mean, {np.median(share):.2f} median',
+                f'alpha > beta on {(share > .5).sum()} of 11 sets')
+        print(f'  {ended} of 88 exponents are at a bound')
 
 
-def sums():
-    """Whether the means that Tables S.9 and S.10 print are those of their columns, to rounding: as `claims`."""
-    s9, s10 = printed('table_s9_benchmark_auroc'), {r['method']: r for r in printed('table_s10_ptbxl_detail')}
-    tasks = 'ptbxl_avg', 'echonext', 'mimic_sex', 'mimic_icu', 'mimic_mort', 'cpsc2018'
-    areas = 'diag_auc', 'sub_auc', 'sup_auc', 'form_auc', 'rhythm_auc'
-    off = lambda r, columns, total: abs(np.mean([float(r[c]) for c in columns]) - float(r[total]))
-    return [(text, sum(good), len(good), all(good)) for text, good in (
-        ('S.9: the mean is that of its six columns', [off(r, tasks, 'mean') < 6e-4 for r in s9]),
-        ('S.10: the average is that of its five AUROCs', [off(r, areas, 'macro_auc_avg') < 6e-5 for r in s10.values()]),
-        ('S.9: PTB-XL is the average of S.10', [off(r | s10[r['method']], ['ptbxl_avg'], 'macro_auc_avg') < 6e-4 for r in s9]))]
 
-
-def draw_published(names, M, D, alpha, beta, sets, gamma, out):
-    """Losses over bins with their free-floor curves and floors; exponents, hollow where they are at a bound."""
-    fig, axes = figure(4, 6, figsize=(20, 12), layout='constrained')
-    for d, name in enumerate(names):
-        for block, (x, L, label) in enumerate(((N_GRID, M, 'N (assumed)'), (D_GRIDS['log 1-100'], D, '% of records (assumed)'))):
+def draw_bins(names, M, D, path):
+    """Losses over bins (4, datasets, bins) of Tables S.5 (M) and S.6 (D), with their free-floor curves and floors."""
+    fig, axes = panels(4, 6, 20 / 6, 3)
+    for block, (x, table, label) in enumerate(((N_GRID, M, 'N (assumed)'), (D_GRIDS['log 1-100'], D, '% of records (assumed)'))):
+        line = np.geomspace(x[0], x[-1], 50)
+        for d, name in enumerate(names):
             ax = axes[2 * block + d // 6, d % 6]
-            for c in range(4):
-                E, A, e, _ = marginal(x, L[c, d])
-                line = np.geomspace(x[0], x[-1], 50)
-                ax.plot(x, L[c, d], 'o', color=f'C{c}', ms=4, label=f'{SHORT[c]} {e:.2f}' + (' at bound' if e <= LOW * 1.01 or e >= HIGH / 1.01 else ''))
-                ax.plot(line, E + A * line ** -e, color=f'C{c}', lw=1), ax.axhline(E, color=f'C{c}', lw=.6, ls=':')
-            ax.set(xscale='log', xlabel=label, title=name), ax.legend(fontsize=6)
-    for ax in axes[[1, 3], 5]:
-        ax.axis('off')
-    fig.savefig(out / 'bins.png', dpi=70)
-    fig, axes = figure(1, 3, figsize=(16, 4.6), layout='constrained')
-    for ax, values, labels, title, low, high in ((axes[0], alpha, names, 'alpha, refitted, free floor', LOW, HIGH),
-                                                 (axes[1], beta, names, 'beta, refitted, free floor', LOW, HIGH),
-                                                 (axes[2], gamma, sets, 'gamma, as printed', .05, math.inf)):
+            for c, L in enumerate(table[:, d]):
+                E, A, e, _ = marginal(x, L)
+                ax.plot(x, L, 'o', color=f'C{c}', ms=4, label=f'{SHORT[c]} {e:.2f}' + (' at bound' if at_bound(e) else ''))
+                ax.plot(line, E + A * line ** -e, color=f'C{c}', lw=1)
+                ax.axhline(E, color=f'C{c}', lw=.6, ls=':')
+            ax.set(xscale='log', xlabel=label, title=name)
+            ax.legend(fontsize=6)
+        axes[2 * block + 1, 5].axis('off')                       # 11 sets
+    fig.savefig(path, dpi=70)
+
+
+def draw_exponents(names, alpha, beta, sets, gamma, path):
+    """Exponents (4, datasets) per dataset, hollow where they are at a bound."""
+    fig, axes = panels(1, 3, 16 / 3, 4.6)
+    for ax, values, bound, labels, title in ((axes[0, 0], alpha, at_bound(alpha), names, 'alpha, refitted, free floor'),
+                                             (axes[0, 1], beta, at_bound(beta), names, 'beta, refitted, free floor'),
+                                             (axes[0, 2], gamma, gamma <= .05, sets, 'gamma, as printed')):
         for c in range(4):
-            at = (values[c] <= low * 1.01) | (values[c] >= high / 1.01)
-            x = np.arange(len(labels)) + .15 * (c - 1.5)
-            ax.plot(x[~at], values[c][~at], 'o', color=f'C{c}', label=SHORT[c]), ax.plot(x[at], values[c][at], 'o', mfc='none', color=f'C{c}')
-        ax.set(yscale='log', title=f'{title}; hollow: at a bound'), ax.legend(fontsize=7)
+            at, x = bound[c], np.arange(len(labels)) + .15 * (c - 1.5)
+            ax.plot(x[~at], values[c][~at], 'o', color=f'C{c}', label=SHORT[c])
+            ax.plot(x[at], values[c][at], 'o', mfc='none', color=f'C{c}')
+        ax.set(yscale='log', title=f'{title}; hollow: at a bound')
+        ax.legend(fontsize=7)
         ax.set_xticks(range(len(labels)), labels, rotation=60, ha='right', fontsize=7)
-    fig.savefig(out / 'exponents.png', dpi=120)
+    fig.savefig(path, dpi=120)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
