@@ -262,11 +262,8 @@ def frontier_curve(C, a, b, c, d):
 def pareto(C, L):
     """Indices, by growing compute, of points that no point of as little compute beats (2605.17276, Figure 5a). Of ties the first stays."""
     order = np.lexsort((L, C))
-    kept = []
-    for i in order:
-        if not kept or L[i] < L[kept[-1]]:
-            kept.append(int(i))
-    return kept
+    lowest_before = np.r_[math.inf, np.minimum.accumulate(L[order])[:-1]]
+    return order[L[order] < lowest_before].tolist()
 
 
 def overfit_extent(L, N, law):
@@ -388,13 +385,12 @@ class Scaled:
         low = np.broadcast_to(self.low if low is None else low, p.shape)
         high = np.broadcast_to(self.high if high is None else high, p.shape)
         weight = np.broadcast_to(weight, (len(p), len(self.l)))
-        p, damping, live = np.clip(p, low, high), np.full(len(p), 1e-3), np.arange(len(p))
+        p, damping, i = np.clip(p, low, high), np.full(len(p), 1e-3), np.arange(len(p))      # i: the fits that still move
         r, J = residual(p, self.x, self.y, self.l)
         f = (weight * huber(r, delta)).sum(1)
         for _ in range(steps):
-            if not len(live):
+            if not len(i):
                 break
-            i = live
             WJ = (weight[i] / np.maximum(1, np.abs(r[i]) / delta))[..., None] * J[i]
             H, g = WJ.transpose(0, 2, 1) @ J[i], (WJ * r[i][..., None]).sum(1)
             stuck = ((p[i] <= low[i]) & (g < 0)) | ((p[i] >= high[i]) & (g > 0))             # at a bound, and pushing outwards
@@ -408,7 +404,7 @@ class Scaled:
             done = np.where(better, f[i] - f2 < 1e-10 * f[i], damping[i] > 1e8)
             p[i[better]], r[i[better]], J[i[better]], f[i[better]] = q[better], r2[better], J2[better], f2[better]
             damping[i] = np.where(better, damping[i] / 5, damping[i] * 4)
-            live = i[~done]
+            i = i[~done]
         return p, f
 
 
@@ -1222,7 +1218,6 @@ def effective(a, rows, losses):
     deliver(a, ('effective', laws), ('effective_points', table), ('effective', draw_effective(table)))
 
 
-
 def draw_effective(table):
     """Effective records transferred against records fine-tuned on, a colour for each configuration and task."""
     fig, ax = figure(figsize=(6, 4.4), layout='constrained')
@@ -1269,6 +1264,22 @@ def overfit_command(a):
     deliver(a, ('overfit', lines), ('minimum_data', table), ('overfit', fig))
 
 
+def draw_overfit(axes, f, good, extent, z):
+    """Overfitting extent against D, a colour for each size, with the law; and against z = D^beta L(N, inf), where all sizes collapse."""
+    ax, bx = axes
+    D, ends = np.unique(f.D), np.array([z.min(), z.max()])
+    for i, N in enumerate(np.unique(f.N)):
+        mine, colour = good & (f.N == N), f'C{i % 10}'
+        ax.plot(f.D[mine], extent[mine], 'o', ms=4, color=colour, label=f'N = {N:,.0f}')
+        ax.plot(D, overfit_extent(joint_law(N, D, *f.law), N, f.law), color=colour, lw=1)
+        bx.plot(z[mine], extent[mine], 'o', ms=4, color=colour)
+    bx.plot(ends, f.law.B / ends, 'k--', lw=1, label='slope -1')
+    ax.set(xscale='log', yscale='log', xlabel='D, records', ylabel='L / L(N, inf) - 1', title=f'{f.name}, {f.loss}')
+    bx.set(xscale='log', yscale='log', xlabel='D^beta L(N, inf)', title='collapse')
+    ax.legend(fontsize=6)
+    bx.legend(fontsize=7)
+
+
 def trajectories(ax, rows, chosen):
     """Training and validation loss over steps, of the largest model on the least and on the most records."""
     most = max(r['N'] for r in chosen)
@@ -1286,22 +1297,6 @@ def trajectories(ax, rows, chosen):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # labels, winners, loss against error
-
-def draw_overfit(axes, f, good, extent, z):
-    """Overfitting extent against D, a colour for each size, with the law; and against z = D^beta L(N, inf), where all sizes collapse."""
-    ax, bx = axes
-    D, ends = np.unique(f.D), np.array([z.min(), z.max()])
-    for i, N in enumerate(np.unique(f.N)):
-        mine, colour = good & (f.N == N), f'C{i % 10}'
-        ax.plot(f.D[mine], extent[mine], 'o', ms=4, color=colour, label=f'N = {N:,.0f}')
-        ax.plot(D, overfit_extent(joint_law(N, D, *f.law), N, f.law), color=colour, lw=1)
-        bx.plot(z[mine], extent[mine], 'o', ms=4, color=colour)
-    bx.plot(ends, f.law.B / ends, 'k--', lw=1, label='slope -1')
-    ax.set(xscale='log', yscale='log', xlabel='D, records', ylabel='L / L(N, inf) - 1', title=f'{f.name}, {f.loss}')
-    bx.set(xscale='log', yscale='log', xlabel='D^beta L(N, inf)', title='collapse')
-    ax.legend(fontsize=6)
-    bx.legend(fontsize=7)
-
 
 def labels_command(a):
     """Loss and AUROC on an arm's anchor labels, and out of distribution, against the number of labels trained on."""
@@ -1333,11 +1328,6 @@ def labels_command(a):
         raise Stop(f'{a.runs}: every arm has one number of labels only')
     print('id_* is on the anchor labels, the same at every point of an arm; bars are standard deviations over seeds')
     deliver(a, ('labels', table), ('labels_slopes', slopes), ('labels', draw_labels(table)))
-
-
-def half_decade(N):
-    """N rounded to a power of 10^(1/2): the bin in which sizes of different families compete."""
-    return 10 ** (round(2 * math.log10(N)) / 2)
 
 
 def label_curves(rows):
@@ -1379,7 +1369,8 @@ def winners_command(a):
         if not loss.startswith('ood_'):
             field += f' of {part[0].get("objective") or group}'
         for r in select(part, loss):
-            cells.setdefault((field, half_decade(r['N']), r['D']), {}).setdefault(group, []).append(r[loss])
+            near = 10 ** (round(2 * math.log10(r['N'])) / 2)     # half a decade, in which sizes of different families compete
+            cells.setdefault((field, near, r['D']), {}).setdefault(group, []).append(r[loss])
     if not cells:
         raise Stop(f'{a.runs}: no two losses can be compared')
     for (field, N, D), found in sorted(cells.items()):
@@ -1712,7 +1703,6 @@ def refit_shares(say, M, D):
             say(f'data share of marginal compute, {SHORT[c]}, grid {k}', told, f'{share.mean():.2f} mean, {np.median(share):.2f} median',
                 f'alpha > beta on {(share > .5).sum()} of 11 sets')
         print(f'  {ended} of 88 exponents are at a bound')
-
 
 
 def draw_bins(names, M, D, path):
