@@ -1310,8 +1310,8 @@ def labels_command(a):
     for (group, mine), loss in itertools.product(label_curves(rows).items(), losses):
         part = [r for r in mine if math.isfinite(r[loss])]
         chosen = select(part, loss) if part else []
-        areas = [c for c in (loss.replace('_test', '_auroc'), loss + '_auroc') if chosen and math.isfinite(chosen[0].get(c, math.nan))]
-        for measure in [loss] + areas:
+        areas = [c for c in (re.sub('_test$', '_auroc', loss), f'{loss}_auroc') if chosen and math.isfinite(chosen[0].get(c, math.nan))]
+        for measure in dict.fromkeys([loss, *areas]):            # once where a loss is not called _test
             x, y = column(chosen, 'labels'), column(chosen, measure)
             points = []
             for count in np.unique(x):

@@ -504,6 +504,9 @@ def test_labels_command(tmp_path, capsys):
     scaling.main(['labels', str(tmp_path / 'runs.csv')])
     slopes = {(r['configuration'], r['measure']): float(r['slope']) for r in csv.DictReader(open(tmp_path / 'runs_labels_slopes.csv'))}
     assert slopes == pytest.approx({('dominant', 'id_test'): -.1, ('dominant', 'id_test_auroc'): 0, ('tail', 'id_test'): .05, ('tail', 'id_test_auroc'): 0}, abs=1e-9)
+    write(tmp_path / 'runs.csv', [r | dict(loss=r['id_test']) for r in rows if r['seed'] == 0])
+    scaling.main(['labels', str(tmp_path / 'runs.csv'), '--loss', 'loss'])
+    assert [r['measure'] for r in csv.DictReader(open(tmp_path / 'runs_labels_slopes.csv'))] == ['loss', 'loss']         # once for each arm
     write(tmp_path / 'runs.csv', [r | dict(arm='steps') for r in rows])
     with pytest.raises(Stop, match='dominant or tail'):
         scaling.main(['labels', str(tmp_path / 'runs.csv')])
