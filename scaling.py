@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import scipy.interpolate
 import scipy.optimize
+import scipy.special
 import scipy.stats
 import torch
 from tqdm import tqdm
@@ -329,12 +330,6 @@ def marginal(x, L, floor=None, weight=1.):
     return tuple(map(float, best))
 
 
-def huber(r, delta):
-    """Huber's loss of residuals r, as an array: r^2 / 2 up to delta, linear beyond."""
-    a = np.abs(r)
-    return np.where(a <= delta, r * r / 2, delta * (a - delta / 2))
-
-
 def residual(p, x, y, l):
     """Residuals of the log loss (R, n) and the gradient of the log law (R, n, 5), for R parameter vectors p = (log A, log B, E, alpha,
     beta) in units of the geometric means; x = log N, y = log D, l = log L, centred. E itself, and not its log, so that it can be 0."""
@@ -348,7 +343,7 @@ def objective_sum(p, x, y, l, delta):
     """The SUM of Huber losses of the residuals, and its gradient. A mean would be so small that usual tolerances stop the search early
     (Besiroglu et al., 2404.10102)."""
     r, J = (v[0] for v in residual(p[None], x, y, l))
-    return huber(r, delta).sum(), -(np.clip(r, -delta, delta)[:, None] * J).sum(0)
+    return scipy.special.huber(delta, r).sum(), -(np.clip(r, -delta, delta)[:, None] * J).sum(0)
 
 
 class Scaled:
@@ -387,7 +382,7 @@ class Scaled:
         weight = np.broadcast_to(weight, (len(p), len(self.l)))
         p, damping, i = np.clip(p, low, high), np.full(len(p), 1e-3), np.arange(len(p))      # i: the fits that still move
         r, J = residual(p, self.x, self.y, self.l)
-        f = (weight * huber(r, delta)).sum(1)
+        f = (weight * scipy.special.huber(delta, r)).sum(1)
         for _ in range(steps):
             if not len(i):
                 break
@@ -399,7 +394,7 @@ class Scaled:
             H = H + (damping[i, None] * diagonal + 1e-12 * diagonal.max(1, keepdims=True) + stuck + 1e-300)[:, :, None] * np.eye(5)
             q = np.clip(p[i] + np.linalg.solve(H, g[..., None])[..., 0], low[i], high[i])
             r2, J2 = residual(q, self.x, self.y, self.l)
-            f2 = (weight[i] * huber(r2, delta)).sum(1)
+            f2 = (weight[i] * scipy.special.huber(delta, r2)).sum(1)
             better = f2 < f[i]
             done = np.where(better, f[i] - f2 < 1e-10 * f[i], damping[i] > 1e8)
             p[i[better]], r[i[better]], J[i[better]], f[i[better]] = q[better], r2[better], J2[better], f2[better]
@@ -1473,15 +1468,11 @@ def error_command(a):
             print(f'{group}: left out, {reason}')
             continue
         for task, columns in tasks.items():
-            points = {}
-            for r in chosen:
-                error = 1 - np.mean([r[c] for c in columns])
-                if math.isfinite(error):
-                    points.setdefault((r['N'], r['D']), []).append((r['id_test'], error))
+            points = error_points(chosen, columns)
             if len(points) < 4:
                 print(f'{group}, {task}: {len(points)} points are too few to correlate')
                 continue
-            x, y = np.array([np.mean(v, 0) for v in points.values()]).T
+            x, y = np.array(points).T
             rho, p, exact = permutation_p(x, y)
             pearson = float(np.corrcoef(np.log(x), np.log(np.maximum(y, 1e-6)))[0, 1])
             table.append(dict(configuration=group, task=task, points=len(x), spearman=rho, p=p, exact=exact, pearson_of_logs=pearson))
@@ -1490,14 +1481,29 @@ def error_command(a):
                   f'Pearson of logs {pearson:+.2f}')
     if not table:
         raise Stop('no configuration has four points with an id_test and an AUROC')
-    wide = len(table) // len({r['configuration'] for r in table})                            # a row each
+    print('objectives are never pooled: their losses have different units')
+    deliver(a, ('loss_vs_error', table), ('loss_vs_error', draw_errors(table, drawn)))
+
+
+def error_points(rows, columns):
+    """[(loss in distribution, 1 - AUROC averaged over columns)] of every (N, D), means over seeds."""
+    points = {}
+    for r in rows:
+        error = 1 - np.mean([r[c] for c in columns])
+        if math.isfinite(error):
+            points.setdefault((r['N'], r['D']), []).append((r['id_test'], error))
+    return [np.mean(v, 0) for v in points.values()]
+
+
+def draw_errors(table, points):
+    """A panel for each row of the table, of its points (x, y); a row of panels for each configuration."""
+    wide = len(table) // len({r['configuration'] for r in table})
     fig, axes = panels(-(-len(table) // wide), wide, 3.8)
-    for r, (x, y), ax in zip(table, drawn, axes.flat):
+    for r, (x, y), ax in zip(table, points, axes.flat):
         ax.plot(x, y, 'o')
         ax.set(xscale='log', yscale='log', xlabel='id_test', ylabel=f'1 - AUROC, {r["task"]}',
                title=f'{r["configuration"]}\nSpearman {r["spearman"]:+.2f}, p {r["p"]:.1g}')
-    print('objectives are never pooled: their losses have different units')
-    deliver(a, ('loss_vs_error', table), ('loss_vs_error', fig))
+    return fig
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import scipy.stats
 import scaling
 from data import Stop
 from scaling import (CONFIGS, Law, Scaled, aicc, configurations, data_transferred, draws, effective_data, equivalent_scale_up, excess_ratio, fit_frontier, fit_runs,
-                     frontier_curve, growth, huber, joint_law, loss_to_loss, marginal, minimum_data, objective_sum, optimal_loss, optimum, overfit_extent, pareto,
+                     frontier_curve, growth, joint_law, loss_to_loss, marginal, minimum_data, objective_sum, optimal_loss, optimum, overfit_extent, pareto,
                      permutation_p, profile, project, read_runs, robust, select, shared_floor, shares, transfer_law)
 
 TRUTH = Law(.11, 6., 3., .35, .22)
