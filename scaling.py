@@ -426,8 +426,8 @@ def draws(n, resamples, free, seed):
 
 
 def profile(s, p, which):
-    """(low, high) of a parameter by its profile: values at which the least squares of log loss over all the others are within Student's
-    bound of the best (an F test at 95 %). Equal to the bounds of the search where the data cannot exclude them. which: 2 E, 3 alpha, 4 beta."""
+    """(low, high) of a parameter by its profile: values at which the least squares of log loss over all the others exceed the best by no
+    more than an F test at 95 % allows; bounds of the search where the data cannot exclude them. which: 2 E, 3 alpha, 4 beta."""
     p, spare = s.descend(p, delta=1e9)[0][0], len(s.l) - s.free
     allowed = 1 + scipy.stats.f.ppf(.95, 1, spare) / spare
     spaced = np.linspace if which == 2 else np.geomspace         # E may be 0
@@ -1036,7 +1036,7 @@ def draw_allocation(f, rows, line, kuv, resampled):
     """Left: loss over (C, N) at D = (C / k N^u)^(1/v), the optimal N, and where D exceeds what there is. Right: all evaluations, their
     Pareto frontier, the curve through it, and the law's optimal loss."""
     k, u, v = kuv
-    fig, (ax, bx) = figure(1, 2, figsize=(12, 4.6), layout='constrained')
+    fig, ((ax, bx),) = panels(1, 2, 6, 4.6)
     N = np.geomspace(f.N.min() / 3, f.N.max() * 3, 80)[:, None]
     D = (line / (k * N ** u)) ** (1 / v)
     Z = joint_law(N, np.maximum(D, 1), *f.law)
