@@ -1986,8 +1986,8 @@ def finetune_one(folder, a, threads):
                 continue
             recipe = replace(PROTOCOLS['quick'], batch=a.batch, schedule='constant', patience=10, by_loss=True)
             epochs = math.ceil(a.steps * a.batch / (.8 * count))
+            torch.manual_seed(run['seed'])                       # a fresh encoder is the same every time
             arm = Arm(mode, [run['net'] if mode == 'finetune' else fresh(run)], mode, recipe, epochs)
-            torch.manual_seed(run['seed'])
             p = t.output(arm.encoders[0], arm, count, run['seed'], 0)[0]
             z = np.log(p.clip(1e-6, 1 - 1e-6) / (1 - p.clip(1e-6, 1 - 1e-6)))
             rows.append({k: origin[k] for k in ('run', 'family', 'paradigm', 'objective', 'size', 'N', 'D', 'seed')}

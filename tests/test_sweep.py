@@ -237,6 +237,27 @@ def test_nothing_of_the_test_folds_is_trained_on(here, tmp_path):
     assert not set(seen) & set(ds.patient[np.concatenate(ds.split()[1:])])
 
 
+def test_what_is_trained_from_scratch_starts_alike_every_time(here, monkeypatch, tmp_path):
+    """Whether the score before it is trained, which draws, or is there already: else a sweep that goes on finds none in out/scores."""
+    a = arguments('finetune', '--records', 40, *TINY, '--out', tmp_path)
+    a.records, folder, began = [40], tmp_path / 'runs/x', []
+    t = scaling.settings(a, Dataset('synthetic'), 's4', 'cpc', '4x12', 40, 0)
+    t.steps = 1
+    train.train(t, folder / 'best')
+    scaling.write_csv(folder / 'rows.csv', [dict.fromkeys(('run', 'family', 'paradigm', 'objective', 'size', 'N', 'D', 'seed'), 0)])
+
+    def output(task, encoder, *rest):
+        began.append(encoder.state_dict())
+        torch.rand(len(began))
+        return np.full(task.y.shape, .5), None
+
+    monkeypatch.setattr(scaling.Task, 'output', output)
+    for _ in range(2):
+        assert [r['mode'] for r in scaling.finetune_one(str(folder), a, 1)] == ['finetune', 'scratch']
+    for one, two in ((began[0], began[2]), (began[1], began[3])):
+        assert all(torch.equal(v, two[k]) for k, v in one.items())
+
+
 @pytest.mark.parametrize('flags, words', [
     (['--family', 'resnet', '--size', '3x24', '--objective', 'cpc'], 'none of cpc runs on any of resnet'), (['--records', '9999999'], 'must not exceed'),
     (['--ood', 'nothere:super'], 'no dataset'), (['--ood', 'sample:nothere'], "no task 'nothere'"),
