@@ -1862,7 +1862,7 @@ def legs(name, t, arm, anchors, a):
             objective = train.train(copy.copy(t), folder, saved, until=step)
         saved = load(folder / 'ckpt.pt')
         began = time.time()
-        batch = to_device(ds.batch(ds.split()[0], round(t.window * ds.contract.fs), min(t.batch, t.records), 0, 0), device)
+        batch = first_batch(ds, t, min(t.batch, t.records), device)
         with torch.no_grad():
             student, extra = counted(objective.eval(), batch)
         encoder = objective.encoder
@@ -1888,6 +1888,11 @@ def trainable(ds, t):
     return rows[ds.length[rows] >= round(t.window * ds.contract.fs)]
 
 
+def first_batch(ds, t, size, device):
+    """A batch to count and to time a run's step on."""
+    return to_device(ds.batch(trainable(ds, t), round(t.window * ds.contract.fs), size, 0, 0), device)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # sweeps: all runs
 
@@ -1895,7 +1900,7 @@ def price(t, ds, device):
     """(seconds, FLOPs) of one training step, the optimiser's left out."""
     columns = ds.columns(t.task or first_task(ds)) if t.objective == 'supervised' else ()
     objective = train.build(t, ds.contract.fs, columns, train.load_tokenizer(t.tokenizer, ds.contract)[0] if t.tokenizer else None).to(device)
-    batch = to_device(ds.batch(trainable(ds, t), round(t.window * ds.contract.fs), t.batch, 0, 0), device)
+    batch = first_batch(ds, t, t.batch, device)
     for _ in range(2):                                           # the first step also grows the heap
         began = time.perf_counter()
         objective(batch)[0].backward()

@@ -99,6 +99,16 @@ def test_nested_subsets(here):
             ds.nested(rows, n, 0)
 
 
+def test_what_is_counted_lasts_the_window(here, monkeypatch):
+    """A crop of a record that is too short would begin before it."""
+    ds, drawn = Dataset('synthetic'), []
+    rows = ds.split()[0]
+    ds.length[rows[::2]] = 100
+    monkeypatch.setattr(ds, 'collate', lambda rows, starts, samples: drawn.extend(zip(rows, starts)) or dict(x=torch.zeros(1)))
+    scaling.first_batch(ds, argparse.Namespace(window=2.5), len(rows) // 2, 'cpu')
+    assert {r for r, _ in drawn} == set(rows[1::2]) and min(s for _, s in drawn) >= 0
+
+
 def test_the_grid_has_both_axes_and_replicates_its_corners():
     sizes, records = list('abcde'), [1, 2, 3, 4, 5]
     joint = scaling.grid('joint', sizes, records)
