@@ -1694,6 +1694,8 @@ def label_sets(a, ds):
 
 def pairs(a):
     """The (family, objective, sizes) asked for that there are."""
+    if bare := [f for f in a.family if not (a.size or LADDERS[f])]:
+        raise Stop(f'{bare[0]} has no ladder of sizes: name some with --size, of {", ".join(SIZES[bare[0]])}')
     found = [(f, o, a.size or LADDERS[f][:5]) for f, o in itertools.product(a.family, a.objective) if f in OBJECTIVES[o].backbones]
     if not found:
         raise Stop(f'none of {", ".join(a.objective)} runs on any of {", ".join(a.family)}: see python objectives.py --pairs')

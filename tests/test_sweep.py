@@ -118,6 +118,12 @@ def test_the_grid_has_both_axes_and_replicates_its_corners():
     assert {p[:2] for p in scaling.grid('params', sizes, records)} | {p[:2] for p in scaling.grid('data', sizes, records)} <= {p[:2] for p in joint}
 
 
+def test_a_backbone_without_a_ladder_needs_sizes():
+    with pytest.raises(Stop, match='net1d has no ladder of sizes: name some with --size, of tiny'):
+        scaling.pairs(arguments('joint', '--family', 's4', 'net1d', '--objective', 'cpc'))
+    assert scaling.pairs(arguments('joint', '--family', 'net1d', '--objective', 'cpc', '--size', 'tiny')) == [('net1d', 'cpc', ['tiny'])]
+
+
 def test_ladder_and_patience():
     assert scaling.ladder(400) == [50, 71, 100, 141, 200, 283, 400] and scaling.ladder(30) == [30]
     rows = lambda *values: [dict(objective='cpc', step=i, id_val=v) for i, v in enumerate(values)]
