@@ -1937,9 +1937,16 @@ def leave_with_parent():
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
+def share_threads(a, device):
+    """Settle how many processes run at a time, and take the threads that each of them will have: a step timed here then costs what it will
+    there, and random encoders come out bit for bit the same."""
+    a.jobs = a.jobs or (1 if device.type == 'cuda' else torch.get_num_threads())
+    torch.set_num_threads(max(1, torch.get_num_threads() // a.jobs))
+
+
 def run_all(work, a, name):
     """work: {name: (function, arguments)}, a.jobs at a time in processes of their own. Stops, after the others are done, with what failed."""
-    results, threads = {}, max(1, torch.get_num_threads() // a.jobs)
+    results, threads = {}, torch.get_num_threads()
     with ProcessPoolExecutor(a.jobs, multiprocessing.get_context('spawn'), leave_with_parent) as pool:
         futures = {pool.submit(function, *arguments, threads): key for key, (function, arguments) in work.items()}
         for future in tqdm(as_completed(futures), desc=name, total=len(futures), disable=None):
@@ -1959,7 +1966,7 @@ def sweep(a):
     a.records = sorted({most if r == 'all' else r for r in a.records})
     if a.records[-1] > most:
         raise Stop(f'{a.data} has {most:,} training records: --records must not exceed that')
-    a.jobs = a.jobs or (1 if device.type == 'cuda' else torch.get_num_threads())
+    share_threads(a, device)
     if a.kind == 'finetune':
         return finetune(a)
     trial, runs = {} if a.lr else pilots(a, ds), plan(a, ds, {})
@@ -2166,7 +2173,7 @@ def compared(levels):
 def study(a):
     """The papers' comparisons like for like: pretrain, evaluate, compare with intervals; goes on where it was stopped."""
     device = pick_device(a.device)
-    a.jobs = a.jobs or (1 if device.type == 'cuda' else torch.get_num_threads())
+    share_threads(a, device)
     if unknown := set(a.part) - set(STUDY):
         raise Stop(f'study has no part {", ".join(sorted(unknown))}: take some of {", ".join(STUDY)}')
     for name in a.part or STUDY:
@@ -2185,7 +2192,7 @@ def study(a):
 
 def study_part(name, a, device):
     """One part of the study: its runs, its looks, and its two tables."""
-    part, seeds, threads = STUDY[name], seeds_of(name, a), torch.get_num_threads()
+    part, seeds = STUDY[name], seeds_of(name, a)
     table, size = lambda what: Path(a.out, f'study_{name}_{what}.csv'), dict(pretrained_on=a.data, size=a.size, steps=str(a.steps), batch=str(a.batch))
     if table('arms').exists() and any(r.get(k) != v for r in csv.DictReader(open(table('arms'), newline='')) for k, v in size.items()):
         raise Stop(f'{table("arms")} was made with another --data, --size, --steps or --batch: take another --out')
@@ -2193,15 +2200,13 @@ def study_part(name, a, device):
     left = {str(f): (pretrain, (f, t)) for pairs in runs.values() for f, t in pairs if begun(f, t).get('step') != t.steps}
     print(f'{name}: {part.question} {len(part.arms)} arms, {len(seeds)} seeds; {len(left)} of {sum(map(len, runs.values()))} runs to make', flush=True)
     if a.estimate:
-        torch.set_num_threads(max(1, threads // a.jobs))
         cost = sum(price(pairs[0][1], Dataset(pairs[0][1].data), device)[0] * sum(t.steps for f, t in pairs if str(f) in left) for pairs in runs.values())
         print(f'  {cost / 60:.0f} core-minutes of pretraining, and about as much for the {len(part.looks)} tables')
-        return torch.set_num_threads(threads)
+        return
     run_all(left, a, f'{name}: pretraining')
     folders = {arm: [str(f) for f, _ in pairs] for arm, pairs in runs.items()}
     by_data = {d: [l for l in part.looks if l[0] == d] for d in dict.fromkeys(l[0] for l in part.looks)}
     run_all({f'{d} {arm}': (look, ({arm: folders[arm]}, d, looks, a.device)) for d, looks in by_data.items() for arm in folders}, a, f'{name}: looking')
-    torch.set_num_threads(max(1, threads // a.jobs))             # as in the processes: so random encoders come out bit for bit as there
     rows, pairs = [], []
     for d, looks in by_data.items():
         for (_, mode, count), (t, arms, scores) in look(folders, d, looks, a.device).items():
@@ -2211,7 +2216,6 @@ def study_part(name, a, device):
             gains = {n: combined([scores[n], scores[arms[n].reference]], lambda v: v[0] - v[1]) for n in part.arms}
             for family, levels in (contrasts(part, scores) | contrasts(part, gains, 'gain by ')).items():
                 pairs += [shared | dict(family=family) | r for r in compared(levels)]
-    torch.set_num_threads(threads)
     write_csv(table('arms'), rows)
     write_csv(table('pairs'), pairs)
     print(f'  {table("arms")}, {table("pairs").name}: {len(rows)} arms, {len(pairs)} comparisons; python scaling.py claims {a.out}', flush=True)

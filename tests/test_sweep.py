@@ -208,6 +208,17 @@ def test_a_sweep_end_to_end(here, tmp_path):
     assert len(after) == len({r['run'] for r in after}) == 6 and [r for r in after if r['D'] == '40'] == rows
 
 
+def test_an_estimate_is_timed_on_the_threads_of_one_process(here, monkeypatch, capsys):
+    threads, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(scaling, 'price', lambda *args: seen.append(torch.get_num_threads()) or (1., 1.))
+    torch.set_num_threads(4)
+    try:
+        scaling.main(['sweep', 'params', '--size', '4x12', '--records', '40', '--lr', '1e-2', '--ood', 'sample:super', '--jobs', '2', '--estimate'])
+        assert seen == [2, 2] and 'core-minutes (2 at a time)' in capsys.readouterr().out
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_labels_are_nested_and_anchored(here):
     ds = Dataset('synthetic')
     sets = scaling.label_sets(arguments('labels', '--seeds', 0, 1), ds)
