@@ -36,7 +36,7 @@ import train
 from data import Dataset, Stop, figure, script
 from evaluate import (Arm, PROTOCOLS, Task, arms_of, auroc, compare, embed, entropy, first_task, fresh, interval, linear_probe, macro, open_run, overlap, slug,
                       write_csv)
-from models import CHUNK, SIZES, flops, keep_heap, load, net1d, parameters, pick_device, sized, to_device
+from models import SIZES, flops, keep_heap, load, parameters, pick_device, sized, to_device
 from objectives import OBJECTIVES
 
 MOVING = ('jepa', 'data2vec', 'dinosr', 'hubert')                # their targets move with the run: losses of two runs do not compare
@@ -1575,59 +1575,23 @@ def draw_published(names, M, D, alpha, beta, sets, gamma, out):
 # ---------------------------------------------------------------------------------------------------------------------
 # compute
 
-def macs(c, T, beats=13, fft=False):
-    """Multiply-accumulates of one forward pass through an encoder of Config c: (for each crop of T samples, once for a whole batch), the
-    latter the kernels of S4. beats: R-peaks in the crop, where they are the tokens. Norms, activations and biases are left out.
-    fft: S4's long convolution by FFTs of 2L, at 5/2 n log2 n real FLOPs each, as on CUDA and for S4D; else its chunks, as on a CPU."""
-    D, L, ways, N = c.dim, -(-T // 2), 1 if c.causal else 2, c.state
-    attention = lambda L, wide: c.layers * (4 * L * D * wide + 2 * L * L * wide + 2 * L * D * c.ffn)
-    stem = L * (3 * c.leads * D + 3 * D * D)
-    if c.backbone in ('s4', 's4d'):
-        if fft or c.backbone == 's4d' or N > 16:
-            transform = D * 5 / 2 * 2 * L * math.log2(2 * L) / 2
-            long, once = 2 * transform, ways * D * (N if c.backbone == 's4' else N // 2) * L + transform
-        else:
-            K = -(-L // CHUNK)
-            long = D * K * (CHUNK * CHUNK + 2 * ways * N * CHUNK + ways * N * N)
-            once = ways * D * N * (CHUNK * CHUNK + N * CHUNK)
-        return stem + c.layers * (long + 2 * L * D * D), c.layers * once
-    if c.backbone == 'transformer':
-        return stem + attention(L, D), 0
-    if c.backbone == 'net1d':
-        total = stem + L * 16 * D * (D // 8)
-        for b in net1d(D, c.layers, c.causal)[1:]:
-            i, o, gate = b.conv1.in_channels, b.conv1.out_channels, L if c.causal else 1
-            total += L * (i * o + 16 * o * (o // b.conv2.groups) + o * o) + 2 * gate * o * (o // 2)
-        return total, 0
-    if c.backbone == 'resnet':
-        widths = [round(D * i / c.layers) for i in range(1, c.layers + 1)]
-        total, length = 17 * T * c.leads * widths[0], T
-        for i, (a, b) in enumerate(zip(widths[:1] + widths, widths)):
-            short = -(-length // (4 if 0 < i < 5 else 1))
-            total += 17 * length * a * b + 17 * short * b * b + (a != b) * short * a * b
-            length = short
-        return total, 0
-    if c.backbone == 'beat':
-        return 3 * c.leads * beats * round(.96 * c.fs) * D + attention(1 + c.leads * beats, 64 * c.heads), 0
-    patch = round(.05 * c.fs)
-    return T // patch * c.leads * patch * D + attention(1 + T // patch, D), 0
-
-
 def counted(objective, batch):
-    """Forward MACs of one crop through an objective: (student with all its views and heads, teacher or tokenizer that is not trained),
-    as models.flops counts them, FFTs too."""
+    """Forward MACs of one crop through an objective, as models.flops counts them, FFTs too: (student with all its views and heads, what has
+    no backward: teacher, tokenizer and the search for codes)."""
     B, T = batch['x'].shape[0], batch['x'].shape[2]
+    macs = lambda work: flops(work, fft=True) / 2 / B            # of a crop
     objective(batch)                                             # S4 makes its dynamics once for all
-    total = flops(lambda: objective(batch), fft=True) / 2 / B
-    other = objective.teacher.net.config if hasattr(objective, 'teacher') else objective.tokenizer.encoder.config if hasattr(objective, 'tokenizer') else None
-    crop, once = macs(other, T, batch['peaks'].shape[1], batch['x'].is_cuda) if other else (0, 0)
-    extra = crop + once / B
-    student = total - extra
-    tokens = -(-T // 2) * objective.encoder.dim                  # what finds the codes of tokens has no backward
+    student, extra = macs(lambda: objective(batch)), 0.
+    if hasattr(objective, 'teacher'):
+        extra = macs(lambda: objective.teacher(batch))
+    if hasattr(objective, 'tokenizer'):
+        extra = macs(lambda: objective.tokenizer.encoder(batch))
+    tokens = -(-T // 2)
+    if hasattr(objective, 'prototypes'):                         # HuBERT++'s similarities
+        extra += objective.prototypes.numel() * tokens
+    student -= extra
     if hasattr(objective, 'sums'):                               # DinoSR's distances, which the counter overlooks
-        extra += objective.sums.shape[0] * objective.sums.shape[1] * tokens
-    if hasattr(objective, 'prototypes'):                         # HuBERT++'s similarities, which it counts
-        student, extra = student - len(objective.prototypes) * tokens, extra + len(objective.prototypes) * tokens
+        extra += objective.sums.numel() * tokens
     return student, extra
 
 

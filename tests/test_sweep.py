@@ -2,6 +2,7 @@
 import argparse
 import csv
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import scaling
 import train
 from data import Dataset, Stop
 from evaluate import Score
-from models import SIZES, Encoder, flops, sized
+from models import CHUNK, SIZES, Encoder, flops, net1d, sized
 from objectives import OBJECTIVES
 
 
@@ -41,12 +42,50 @@ def test_torchs_counter_counts_what_we_take_it_to():
     assert flops(lambda: torch.nn.BatchNorm1d(8)(torch.zeros(4, 8, 5))) == flops(lambda: torch.fft.rfft(torch.zeros(8, 64))) == 0
 
 
+def macs(c, T, beats=13, fft=False):
+    """Multiply-accumulates of one forward pass through an encoder of Config c, in closed form: (for each crop of T samples, once for a whole
+    batch), the latter the kernels of S4. beats: R-peaks in the crop, where they are the tokens. Norms, activations and biases are left out.
+    fft: S4's long convolution by FFTs of 2L, at 5/2 n log2 n real FLOPs each, as on CUDA and for S4D; else its chunks, as on a CPU."""
+    D, L, ways, N = c.dim, -(-T // 2), 1 if c.causal else 2, c.state
+    attention = lambda L, wide: c.layers * (4 * L * D * wide + 2 * L * L * wide + 2 * L * D * c.ffn)
+    stem = L * (3 * c.leads * D + 3 * D * D)
+    if c.backbone in ('s4', 's4d'):
+        if fft or c.backbone == 's4d' or N > 16:
+            transform = D * 5 / 2 * 2 * L * math.log2(2 * L) / 2
+            long, once = 2 * transform, ways * D * (N if c.backbone == 's4' else N // 2) * L + transform
+        else:
+            K = -(-L // CHUNK)
+            long = D * K * (CHUNK * CHUNK + 2 * ways * N * CHUNK + ways * N * N)
+            once = ways * D * N * (CHUNK * CHUNK + N * CHUNK)
+        return stem + c.layers * (long + 2 * L * D * D), c.layers * once
+    if c.backbone == 'transformer':
+        return stem + attention(L, D), 0
+    if c.backbone == 'net1d':
+        total = stem + L * 16 * D * (D // 8)
+        for b in net1d(D, c.layers, c.causal)[1:]:
+            i, o, gate = b.conv1.in_channels, b.conv1.out_channels, L if c.causal else 1
+            total += L * (i * o + 16 * o * (o // b.conv2.groups) + o * o) + 2 * gate * o * (o // 2)
+        return total, 0
+    if c.backbone == 'resnet':
+        widths = [round(D * i / c.layers) for i in range(1, c.layers + 1)]
+        total, length = 17 * T * c.leads * widths[0], T
+        for i, (a, b) in enumerate(zip(widths[:1] + widths, widths)):
+            short = -(-length // (4 if 0 < i < 5 else 1))
+            total += 17 * length * a * b + 17 * short * b * b + (a != b) * short * a * b
+            length = short
+        return total, 0
+    if c.backbone == 'beat':
+        return 3 * c.leads * beats * round(.96 * c.fs) * D + attention(1 + c.leads * beats, 64 * c.heads), 0
+    patch = round(.05 * c.fs)
+    return T // patch * c.leads * patch * D + attention(1 + T // patch, D), 0
+
+
 @pytest.mark.parametrize('backbone, size, causal', [(b, s, c) for b in SIZES for s in [*list(SIZES[b])[:2], next((s for s in SIZES[b] if 'x' in s), 'tiny')]
                                                     for c in ((True, False) if b in ('s4', 's4d', 'transformer', 'net1d') else (False,))])
 def test_analytic_macs_are_torchs(backbone, size, causal):
     e, (B, T) = Encoder(sized(backbone, size, causal)).eval(), (3, 1210 if backbone in ('resnet', 'beat', 'vit') else 610)
     batch = dict(x=torch.zeros(B, 12, T), peaks=torch.arange(100, 1100, 200).repeat(B, 1))
-    crop, once = scaling.macs(e.config, T, beats=5)
+    crop, once = macs(e.config, T, beats=5)
     with torch.no_grad():
         e(batch)                                                 # S4's dynamics are made once, for all batches to come
         assert flops(lambda: e(batch), fft=True) == pytest.approx(2 * (B * crop + once), rel=1e-6)            # an FFT's count is rounded
@@ -56,15 +95,15 @@ def test_the_fft_of_s4_is_counted():
     """Per channel one real FFT of 2L there and one back, and one of the kernel for the whole batch; a state over 16 takes that way on a CPU."""
     wide = replace(sized('s4', 'tiny', True), state=17)
     for c, fft in ((wide, False), (replace(wide, state=8), True)):
-        crop, once = scaling.macs(c, 600, fft=fft)
+        crop, once = macs(c, 600, fft=fft)
         linear, transform = 300 * (3 * 12 * 64 + 3 * 64 * 64 + 4 * 2 * 64 * 64), 4 * 64 * 2.5 * 600 * np.log2(600) / 2
         assert crop == pytest.approx(linear + 2 * transform) and once == pytest.approx(4 * 64 * c.state * 300 + transform)
     e, batch = Encoder(wide).eval(), dict(x=torch.zeros(3, 12, 600))
     with torch.no_grad():
         e(batch)
-        assert flops(lambda: e(batch), fft=True) == pytest.approx(2 * sum(np.multiply(scaling.macs(wide, 600), (3, 1))), rel=1e-6)
+        assert flops(lambda: e(batch), fft=True) == pytest.approx(2 * sum(np.multiply(macs(wide, 600), (3, 1))), rel=1e-6)
     assert flops(lambda: torch.fft.irfft(torch.fft.rfft(torch.zeros(5, 64))), fft=True) == 2 * 5 * 2.5 * 64 * 6
-    crop, _ = scaling.macs(replace(wide, state=8), 600)
+    crop, _ = macs(replace(wide, state=8), 600)
     assert crop - linear == 4 * 64 * 12 * (25 * 25 + 2 * 8 * 25 + 8 * 8)
 
 
@@ -78,7 +117,7 @@ def test_student_and_teacher_are_counted_apart(objective):
     with torch.no_grad():
         built(batch)
         student, extra = scaling.counted(built, batch)
-    crop, once = scaling.macs(encoder.config, T)
+    crop, once = macs(encoder.config, T)
     assert extra == (crop + once / 4 if objective == 'jepa' else 0)
     head = student - crop - (once / 4 if backbone != 'resnet' else 0)
     assert 0 < head < .6 * crop                                  # jepa's is deep; CMSC's two halves cost one whole but for the padding
@@ -369,7 +408,7 @@ def test_codes_are_counted_without_backward(here):
         objective = OBJECTIVES[name](Encoder(sized('s4', 'tiny')), steps=4).eval()
         with torch.no_grad():
             student[name], extra = scaling.counted(objective, batch)
-        crop, once = scaling.macs(objective.encoder.config, 600)
+        crop, once = macs(objective.encoder.config, 600)
         assert extra == pytest.approx(crop + once / 4 + codes * 300 * 64)
     head = lambda out: 300 * 64 * out                            # the heads alone set the students apart: data2vec's and DinoSR's differ in their last map
     assert student['dinosr'] - student['data2vec'] == pytest.approx(head(512) - head(64))
