@@ -1585,10 +1585,13 @@ def counted(objective, batch):
     if hasattr(objective, 'teacher'):
         extra = macs(lambda: objective.teacher(batch))
     if hasattr(objective, 'tokenizer'):
-        extra = macs(lambda: objective.tokenizer.encoder(batch))
+        extra = macs(lambda: objective.tokenizer.codes(batch))
     tokens = -(-T // 2)
     if hasattr(objective, 'prototypes'):                         # HuBERT++'s similarities
         extra += objective.prototypes.numel() * tokens
+    if isinstance(objective, OBJECTIVES['vqbeat']):              # similarities of real beats
+        _, pad = objective.encode(batch)
+        extra += objective.codebook.numel() * (~pad[:, 1:]).sum().item() / B
     student -= extra
     if hasattr(objective, 'sums'):                               # DinoSR's distances, which the counter overlooks
         extra += objective.sums.numel() * tokens

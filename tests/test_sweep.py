@@ -414,6 +414,24 @@ def test_codes_are_counted_without_backward(here):
     assert student['dinosr'] - student['data2vec'] == pytest.approx(head(512) - head(64))
 
 
+def test_codes_of_beats_are_counted_without_backward():
+    """A tokenizer's encoder, its map to 128 and its similarities to 50 codes; VQBeat's own, of real beats only."""
+    peaks = torch.full((4, 10), -1)
+    peaks[:2] = torch.arange(100, 2100, 200)                     # two of four records have any beat: padded to ten in each of 12 leads
+    batch, D = dict(x=torch.randn(4, 12, 2400), peaks=peaks), 32
+    tokenizer = OBJECTIVES['vqbeat'](Encoder(sized('beat', 'tiny')), codes=50).eval()
+    beats = OBJECTIVES['beats'](Encoder(sized('beat', 'tiny')), tokenizer=tokenizer).eval()
+    crop, _ = macs(tokenizer.encoder.config, 2400, beats=10)
+    with torch.no_grad():
+        student, extra = scaling.counted(beats, batch)
+        assert extra == crop + 121 * (D * D + D * 128) + 120 * 128 * 50
+        assert student == crop + D * 50 * 30                     # half of 120 beats in half of the records: what the head maps
+        student, extra = scaling.counted(tokenizer, batch)
+        assert extra == 60 * 128 * 50
+        head = 121 * (D * D + 2 * D * 128) + 120 * (D * D + D * tokenizer.encoder.stem.length)
+        assert student == crop + head + 2 * macs(replace(tokenizer.encoder.config, layers=1), 2400, beats=10)[0] - 2 * 3 * 12 * 10 * 230 * D
+
+
 def test_average_of_scores():
     """Points and resamples of an average are those of its members, and its differences those averaged."""
     rng = np.random.default_rng(0)
