@@ -1986,6 +1986,9 @@ def finetune(a):
     folders = [f for f, r in first.items() if r['family'] in a.family and r['objective'] in a.objective and int(r['seed']) in a.seeds and int(r['D']) == most]
     if not folders:
         raise Stop(f'{a.out} has no runs to fine-tune: sweep them first, with python scaling.py sweep params --out {a.out}')
+    print(f'{len(folders)} runs on {len(a.records)} numbers of records: as many fine-tunings and trainings from scratch, each of at most some {a.steps} steps')
+    if a.estimate:
+        return
     results = run_all({str(f): (finetune_one, (str(f), a)) for f in folders}, a, 'sweep finetune')
     rows = [r for f in folders for r in results[str(f)]]
     write_csv(Path(a.out, 'finetune.csv'), rows)

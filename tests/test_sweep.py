@@ -324,6 +324,17 @@ def test_what_is_trained_from_scratch_starts_alike_every_time(here, monkeypatch,
         assert all(torch.equal(v, two[k]) for k, v in one.items())
 
 
+def test_the_estimate_of_fine_tuning_trains_nothing(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / 'runs/x'
+    (folder / 'best').mkdir(parents=True)
+    (folder / 'best/ckpt.pt').touch()
+    scaling.write_csv(folder / 'rows.csv', [dict(family='s4', objective='cpc', seed=0, D=40)])
+    a = arguments('finetune', '--records', 20, 40, '--out', tmp_path, '--estimate')
+    monkeypatch.setattr(scaling, 'run_all', None)
+    scaling.finetune(a)
+    assert '1 runs on 2 numbers of records' in capsys.readouterr().out and not (tmp_path / 'finetune.csv').exists()
+
+
 @pytest.mark.parametrize('flags, words', [
     (['--family', 'resnet', '--size', '3x24', '--objective', 'cpc'], 'none of cpc runs on any of resnet'), (['--records', '9999999'], 'must not exceed'),
     (['--ood', 'nothere:super'], 'no dataset'), (['--ood', 'sample:nothere'], "no task 'nothere'"),
