@@ -1663,9 +1663,11 @@ def pairs(a):
     """The (family, objective, sizes) asked for that there are."""
     if bare := [f for f in a.family if not (a.size or LADDERS[f])]:
         raise Stop(f'{bare[0]} has no ladder of sizes: name some with --size, of {", ".join(SIZES[bare[0]])}')
-    found = [(f, o, a.size or LADDERS[f][:5]) for f, o in itertools.product(a.family, a.objective) if f in OBJECTIVES[o].backbones]
+    objectives = [o for o in a.objective if o == 'supervised' or a.kind != 'labels']         # others learn no labels
+    found = [(f, o, a.size or LADDERS[f][:5]) for f, o in itertools.product(a.family, objectives) if f in OBJECTIVES[o].backbones]
     if not found:
-        raise Stop(f'none of {", ".join(a.objective)} runs on any of {", ".join(a.family)}: see python objectives.py --pairs')
+        raise Stop(f'none of {", ".join(a.objective)} runs on any of {", ".join(a.family)}' + ' with labels' * (a.kind == 'labels')
+                   + ': see python objectives.py --pairs')
     return found
 
 

@@ -163,6 +163,12 @@ def test_a_backbone_without_a_ladder_needs_sizes():
     assert scaling.pairs(arguments('joint', '--family', 'net1d', '--objective', 'cpc', '--size', 'tiny')) == [('net1d', 'cpc', ['tiny'])]
 
 
+def test_only_supervised_is_swept_over_labels():
+    assert scaling.pairs(arguments('labels', '--size', '4x12')) == [('s4', 'supervised', ['4x12'])]
+    with pytest.raises(Stop, match='none of cpc runs on any of s4 with labels'):
+        scaling.pairs(arguments('labels', '--objective', 'cpc'))
+
+
 def test_ladder_and_patience():
     assert scaling.ladder(400) == [50, 71, 100, 141, 200, 283, 400] and scaling.ladder(30) == [30]
     rows = lambda *values: [dict(objective='cpc', step=i, id_val=v) for i, v in enumerate(values)]
