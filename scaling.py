@@ -1575,11 +1575,13 @@ def draw_published(names, M, D, alpha, beta, sets, gamma, out):
 # ---------------------------------------------------------------------------------------------------------------------
 # compute
 
+@torch.no_grad()
 def counted(objective, batch):
-    """Forward MACs of one crop through an objective, as models.flops counts them, FFTs too: (student with all its views and heads, what has
-    no backward: teacher, tokenizer and the search for codes)."""
+    """Forward MACs of one crop through an objective in eval mode, as models.flops counts them, FFTs too: (student with all its views and
+    heads, what has no backward: teacher, tokenizer and the search for codes)."""
     B, T = batch['x'].shape[0], batch['x'].shape[2]
     macs = lambda work: flops(work, fft=True) / 2 / B            # of a crop
+    objective.eval()
     objective(batch)                                             # S4 makes its dynamics once for all
     student, extra = macs(lambda: objective(batch)), 0.
     if hasattr(objective, 'teacher'):
@@ -1598,44 +1600,71 @@ def counted(objective, batch):
     return student, extra
 
 
+def trainable(ds, t):
+    """Training records that last the run's window."""
+    rows = ds.split()[0]
+    return rows[ds.length[rows] >= round(t.window * ds.contract.fs)]
+
+
+def first_batch(ds, t, size, device):
+    """A batch to count and to time a run's step on."""
+    return to_device(ds.batch(trainable(ds, t), round(t.window * ds.contract.fs), size, 0, 0), device)
+
+
+def price(t, ds, device):
+    """(seconds, FLOPs) of one training step, the optimiser's left out."""
+    columns = ds.columns(t.task) if t.task else ()
+    tokenizer = train.load_tokenizer(t.tokenizer, ds.contract)[0] if t.tokenizer else None
+    objective = train.build(t, ds.contract.fs, columns, tokenizer).to(device)
+    batch = first_batch(ds, t, t.batch, device)
+    for _ in range(2):                                           # the first step also grows the heap
+        began = time.perf_counter()
+        objective(batch)[0].backward()
+        seconds = time.perf_counter() - began
+    student, extra = counted(objective, batch)
+    return seconds, compute(student, t.batch, 1, extra)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # sweeps: what to run
 
-# sizes by family, layers x width, about threefold in parameters from 3K on; resnet's and beat's are those of 2605.17276, Table S.4
-LADDERS = {family: [s for s in sizes if 'x' in s] for family, sizes in SIZES.items()}
 KINDS = {'params': 'every size on all records', 'data': 'the middle size on every number of records',
-         'joint': 'both axes, the diagonal and two points off it: what the joint law needs', 'labels': 'supervised on more and more labels',
+         'joint': 'both axes, the diagonal and three points off it: what the joint law needs', 'labels': 'supervised on more and more labels',
          'finetune': "fine-tuning of the sweep's best checkpoints against training from scratch, on more and more records"}
 
 
 def grid(kind, sizes, records):
     """[(size, records, replicated)] of a sweep. Corners and centre, on an axis its ends and middle, are replicated with every seed."""
-    top, middle, size = len(records) - 1, len(records) // 2, len(sizes) // 2
-    last = len(sizes) - 1
-    params, numbers = {(i, top) for i in range(last + 1)}, {(size, j) for j in range(top + 1)}
-    if kind == 'joint':
-        points = params | numbers | {(round(i * last / max(1, top)), i) for i in range(top + 1)} | {(0, middle), (last, middle), (last, 0)}
-        often = {(0, 0), (0, top), (last, 0), (last, top), (size, middle)}
+    widest, most = len(sizes) - 1, len(records) - 1
+    size, count = len(sizes) // 2, len(records) // 2             # the middle of either axis
+    params, numbers = {(i, most) for i in range(len(sizes))}, {(size, j) for j in range(len(records))}
+    if kind == 'params':
+        points, often = params, {(0, most), (size, most), (widest, most)}
+    elif kind == 'data':
+        points, often = numbers, {(size, 0), (size, count), (size, most)}
     else:
-        points = params if kind == 'params' else numbers
-        often = {(0, top), (size, top), (last, top)} if kind == 'params' else {(size, 0), (size, middle), (size, top)}
+        diagonal = {(round(j * widest / max(1, most)), j) for j in range(len(records))}
+        points = params | numbers | diagonal | {(0, count), (widest, count), (widest, 0)}
+        often = {(0, 0), (0, most), (widest, 0), (widest, most), (size, count)}
     return [(sizes[i], records[j], (i, j) in often) for i, j in sorted(points)]
 
 
-def ladder(steps, first=50):
-    """Steps to evaluate at: a factor of sqrt 2 apart, the last of them `steps`."""
-    return sorted({round(steps / 2 ** (k / 2)) for k in range(40) if steps / 2 ** (k / 2) >= min(first, steps)})
+def ladder(steps):
+    """Steps to evaluate at: a factor of sqrt 2 apart, 50 or more, the last of them `steps`."""
+    down = [steps / 2 ** (k / 2) for k in range(40)]
+    return sorted({round(step) for step in down if step >= min(50, steps)})
 
 
 def settings(a, ds, family, objective, size, records, seed, task=None):
     """train.py's arguments of one run."""
     t = train.knobs().parse_args([])
-    task = (task or first_task(ds)) if objective == 'supervised' else None
     steps = a.steps if a.fixed == 'steps' else math.ceil(a.epochs * records / a.batch)
-    for name, value in dict(objective=objective, backbone=family, size=size, data=a.data, records=records, seed=seed, lr=a.lr, steps=steps, batch=a.batch,
-                            schedule=a.schedule, device=a.device, probe_every=0, save_every=100, log_every=50, task=task,
-                            tokenizer=a.tokenizer if objective == 'beats' else None).items():
-        setattr(t, name, value)
+    vars(t).update(objective=objective, backbone=family, size=size, data=a.data, records=records, seed=seed, lr=a.lr, steps=steps, batch=a.batch,
+                   schedule=a.schedule, device=a.device, probe_every=0, save_every=100, log_every=50)
+    if objective == 'supervised':
+        t.task = task or first_task(ds)
+    if objective == 'beats':
+        t.tokenizer = a.tokenizer
     train.settle(t)
     return t
 
@@ -1643,8 +1672,8 @@ def settings(a, ds, family, objective, size, records, seed, task=None):
 def label_sets(a, ds):
     """[(arm, anchor names, training names, draw)] of label scaling (2605.17276, Section 4.2): anchored in the tenth of labels that are most
     frequent, or in the rarest 2 % of those with at least ten positives, and extended by random others, nested, up to all of them."""
-    names = np.array(ds.label_names)[ds.columns(a.labels)]
-    y = np.array(ds.labels[:, ds.columns(a.labels)])[ds.split()[0]]
+    columns = ds.columns(a.labels)
+    names, y = np.array(ds.label_names)[columns], np.array(ds.labels[:, columns])[ds.split()[0]]
     binary = np.isin(y, (0, 1)).any(0) & ~(np.isfinite(y) & ~np.isin(y, (0, 1))).any(0)
     count = (y == 1).sum(0)
     sets = []
@@ -1654,17 +1683,18 @@ def label_sets(a, ds):
         anchors = max(2, round(share * len(pool)))
         for seed in a.seeds:
             others = np.random.default_rng([seed, 4]).permutation(pool[anchors:])
-            for part in sorted({anchors, *(max(anchors, round(f * len(pool))) for f in (.3, .5, 1))}):
+            for part in sorted({max(anchors, round(f * len(pool))) for f in (0, .3, .5, 1)}):
                 sets.append((arm, list(pool[:anchors]), [*pool[:anchors], *others[:part - anchors]], seed))
     return sets
 
 
 def pairs(a):
-    """The (family, objective, sizes) asked for that there are."""
-    if bare := [f for f in a.family if not (a.size or LADDERS[f])]:
+    """The (family, objective, sizes) asked for that there are; by default the five smallest rungs, layers x width, of a family's ladder."""
+    sizes = {f: a.size or [s for s in SIZES[f] if 'x' in s][:5] for f in a.family}
+    if bare := [f for f in a.family if not sizes[f]]:
         raise Stop(f'{bare[0]} has no ladder of sizes: name some with --size, of {", ".join(SIZES[bare[0]])}')
     objectives = [o for o in a.objective if o == 'supervised' or a.kind != 'labels']         # others learn no labels
-    found = [(f, o, a.size or LADDERS[f][:5]) for f, o in itertools.product(a.family, objectives) if f in OBJECTIVES[o].backbones]
+    found = [(f, o, sizes[f]) for f, o in itertools.product(a.family, objectives) if f in OBJECTIVES[o].backbones]
     if not found:
         raise Stop(f'none of {", ".join(a.objective)} runs on any of {", ".join(a.family)}' + ' with labels' * (a.kind == 'labels')
                    + ': see python objectives.py --pairs')
@@ -1675,7 +1705,9 @@ def pilots(a, ds):
     """Short runs on all records, at three rates for each size: a rate that suits one size only would bend alpha."""
     runs = {}
     for family, objective, sizes in pairs(a):
-        for size, factor in itertools.product([sizes[len(sizes) // 2]] if a.kind in ('data', 'labels') else sizes, (10 ** -.5, 1, 10 ** .5)):
+        if a.kind in ('data', 'labels'):
+            sizes = [sizes[len(sizes) // 2]]
+        for size, factor in itertools.product(sizes, (10 ** -.5, 1, 10 ** .5)):
             t = settings(a, ds, family, objective, size, len(ds.split()[0]), 100)
             t.lr, t.steps = float(f'{t.lr * factor:.1g}'), a.lr_steps
             runs[f'rate_{family}_{objective}_{size}_{t.lr:g}'] = t, 'rate', None
@@ -1687,13 +1719,15 @@ def plan(a, ds, rates):
     runs = {}
     for family, objective, sizes in pairs(a):
         if a.kind == 'labels':
+            size = sizes[len(sizes) // 2]
             for arm, anchors, names, seed in label_sets(a, ds):
-                runs[f'{family}_{objective}_{sizes[len(sizes) // 2]}_{arm}{len(names)}_s{seed}'] = settings(
-                    a, ds, family, objective, sizes[len(sizes) // 2], a.records[-1], seed, task='+'.join(names)), arm, anchors
+                t = settings(a, ds, family, objective, size, a.records[-1], seed, '+'.join(names))
+                runs[f'{family}_{objective}_{size}_{arm}{len(names)}_s{seed}'] = t, arm, anchors
             continue
         for size, count, often in grid(a.kind, sizes, a.records):
             for seed in a.seeds if often else a.seeds[:1]:
-                runs[f'{family}_{objective}_{size}_{count}_{a.fixed}_s{seed}'] = settings(a, ds, family, objective, size, count, seed), a.fixed, None
+                t = settings(a, ds, family, objective, size, count, seed)
+                runs[f'{family}_{objective}_{size}_{count}_{a.fixed}_s{seed}'] = t, a.fixed, None
     for t, _, _ in runs.values():
         t.lr = rates.get((t.backbone, t.objective, t.size), t.lr)
     return runs
@@ -1853,33 +1887,8 @@ def legs(name, t, arm, anchors, a):
     return rows
 
 
-def trainable(ds, t):
-    """Training records that last the run's window."""
-    rows = ds.split()[0]
-    return rows[ds.length[rows] >= round(t.window * ds.contract.fs)]
-
-
-def first_batch(ds, t, size, device):
-    """A batch to count and to time a run's step on."""
-    return to_device(ds.batch(trainable(ds, t), round(t.window * ds.contract.fs), size, 0, 0), device)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # sweeps: all runs
-
-def price(t, ds, device):
-    """(seconds, FLOPs) of one training step, the optimiser's left out."""
-    columns = ds.columns(t.task or first_task(ds)) if t.objective == 'supervised' else ()
-    objective = train.build(t, ds.contract.fs, columns, train.load_tokenizer(t.tokenizer, ds.contract)[0] if t.tokenizer else None).to(device)
-    batch = first_batch(ds, t, t.batch, device)
-    for _ in range(2):                                           # the first step also grows the heap
-        began = time.perf_counter()
-        objective(batch)[0].backward()
-        seconds = time.perf_counter() - began
-    with torch.no_grad():
-        student, extra = counted(objective.eval(), batch)
-    return seconds, compute(student, t.batch, 1, extra)
-
 
 def estimate(a, ds, runs, device):
     """Prints what runs cost at most: a step of each size is timed, evaluations are forward passes."""

@@ -226,14 +226,15 @@ def test_a_killed_run_goes_on_without_a_lost_or_doubled_row(here, monkeypatch, t
             with monkeypatch.context() as patch:
                 killed(patch, function, 2)
                 with pytest.raises(KeyboardInterrupt):
-                    scaling.legs(name, *run, a)
-            assert len(scaling.evaluations(tmp_path / out / 'runs' / name)) == 1
-        results.append([{k: v for k, v in r.items() if k != 'seconds'} for r in scaling.legs(name, *run, a)])
+                    scaling.run_one(name, *run, a)
+            assert len(scaling.rows_in(tmp_path / out / 'runs' / name / 'rows.csv')) == 1
+        results.append([{k: v for k, v in r.items() if k != 'seconds'} for r in scaling.run_one(name, *run, a)])
     assert results[0] == results[1] and [r['step'] for r in results[0]] == ['2', '4', '8']
     assert (tmp_path / 'broken/runs' / name / 'best/ckpt.pt').is_file()
     a.batch = 5
     (name, run), = scaling.plan(a, Dataset('synthetic'), {}).items()
-    assert 'begun with batch = 4' in scaling.run_one(name, *run, a, 1)
+    with pytest.raises(Stop, match='begun with batch = 4'):
+        scaling.run_one(name, *run, a)
 
 
 def test_a_sweep_end_to_end(here, tmp_path):
@@ -304,7 +305,7 @@ def test_nothing_of_the_test_folds_is_trained_on(here, tmp_path):
     a.records = [len(ds.split()[0])]
     (name, run), = scaling.plan(a, ds, {}).items()
     run[0].steps = 2
-    scaling.legs(name, *run, a)
+    scaling.run_one(name, *run, a)
     seen = scaling.load(Path(tmp_path, 'runs', name, 'ckpt.pt'))['patients']
     assert not set(seen) & set(ds.patient[np.concatenate(ds.split()[1:])])
 
@@ -325,7 +326,7 @@ def test_what_is_trained_from_scratch_starts_alike_every_time(here, monkeypatch,
 
     monkeypatch.setattr(scaling.Task, 'output', output)
     for _ in range(2):
-        assert [r['mode'] for r in scaling.finetune_one(str(folder), a, 1)] == ['finetune', 'scratch']
+        assert [r['mode'] for r in scaling.finetune_one(folder, a)] == ['finetune', 'scratch']
     for one, two in ((began[0], began[2]), (began[1], began[3])):
         assert all(torch.equal(v, two[k]) for k, v in one.items())
 
@@ -353,9 +354,20 @@ def test_bad_flags_are_one_line(here, tmp_path, flags, words):
     assert '\n' not in str(stop.value)
 
 
+def test_what_stops_in_a_worker_does_not_stop_the_others(tmp_path):
+    a = argparse.Namespace(jobs=1, out=tmp_path)
+    (tmp_path / 'runs/x').mkdir(parents=True)
+    scaling.write_csv(tmp_path / 'runs/x/rows.csv', [dict(run='x')])
+    assert scaling.run_all({'fine': (scaling.ladder, (8,))}, a, '') == {'fine': [8]}
+    (tmp_path / 'runs.csv').unlink()
+    with pytest.raises(Stop, match='^1 of 2 runs stopped; the first: bad: no dataset'):
+        scaling.run_all({'bad': (scaling.ood, ('nothere', None)), 'fine': (scaling.ladder, (8,))}, a, '')
+    assert (tmp_path / 'runs.csv').exists()                      # what there is, is collected
+
+
 def test_workers_end_with_a_killed_sweep(tmp_path):
     (tmp_path / 'sleeper.py').write_text('''import argparse, os, time, scaling
-def work(threads):
+def work():
     open('pid.tmp', 'w').write(str(os.getpid()))
     os.rename('pid.tmp', 'pid')
     time.sleep(600)
@@ -387,7 +399,7 @@ def test_a_part_of_the_study_is_rebuilt(here, monkeypatch, capsys):
     scaling.main([*flags, '--estimate'])
     assert not Path('st').exists()
     (folder, t), *_ = scaling.study_runs('masking', scaling.parse(flags), 'cpu')['raw']
-    assert scaling.pretrain(folder, t, 1) is None
+    scaling.pretrain(folder, t)
     made = (folder / 'ckpt.pt').read_bytes()
     scaling.main(flags)
     assert '3 of 4 runs to make' in capsys.readouterr().out and (folder / 'ckpt.pt').read_bytes() == made
