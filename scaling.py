@@ -2327,20 +2327,6 @@ def draw_part(rows, path):
     fig.savefig(path, dpi=120)
 
 
-def study_flags(p):
-    """The flags of study."""
-    p.add_argument('part', nargs='*', help='default: all; ' + '; '.join(f'{k}: {v.question}' for k, v in STUDY.items()))
-    p.add_argument('--seeds', nargs='+', type=int, help='of pretraining (default: 0 to 5 for objectives, else 0 1 2)')
-    p.add_argument('--data', default='synthetic', help='to pretrain on where a part does not say; on a GPU synthetic@1000000')
-    p.add_argument('--size', default='tiny', choices=['tiny', 'small', 'base'])
-    p.add_argument('--steps', type=int, default=300, help='of pretraining')
-    p.add_argument('--batch', type=int, default=32)
-    p.add_argument('--jobs', type=int, help='processes (default: one per thread that torch has, 1 on CUDA)')
-    p.add_argument('--estimate', action='store_true', help='print what it would cost, make nothing')
-    p.add_argument('--device')
-    p.add_argument('--out', default='out/study')
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the command line
 
@@ -2358,13 +2344,15 @@ def sweep_flags(p):
     p.add_argument('--records', nargs='+', type=number_or_all, default=[32, 100, 320, 1000, 'all'], help='numbers of pretraining (finetune: labelled) records')
     p.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='of corners and centre; all other points take the first')
     p.add_argument('--data', default='synthetic', help='prepared dataset to pretrain on')
-    p.add_argument('--ood', nargs='*', default=['shifted:findings', 'sample:super'], metavar='DATA:TASK', help='where linear probes are fitted; finetune takes the first')
+    p.add_argument('--ood', nargs='*', default=['shifted:findings', 'sample:super'], metavar='DATA:TASK',
+                   help='where linear probes are fitted; finetune takes the first')
     p.add_argument('--fixed', choices=['steps', 'epochs'], default='steps', help='what is the same for every number of records')
     p.add_argument('--steps', type=int, default=800, help='at most, if steps are fixed')
     p.add_argument('--epochs', type=float, default=20, help='at most, if epochs are fixed')
     p.add_argument('--batch', type=int, default=32)
     p.add_argument('--schedule', choices=['cosine', 'constant'], default='constant', help='constant: no evaluation is more annealed than another')
-    p.add_argument('--patience', type=int, default=3, help='evaluations, a factor of sqrt 2 in steps apart, without a better validation loss before a run stops')
+    p.add_argument('--patience', type=int, default=3,
+                   help='evaluations, a factor of sqrt 2 in steps apart, without a better validation loss before a run stops')
     p.add_argument('--lr', type=float, help='one rate for all (default: the best of three for each size)')
     p.add_argument('--lr-steps', type=int, default=150, help='of the runs that choose the rate')
     p.add_argument('--labels', default='findings+tail', help='labels: the label sets to draw from')
@@ -2373,6 +2361,20 @@ def sweep_flags(p):
     p.add_argument('--estimate', action='store_true', help='print what it would cost, train nothing')
     p.add_argument('--device')
     p.add_argument('--out', default='out/scaling')
+
+
+def study_flags(p):
+    """The flags of study."""
+    p.add_argument('part', nargs='*', help='default: all; ' + '; '.join(f'{k}: {v.question}' for k, v in STUDY.items()))
+    p.add_argument('--seeds', nargs='+', type=int, help='of pretraining (default: 0 to 5 for objectives, else 0 1 2)')
+    p.add_argument('--data', default='synthetic', help='to pretrain on where a part does not say; on a GPU synthetic@1000000')
+    p.add_argument('--size', default='tiny', choices=['tiny', 'small', 'base'])
+    p.add_argument('--steps', type=int, default=300, help='of pretraining')
+    p.add_argument('--batch', type=int, default=32)
+    p.add_argument('--jobs', type=int, help='processes (default: one per thread that torch has, 1 on CUDA)')
+    p.add_argument('--estimate', action='store_true', help='print what it would cost, make nothing')
+    p.add_argument('--device')
+    p.add_argument('--out', default='out/study')
 
 
 def huber_delta(text):
@@ -2384,8 +2386,37 @@ def huber_delta(text):
     return float(text)
 
 
-COMMANDS = {'sweep': sweep, 'study': study, 'claims': claims_command, 'fit': fit_command, 'allocate': allocate_command, 'transfer': transfer_command, 'overfit': overfit_command, 'labels': labels_command,
-            'winners': winners_command, 'loss-vs-error': error_command, 'simulate': simulate_command, 'published': published_command}
+def table_flags(p, name):
+    """The flags of the commands that read tables, by name, and of simulate."""
+    p.add_argument('--out', help='folder to write to (default: beside the CSV of runs; out/published; out)')
+    if name == 'claims':
+        p.add_argument('runs', nargs='?', default='assets/results', help="folder of the study's tables")
+    elif name not in ('simulate', 'published'):
+        p.add_argument('runs', help='CSV of runs, one row per evaluation')
+    if name in ('fit', 'allocate', 'transfer', 'overfit', 'labels', 'winners'):
+        p.add_argument('--loss', nargs='+', help='columns of losses (default: id_test and every ood_*_test)')
+    if name in ('fit', 'allocate', 'transfer', 'overfit', 'simulate'):
+        p.add_argument('--resamples', type=int, default=600, help='of the runs, for intervals')
+        p.add_argument('--delta', type=huber_delta, default=1e-3,
+                       help="of Huber's loss of log residuals, or mad: 1.345 normalised median absolute deviations")
+        p.add_argument('--seed', type=int, default=0)
+    if name == 'fit':
+        p.add_argument('--axis', choices=['joint', 'N', 'D'], default='joint', help='N or D: one exponent alone')
+    if name == 'overfit':
+        p.add_argument('--tolerance', type=float, nargs='+', default=[.1], help='shares of loss that too few records may cost')
+    if name == 'simulate':
+        p.add_argument('--studies', type=int, default=200)
+        p.add_argument('--levels', type=int, default=5, help='of N and of D')
+        p.add_argument('--seeds', type=int, default=3, help='runs per cell')
+        p.add_argument('--noise', type=float, default=.01, help='standard deviation of the log loss between runs')
+        p.add_argument('--truth', type=float, nargs=5, default=[.11, 6, 3, .35, .22], metavar=('E', 'A', 'B', 'alpha', 'beta'))
+
+
+COMMANDS = {'sweep': sweep, 'study': study, 'claims': claims_command, 'fit': fit_command, 'allocate': allocate_command, 'transfer': transfer_command,
+            'overfit': overfit_command, 'labels': labels_command, 'winners': winners_command, 'loss-vs-error': error_command,
+            'simulate': simulate_command, 'published': published_command}
+LIMITS = dict(resamples=(200, 100000), studies=(1, 100000), levels=(3, 50), noise=(1e-6, 1), seed=(0, 2 ** 31), tolerance=(1e-6, 1), records=(1, 1e12),
+              steps=(1, 1e9), epochs=(1e-3, 1e6), batch=(1, 65536), lr=(1e-9, 10), lr_steps=(1, 1e9), patience=(1, 1000), jobs=(1, 1024))
 
 
 def parse(argv=None):
@@ -2394,51 +2425,38 @@ def parse(argv=None):
     sub = p.add_subparsers(dest='command', metavar='COMMAND')
     for name, command in COMMANDS.items():
         q = sub.add_parser(name, help=command.__doc__.split('\n')[0].replace('%', '%%'), description=command.__doc__)
-        if name in ('sweep', 'study'):
-            (sweep_flags if name == 'sweep' else study_flags)(q)
-            continue
-        q.add_argument('--out', help='folder to write to (default: beside the CSV of runs; out/published; out)')
-        if name == 'published':
-            continue
-        if name != 'simulate':
-            q.add_argument('runs', **dict(nargs='?', default='assets/results', help="folder of the study's tables") if name == 'claims' else
-                           dict(help='CSV of runs, one row per evaluation'))
-        if name not in ('simulate', 'loss-vs-error', 'claims'):
-            q.add_argument('--loss', nargs='+', help='columns of losses (default: id_test and every ood_*_test)')
-        if name in ('fit', 'allocate', 'transfer', 'overfit', 'simulate'):
-            q.add_argument('--resamples', type=int, default=600, help='of the runs, for intervals')
-            q.add_argument('--delta', type=huber_delta, default=1e-3,
-                           help="of Huber's loss of log residuals, or mad: 1.345 normalised median absolute deviations")
-            q.add_argument('--seed', type=int, default=0)
-        if name == 'fit':
-            q.add_argument('--axis', choices=['joint', 'N', 'D'], default='joint', help='N or D: one exponent alone')
-        if name == 'overfit':
-            q.add_argument('--tolerance', type=float, nargs='+', default=[.1], help='shares of loss that too few records may cost')
-        if name == 'simulate':
-            q.add_argument('--studies', type=int, default=200)
-            q.add_argument('--levels', type=int, default=5, help='of N and of D')
-            q.add_argument('--seeds', type=int, default=3, help='runs per cell')
-            q.add_argument('--noise', type=float, default=.01, help='standard deviation of the log loss between runs')
-            q.add_argument('--truth', type=float, nargs=5, default=[.11, 6, 3, .35, .22], metavar=('E', 'A', 'B', 'alpha', 'beta'))
+        if name == 'sweep':
+            sweep_flags(q)
+        elif name == 'study':
+            study_flags(q)
+        else:
+            table_flags(q, name)
     a = p.parse_args(argv)
-    sweeping = a.command in ('sweep', 'study')
-    limits = dict(resamples=(200, 100000), studies=(1, 100000), levels=(3, 50), noise=(1e-6, 1), seed=(0, 2 ** 31), seeds=(0, 2 ** 31) if sweeping else (1, 100),
-                  tolerance=(1e-6, 1), records=(1, 1e12), steps=(1, 1e9), epochs=(1e-3, 1e6), batch=(1, 65536), lr=(1e-9, 10), lr_steps=(1, 1e9),
-                  patience=(1, 1000), jobs=(1, 1024))
-    for name, (low, high) in limits.items():
+    if not a.command:
+        return parse(['published'])
+    check(a)
+    return a
+
+
+def check(a):
+    """Raises Stop on arguments out of bounds, and where --out cannot be written to."""
+    seeds = (1, 100) if a.command == 'simulate' else (0, 2 ** 31)                            # there a number of them
+    for name, (low, high) in (LIMITS | dict(seeds=seeds)).items():
         given = getattr(a, name, None)
         for value in given if isinstance(given, list) else [given]:
             if value not in (None, 'all') and not low <= value <= high:
                 raise Stop(f'--{name.replace("_", "-")} {value} must lie between {low:g} and {high:g}')
-    if a.command == 'simulate' and not (0 <= a.truth[0] < math.inf and all(0 < v < math.inf for v in a.truth[1:3]) and all(LOW < v < HIGH for v in a.truth[3:])):
-        raise Stop(f'--truth takes E of 0 or more, A and B above 0, and alpha and beta between {LOW:g} and {HIGH:g}')
-    out = Path(getattr(a, 'out', None) or '.').absolute()
+    if a.command == 'simulate':
+        E, A, B, *exponents = a.truth
+        if not (0 <= E < math.inf and 0 < A < math.inf and 0 < B < math.inf and all(LOW < v < HIGH for v in exponents)):
+            raise Stop(f'--truth takes E of 0 or more, A and B above 0, and alpha and beta between {LOW:g} and {HIGH:g}')
+    out = Path(a.out or '.').absolute()
     there = next(p for p in (out, *out.parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise Stop(f'--out {out}: {there} is no folder that can be written to')
-    for family, size in itertools.product(a.family, a.size or ()) if a.command == 'sweep' else ():
-        sized(family, size)
-    return a if a.command else parse(['published'])
+    if a.command == 'sweep':
+        for family, size in itertools.product(a.family, a.size or ()):
+            sized(family, size)
 
 
 def main(argv=None):
