@@ -19,7 +19,7 @@ Laws and experiments of arXiv 2605.17276, fitted as Hoffmann et al. (2203.15556,
 (2404.10102); loss-vs-error is of 2605.12241. Where a run has several rows, the one with the lowest validation loss stands for it, and its
 test loss is fitted. Tables, figures and JSON in full precision land beside the CSV of runs, or in --out.
 """
-import argparse, contextlib, copy, csv, io, itertools, json, math, multiprocessing, os, re, shutil, textwrap, threading, time
+import argparse, contextlib, copy, csv, io, itertools, json, math, multiprocessing, os, re, textwrap, threading, time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -36,7 +36,7 @@ import train
 from data import Dataset, Stop, figure, script
 from evaluate import (Arm, PROTOCOLS, Task, arms_of, auroc, compare, embed, entropy, first_task, fresh, interval, linear_probe, macro, open_run, overlap, slug,
                       write_csv)
-from models import SIZES, flops, keep_heap, load, parameters, pick_device, sized, to_device
+from models import SIZES, flops, keep_heap, load, parameters, pick_device, save, sized, to_device
 from objectives import OBJECTIVES
 
 MOVING = ('jepa', 'data2vec', 'dinosr', 'hubert')                # their targets move with the run: losses of two runs do not compare
@@ -1737,24 +1737,23 @@ def plan(a, ds, rates):
 # sweeps: one run
 
 @torch.no_grad()
-def held_out(objective, ds, rows, t, device, columns=None):
-    """(loss, macro AUROC) of an objective on the first crops of `rows`, in eval mode, masks and negatives the same for every run. AUROC, and
-    a loss over the label columns given only, for supervised; else NaN."""
+def held_out(objective, ds, rows, t, device, columns):
+    """(loss, macro AUROC) of an objective on the first crops of `rows`, in eval mode, masks and negatives the same for every run. columns:
+    of supervised, the labels over which both are taken; None of all others, whose AUROC is NaN."""
     objective.eval()
-    samples, loss, scores = round(t.window * ds.contract.fs), [], []
-    size = min(t.batch, len(rows))
-    for i in range(len(rows) // size):                           # whole batches: negatives of CMSC are the batch
+    size, outputs = min(t.batch, len(rows)), []
+    rows = rows[:len(rows) // size * size]                       # whole batches: negatives of CMSC are the batch
+    for i, part in enumerate(rows.reshape(-1, size)):
         torch.manual_seed(i)
-        part = rows[i * size:(i + 1) * size]
-        batch = to_device(ds.collate(part, np.zeros(len(part), int), samples), device)
+        batch = to_device(ds.collate(part, np.zeros(size, int), round(t.window * ds.contract.fs)), device)
         if columns is None:
-            loss.append(objective(batch)[0].item())
+            outputs.append(objective(batch)[0].item())
         else:
-            at = [objective.columns.index(c) for c in columns]
-            scores.append(objective.head(*objective.encoder(batch)).float()[:, at].cpu().numpy())
+            outputs.append(objective.head(*objective.encoder(batch)).float().cpu().numpy())
     if columns is None:
-        return float(np.mean(loss)), math.nan
-    z, y = np.concatenate(scores), np.array(ds.labels[rows[:len(rows) // size * size]])[:, columns]
+        return float(np.mean(outputs)), math.nan
+    z = np.concatenate(outputs)[:, [objective.columns.index(c) for c in columns]]
+    y = np.array(ds.labels[rows])[:, columns]
     return entropy(z, y), float(macro(auroc(z, y))[0])
 
 
@@ -1767,17 +1766,18 @@ def ood(name, contract):
     return ds, ds.columns(task or first_task(ds))
 
 
-def out_of_distribution(encoder, name, samples, contract, device, seen=()):
+def out_of_distribution(encoder, name, samples, contract, device, seen):
     """{ood_TASK_val, _test, _auroc}: a linear probe on the first crops of dataset:task, its L2 chosen by validation loss. The three highest
     folds test, the next validates, the others train; of val and test, patients among `seen` are left out."""
     ds, columns = ood(name, contract)
     y, folds = np.array(ds.labels[:, columns]), np.unique(ds.fold[ds.fold >= 0])
-    rows = np.flatnonzero((ds.length >= samples) & np.isfinite(y).any(1) & (ds.fold >= 0) & ~(np.isin(ds.fold, folds[-4:]) & overlap(ds, seen)))
-    part = lambda chosen: np.flatnonzero(np.isin(ds.fold[rows], chosen))
-    tr, val, test = part(folds[:-4]), part(folds[-4:-3]), part(folds[-3:])
+    leaks = np.isin(ds.fold, folds[-4:]) & overlap(ds, seen)
+    rows = np.flatnonzero((ds.length >= samples) & np.isfinite(y).any(1) & (ds.fold >= 0) & ~leaks)
+    tr, val, test = (np.flatnonzero(np.isin(ds.fold[rows], which)) for which in (folds[:-4], folds[-4:-3], folds[-3:]))
     y = y[rows]
-    both = lambda p: np.isfinite(auroc(np.zeros((len(p), y.shape[1])), y[p])[0]) if len(p) else np.zeros(y.shape[1], bool)
-    y = y[:, both(tr) & both(test) & ~(np.isfinite(y) & ~np.isin(y, (0, 1))).any(0)]
+    binary = ~(np.isfinite(y) & ~np.isin(y, (0, 1))).any(0)
+    both = lambda part: (y[part] == 0).any(0) & (y[part] == 1).any(0)
+    y = y[:, binary & both(tr) & both(test)]
     if not y.shape[1]:
         raise Stop(f'{name}: no yes/no label has both values in the training and the test folds, without patients seen in pretraining')
     X = embed(encoder, ds, rows, samples, device, name, first=True)
@@ -1789,7 +1789,6 @@ def out_of_distribution(encoder, name, samples, contract, device, seen=()):
 
 def assess(objective, t, ds, anchors, oods, device):
     """Losses of a checkpoint: in distribution on 512 training records and all validation and test records, then out of distribution."""
-    objective.eval()
     samples = round(t.window * ds.contract.fs)
     rows = [r[ds.length[r] >= samples] for r in ds.split()]
     seen = {*ds.patient[rows[0]].tolist(), *ds.id[rows[0]].tolist()}                  # by the largest run: the same test records for all
@@ -1807,35 +1806,38 @@ def assess(objective, t, ds, anchors, oods, device):
     return result
 
 
+def facts(objective, t, arm, step, ds, device):
+    """What a row says beside losses: what was trained, its size, its data, and what it has cost."""
+    encoder = objective.encoder
+    student, extra = counted(objective, first_batch(ds, t, min(t.batch, t.records), device))
+    patients = np.unique(ds.patient[ds.nested(trainable(ds, t), t.records, t.seed)])
+    return dict(family=t.backbone, paradigm='SL' if t.objective == 'supervised' else 'SSL', objective=t.objective, arm=arm, size=t.size,
+                N=parameters(encoder), N_total=parameters(objective), macs=round(student), extra_macs=round(extra), batch=t.batch, D=t.records,
+                patients=len(patients), labels=len(getattr(objective, 'columns', ())), lr=t.lr, step=step, epochs=round(step * t.batch / t.records, 4),
+                flops=float(compute(student, t.batch, step, extra)), seed=t.seed)
+
+
 def worth(row):
     """What early stopping watches, lower is better: validation loss in distribution, out of it where targets move."""
-    values = [v for k, v in row.items() if k.endswith('_val') and k.startswith('ood_')] if row['objective'] in MOVING else [row['id_val']]
-    return float(np.mean([float(v) for v in values]))
+    if row['objective'] not in MOVING:
+        return float(row['id_val'])
+    return float(np.mean([float(v) for k, v in row.items() if k.startswith('ood_') and k.endswith('_val')]))
 
 
-def evaluations(folder):
-    """Finished evaluations of a run."""
-    file = folder / 'rows.csv'
-    return list(csv.DictReader(open(file, newline=''))) if file.exists() else []
+def rows_in(file):
+    """The rows of a CSV as dicts of text, none where there is no file. That of a run, rows.csv, holds its finished evaluations."""
+    if not file.exists():
+        return []
+    with open(file, newline='') as f:
+        return list(csv.DictReader(f))
 
 
 def finished(rows, steps, patience):
     """Whether a run has reached its last step, or its validation loss has not improved at `patience` evaluations in turn."""
     if not rows:
         return False
-    values = [worth(r) for r in rows]
-    return int(rows[-1]['step']) >= steps or len(values) - 1 - int(np.argmin(values)) >= patience
-
-
-def run_one(name, t, arm, anchors, a, threads):
-    """Train one run from evaluation to evaluation until it is finished. A killed one goes on from its last checkpoint, exactly: a step is
-    evaluated after its checkpoint is on disk, and a row is written after it is evaluated. Returns its rows, or why there are none."""
-    try:
-        torch.set_num_threads(threads)
-        keep_heap()
-        return legs(name, t, arm, anchors, a)
-    except SystemExit as e:                                      # it would end the worker, not the sweep
-        return f'{name}: {e}'
+    since = len(rows) - 1 - np.argmin([worth(r) for r in rows])
+    return int(rows[-1]['step']) >= steps or since >= patience
 
 
 def begun(folder, t):
@@ -1852,37 +1854,28 @@ def begun(folder, t):
     return saved
 
 
-def legs(name, t, arm, anchors, a):
-    """The rows of one run, made leg by leg from evaluation to evaluation: see `run_one`."""
-    folder = Path(a.out, 'runs', name)
+def run_one(name, t, arm, anchors, a):
+    """Train one run from evaluation to evaluation until it is finished; returns its rows. A killed one goes on from its last checkpoint,
+    exactly: a step is evaluated after its checkpoint is on disk, and a row is written after it is evaluated."""
+    folder, ds, device = Path(a.out, 'runs', name), Dataset(t.data), pick_device(t.device)
     folder.mkdir(parents=True, exist_ok=True)
-    rows, ds, device, oods = evaluations(folder), Dataset(t.data), pick_device(t.device), a.ood if arm != 'rate' or t.objective in MOVING else ()
-    saved = begun(folder, t)
+    rows, saved = rows_in(folder / 'rows.csv'), begun(folder, t)
+    oods = a.ood if arm != 'rate' or t.objective in MOVING else ()
     for step in [t.steps] if arm == 'rate' else ladder(t.steps):
         if finished(rows, t.steps, a.patience):
             break
         if rows and int(rows[-1]['step']) >= step:
             continue
         with open(folder / 'train.txt', 'a') as log, contextlib.redirect_stdout(log):
-            objective = train.train(copy.copy(t), folder, saved, until=step)
-        saved = load(folder / 'ckpt.pt')
-        began = time.time()
-        batch = first_batch(ds, t, min(t.batch, t.records), device)
-        with torch.no_grad():
-            student, extra = counted(objective.eval(), batch)
-        encoder = objective.encoder
-        patients = len(np.unique(ds.patient[ds.nested(trainable(ds, t), t.records, t.seed)]))
-        row = dict(run=name, family=t.backbone, paradigm='SL' if t.objective == 'supervised' else 'SSL', objective=t.objective, arm=arm, size=t.size,
-                   N=parameters(encoder), N_total=parameters(objective), macs=round(student), extra_macs=round(extra), batch=t.batch, D=t.records,
-                   patients=patients, labels=len(getattr(objective, 'columns', ())), lr=t.lr, step=step, epochs=round(step * t.batch / t.records, 4),
-                   flops=float(compute(student, t.batch, step, extra)), seed=t.seed, **assess(objective, t, ds, anchors, oods, device))
+            objective = train.train(t, folder, saved, until=step)
+        saved, began = load(folder / 'ckpt.pt'), time.time()
+        row = dict(run=name, **facts(objective, t, arm, step, ds, device), **assess(objective, t, ds, anchors, oods, device))
         row['seconds'] = round(time.time() - began, 2)
         rows.append({k: str(v) for k, v in row.items()})
         rows[-1]['finished'] = str(int(finished(rows, t.steps, a.patience)))
         if worth(rows[-1]) == min(map(worth, rows)):
             (folder / 'best').mkdir(exist_ok=True)
-            shutil.copyfile(folder / 'ckpt.pt', folder / 'best/ckpt.pt.partial')
-            os.replace(folder / 'best/ckpt.pt.partial', folder / 'best/ckpt.pt')
+            save(folder / 'best/ckpt.pt', saved)
         write_csv(folder / 'rows.csv', rows)
     return rows
 
@@ -1891,28 +1884,25 @@ def legs(name, t, arm, anchors, a):
 # sweeps: all runs
 
 def estimate(a, ds, runs, device):
-    """Prints what runs cost at most: a step of each size is timed, evaluations are forward passes."""
+    """Prints what runs cost at most: a step of each size is timed, and an evaluation is forward alone, a third of it."""
     cost, total = {}, 0.
-    crops = min(512, max(a.records)) + sum(map(len, ds.split()[1:])) + sum(len(Dataset(o.split(':')[0])) for o in a.ood)
+    crops = min(512, a.records[-1]) + sum(map(len, ds.split()[1:])) + sum(len(Dataset(o.split(':')[0])) for o in a.ood)
     for t, arm, _ in tqdm(runs.values(), desc='timing', leave=False, disable=None):
-        if (key := (t.backbone, t.objective, t.size)) not in cost:
-            cost[key] = price(t, ds, device)[0]
-        evaluations = 1 if arm == 'rate' else len(ladder(t.steps))
-        total += cost[key] * (t.steps + evaluations * crops / t.batch / 3)
+        key = t.backbone, t.objective, t.size
+        if key not in cost:
+            cost[key], _ = price(t, ds, device)
+        times = 1 if arm == 'rate' else len(ladder(t.steps))
+        total += cost[key] * (t.steps + times * crops / t.batch / 3)
     print(f'{len(runs)} runs, at most {total / 60:.0f} core-minutes ({a.jobs} at a time); early stopping ends many sooner')
 
 
 def collect(out, prefix=''):
     """All rows of finished and unfinished runs in `out`, pilots apart, in one order whatever the order they were made in."""
-    rows = [r for folder in sorted(Path(out, 'runs').glob('*')) if folder.name.startswith('rate_') == (prefix == 'rate_') for r in evaluations(folder)]
+    folders = [f for f in sorted(Path(out, 'runs').glob('*')) if f.name.startswith('rate_') == (prefix == 'rate_')]
+    rows = [r for f in folders for r in rows_in(f / 'rows.csv')]
     if rows:
         write_csv(Path(out, f'{prefix}runs.csv'), rows)
     return rows
-
-
-def leave_with_parent():
-    """In a worker: end when the process that made it is killed, and do not go on alone."""
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def share_threads(a, device):
@@ -1922,15 +1912,26 @@ def share_threads(a, device):
     torch.set_num_threads(max(1, torch.get_num_threads() // a.jobs))
 
 
+def start_worker(threads):
+    """What a worker does first. It ends when the process that made it is killed, and does not go on alone."""
+    torch.set_num_threads(threads)
+    keep_heap()
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
 def run_all(work, a, name):
-    """work: {name: (function, arguments)}, a.jobs at a time in processes of their own. Stops, after the others are done, with what failed."""
-    results, threads = {}, torch.get_num_threads()
-    with ProcessPoolExecutor(a.jobs, multiprocessing.get_context('spawn'), leave_with_parent) as pool:
-        futures = {pool.submit(function, *arguments, threads): key for key, (function, arguments) in work.items()}
+    """{name: result} of work {name: (function, arguments)}, a.jobs at a time in processes of their own. Stops, after the others are done, with
+    what stopped."""
+    results, failed = {}, []
+    with ProcessPoolExecutor(a.jobs, multiprocessing.get_context('spawn'), start_worker, (torch.get_num_threads(),)) as pool:
+        futures = {pool.submit(function, *arguments): key for key, (function, arguments) in work.items()}
         for future in tqdm(as_completed(futures), desc=name, total=len(futures), disable=None):
-            results[futures[future]] = future.result()
+            try:
+                results[futures[future]] = future.result()
+            except SystemExit as e:
+                failed.append(f'{futures[future]}: {e}')
             collect(a.out)
-    if failed := [r for r in results.values() if isinstance(r, str)]:
+    if failed:
         raise Stop(f'{len(failed)} of {len(work)} runs stopped; the first: {failed[0]}')
     return results
 
@@ -1947,60 +1948,59 @@ def sweep(a):
     share_threads(a, device)
     if a.kind == 'finetune':
         return finetune(a)
-    trial, runs = {} if a.lr else pilots(a, ds), plan(a, ds, {})
-    estimate(a, ds, trial | runs, device)
+    trial = {} if a.lr else pilots(a, ds)
+    estimate(a, ds, trial | plan(a, ds, {}), device)
     if a.estimate:
         return
     Path(a.out).mkdir(parents=True, exist_ok=True)
-    rates = {}
-    for name, rows in run_all({n: (run_one, (n, *r, a)) for n, r in trial.items()}, a, 'rates').items():
+    best = {}                                                    # (family, objective, size): (validation loss, rate)
+    for rows in run_all({name: (run_one, (name, *run, a)) for name, run in trial.items()}, a, 'rates').values():
         key = tuple(rows[-1][k] for k in ('family', 'objective', 'size'))
-        rates[key] = min(rates.get(key, (math.inf, 0)), (worth(rows[-1]), float(rows[-1]['lr'])))
+        best[key] = min(best.get(key, (math.inf, 0)), (worth(rows[-1]), float(rows[-1]['lr'])))
     collect(a.out, 'rate_')
-    for key, (value, lr) in sorted(rates.items()):
+    rates = {key: lr for key, (_, lr) in sorted(best.items())}
+    for key, lr in rates.items():
         print(f'{" ".join(key)}: rate {lr:g}')
-    done = run_all({n: (run_one, (n, *r, a)) for n, r in plan(a, ds, {k: lr for k, (_, lr) in rates.items()}).items()}, a, f'sweep {a.kind}')
+    run_all({name: (run_one, (name, *run, a)) for name, run in plan(a, ds, rates).items()}, a, f'sweep {a.kind}')
     rows = collect(a.out)
     print(f'{a.out}/runs.csv: {len(rows)} rows of {len({r["run"] for r in rows})} runs; fit them with python scaling.py fit {a.out}/runs.csv')
 
 
-def finetune_one(folder, a, threads):
+def finetune_one(folder, a):
     """Rows of fine-tuning one run's best checkpoint, and of training its shape from scratch, on each number of labelled records."""
-    try:
-        torch.set_num_threads(threads)
-        with contextlib.redirect_stdout(open(os.devnull, 'w')):
-            run = open_run(Path(folder, 'best'))
-            data, _, task = a.ood[0].partition(':')
-            t = Task(data, [task] if task else None, [run], pick_device(a.device))
-        origin, rows = evaluations(Path(folder))[0], []
-        for mode, count in itertools.product(('finetune', 'scratch'), a.records):
-            if count > t.available:
-                continue
-            recipe = replace(PROTOCOLS['quick'], batch=a.batch, schedule='constant', patience=10, by_loss=True)
-            epochs = math.ceil(a.steps * a.batch / (.8 * count))
-            torch.manual_seed(run['seed'])                       # a fresh encoder is the same every time
-            arm = Arm(mode, [run['net'] if mode == 'finetune' else fresh(run)], mode, recipe, epochs)
-            p = t.output(arm.encoders[0], arm, count, run['seed'], 0)[0]
-            z = np.log(p.clip(1e-6, 1 - 1e-6) / (1 - p.clip(1e-6, 1 - 1e-6)))
-            rows.append({k: origin[k] for k in ('run', 'family', 'paradigm', 'objective', 'size', 'N', 'D', 'seed')}
-                        | dict(task=a.ood[0], mode=mode, D_F=count, loss=entropy(z, t.y), auroc=float(macro(auroc(z, t.y))[0])))
-        return rows
-    except Stop as e:
-        return f'{folder}: {e}'
+    data, _, task = a.ood[0].partition(':')
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = open_run(folder / 'best')
+        t = Task(data, [task] if task else None, [run], pick_device(a.device))
+    recipe = replace(PROTOCOLS['quick'], batch=a.batch, schedule='constant', patience=10, by_loss=True)
+    origin, rows = rows_in(folder / 'rows.csv')[0], []
+    for mode, count in itertools.product(('finetune', 'scratch'), a.records):
+        if count > t.available:
+            continue
+        torch.manual_seed(run['seed'])                           # a fresh encoder is the same every time
+        encoder = run['net'] if mode == 'finetune' else fresh(run)
+        epochs = math.ceil(a.steps * a.batch / (.8 * count))     # a fifth of the records validates
+        p, _ = t.output(encoder, Arm(mode, [encoder], mode, recipe, epochs), count, run['seed'], 0)
+        p = p.clip(1e-6, 1 - 1e-6)
+        z = np.log(p / (1 - p))
+        rows.append({k: origin[k] for k in ('run', 'family', 'paradigm', 'objective', 'size', 'N', 'D', 'seed')}
+                    | dict(task=a.ood[0], mode=mode, D_F=count, loss=entropy(z, t.y), auroc=float(macro(auroc(z, t.y))[0])))
+    return rows
 
 
 def finetune(a):
     """Effective data transferred (2605.17276, Eq. S.9): rows of finetune.csv. Finished scores are kept in out/scores."""
-    folders = [f.parent.parent for f in sorted(Path(a.out, 'runs').glob('*/best/ckpt.pt')) if not f.parent.parent.name.startswith('rate_')]
-    first = {f: evaluations(f)[0] for f in folders if evaluations(f)}
+    folders = [f.parent.parent for f in sorted(Path(a.out, 'runs').glob('*/best/ckpt.pt'))]
+    first = {f: rows[0] for f in folders if not f.name.startswith('rate_') and (rows := rows_in(f / 'rows.csv'))}
     most = max((int(r['D']) for r in first.values()), default=0)
-    folders = [f for f, r in first.items() if r['family'] in a.family and r['objective'] in a.objective and int(r['seed']) in a.seeds and int(r['D']) == most]
+    asked = lambda r: r['family'] in a.family and r['objective'] in a.objective and int(r['seed']) in a.seeds
+    folders = [f for f, r in first.items() if asked(r) and int(r['D']) == most]
     if not folders:
         raise Stop(f'{a.out} has no runs to fine-tune: sweep them first, with python scaling.py sweep params --out {a.out}')
     print(f'{len(folders)} runs on {len(a.records)} numbers of records: as many fine-tunings and trainings from scratch, each of at most some {a.steps} steps')
     if a.estimate:
         return
-    results = run_all({str(f): (finetune_one, (str(f), a)) for f in folders}, a, 'sweep finetune')
+    results = run_all({str(f): (finetune_one, (f, a)) for f in folders}, a, 'sweep finetune')
     rows = [r for f in folders for r in results[str(f)]]
     write_csv(Path(a.out, 'finetune.csv'), rows)
     print(f'{a.out}/finetune.csv: {len(rows)} rows; python scaling.py transfer {a.out}/finetune.csv')
@@ -2016,10 +2016,11 @@ GRID = {f'{o} {b}': f'--objective {o} --backbone {b}' + FASTER.get(f'{o} {b}', '
 # a question, what arms differ in, {arm: train.py's flags}, where they are looked at: (data, mode, number of labels), and pretraining seeds
 Part = namedtuple('Part', 'question factors arms looks seeds', defaults=((0, 1, 2),))
 LINEAR = (('cohort', 'linear', 'all'), ('sample', 'linear', 'all'))
+LINEAR_4 = (*LINEAR, ('synthetic', 'linear', 'all'), ('synthetic', 'linear', 300))
 STUDY = {
-    'objectives': Part('which objective, on S4, after equal steps?', ('objective',), {o: f'--objective {o} --backbone s4' for o in OBJECTIVES_5},
-                       (*LINEAR, ('synthetic', 'linear', 'all'), ('synthetic', 'linear', 300)), (0, 1, 2, 3, 4, 5)),
-    'grid': Part('which objective on which backbone, after equal steps?', ('objective', 'backbone'), GRID, (*LINEAR, ('synthetic', 'linear', 'all'), ('synthetic', 'linear', 300))),
+    'objectives': Part('which objective, on S4, after equal steps?', ('objective',),
+                       {o: f'--objective {o} --backbone s4' for o in OBJECTIVES_5}, LINEAR_4, (0, 1, 2, 3, 4, 5)),
+    'grid': Part('which objective on which backbone, after equal steps?', ('objective', 'backbone'), GRID, LINEAR_4),
     'modes': Part('the same, with attention pooling and with fine-tuning on 300 labels', ('objective', 'backbone'), GRID,
                   (('cohort2000', 'frozen', 'all'), ('cohort2000', 'finetune', 300))),
     'flops': Part('which objective on S4, and which backbone by CPC, after equal FLOPs?', ('objective', 'backbone'),
@@ -2033,90 +2034,83 @@ STUDY = {
                     {f'hide{h}': f'--objective mae --hide .{h}' for h in ('50', '05', '25', '75')}
                     | dict(raw='--objective mae --hide .50 --raw-target', long='--objective mae --hide .50 --steps {long}'), LINEAR),
     'pool': Part('are real ECGs better to pretrain on than as many synthetic ones?', ('objective', 'source'),
-                 {f'{o} {s}': f'--objective {o} ' + ('--data ludb,cinc' if s == 'pool' else '--records {pool}') for o, s in itertools.product(('cpc', 'jepa', 'hubert'), ('synthetic', 'pool'))},
+                 {f'{o} {source}': f'--objective {o} {flags}' for o in ('cpc', 'jepa', 'hubert')
+                  for source, flags in (('synthetic', '--records {pool}'), ('pool', '--data ludb,cinc'))},
                  (('sample', 'linear', 'all'), ('sample', 'linear', 100), ('sample', 'finetune', 'all'))),
-    'filtered': Part('which objective, on real records alone, filtered and standardised?', ('objective',), {o: f'--objective {o} --data ptbxl1819' for o in OBJECTIVES_5},
+    'filtered': Part('which objective, on real records alone, filtered and standardised?', ('objective',),
+                     {o: f'--objective {o} --data ptbxl1819' for o in OBJECTIVES_5},
                      (('ptbxl1819', 'linear', 'all'), ('ptbxl1819', 'frozen', 'all'), ('ptbxl1819', 'finetune', 'all')))}
-PREPARE = {'cohort': 'python data.py synthetic --records 999 --seed 1 --shift all --out cohort', 'cohort2000': 'python data.py synthetic --records 2000 --seed 1 --shift all --out cohort2000',
-           'sequences': 'python data.py sequences', 'ludb': 'python data.py wfdb --root LUDB --out ludb',
-           'cinc': 'python data.py challenge --root CINC2021 --cohort cpsc_2018 cpsc_2018_extra chapman_shaoxing ningbo --out cinc',
-           'ptbxl1819': 'python data.py array --root X.npy --filter hp0.5+lp40 --norm record --out ptbxl1819, with any records of yours so filtered'}
+PREPARE = {
+    'cohort': 'python data.py synthetic --records 999 --seed 1 --shift all --out cohort',
+    'cohort2000': 'python data.py synthetic --records 2000 --seed 1 --shift all --out cohort2000',
+    'sequences': 'python data.py sequences', 'ludb': 'python data.py wfdb --root LUDB --out ludb',
+    'cinc': 'python data.py challenge --root CINC2021 --cohort cpsc_2018 cpsc_2018_extra chapman_shaoxing ningbo --out cinc',
+    'ptbxl1819': 'python data.py array --root X.npy --filter hp0.5+lp40 --norm record --out ptbxl1819, with any records of yours so filtered'}
 
 
-def flags_of(part, arm, a):
-    """train.py's arguments of an arm; {long}: four times the steps, {pool}: as many records as the pool has to train on."""
-    fill = dict(long=4 * a.steps)
-    if '{pool}' in (flags := STUDY[part].arms[arm]):
-        fill['pool'] = len(Dataset('ludb,cinc').split()[0])
-    return train.knobs().parse_args(['--steps', str(a.steps), '--size', a.size, '--data', a.data, *flags.format(**fill).split()])
-
-
-def seeds_of(part, a):
-    """Pretraining seeds: as asked for, each once, else the part's own."""
-    return sorted(set(a.seeds or STUDY[part].seeds))
+def arm_settings(part, arm, seed, a):
+    """train.py's arguments of one run of an arm; {long}: four times the steps, {pool}: as many records as the pool has to train on."""
+    flags = STUDY[part].arms[arm]
+    pool = len(Dataset('ludb,cinc').split()[0]) if '{pool}' in flags else 0
+    flags = flags.format(long=4 * a.steps, pool=pool)
+    t = train.knobs().parse_args(['--steps', str(a.steps), '--size', a.size, '--data', a.data, *flags.split()])
+    vars(t).update(seed=seed, batch=a.batch, device=a.device, probe_every=0, save_every=100)
+    train.settle(t)
+    return t
 
 
 def study_runs(part, a, device):
     """{arm: [(folder, arguments of train.py) of each seed]}. flops: every arm takes as many steps as the cheapest one's FLOPs allow."""
-    default, runs = vars(train.knobs().parse_args([])), {}
-    for arm in STUDY[part].arms:
-        runs[arm] = []
-        for seed in seeds_of(part, a):
-            t = flags_of(part, arm, a)
-            t.seed, t.batch, t.probe_every, t.save_every, t.device = seed, a.batch, 0, 100, a.device
-            train.settle(t)
-            runs[arm].append(t)
+    seeds = sorted(set(a.seeds or STUDY[part].seeds))
+    runs = {arm: [arm_settings(part, arm, seed, a) for seed in seeds] for arm in STUDY[part].arms}
     if part == 'flops':
         cost = {arm: price(ts[0], Dataset(ts[0].data), device)[1] for arm, ts in tqdm(runs.items(), desc='counting', leave=False, disable=None)}
-        for arm, t in ((arm, t) for arm, ts in runs.items() for t in ts):
-            t.steps = max(1, round(a.steps * min(cost.values()) / cost[arm]))
-    named = lambda t: [f'{k}-{v}' for k, v in sorted(vars(t).items()) if v != default[k] and k not in
-                       ('objective', 'backbone', 'lr', 'window', 'seed', 'device', 'steps', 'probe_every', 'save_every')]
-    folder = lambda t: Path(a.out, 'runs', slug(t.objective, t.backbone, *named(t), t.steps, f's{t.seed}'))
+        for arm, ts in runs.items():
+            for t in ts:
+                t.steps = max(1, round(a.steps * min(cost.values()) / cost[arm]))
+    default = vars(train.knobs().parse_args([]))
+    apart = ('objective', 'backbone', 'lr', 'window', 'seed', 'device', 'steps', 'probe_every', 'save_every')
+
+    def folder(t):
+        changed = [f'{k}-{v}' for k, v in sorted(vars(t).items()) if v != default[k] and k not in apart]
+        return Path(a.out, 'runs', slug(t.objective, t.backbone, *changed, t.steps, f's{t.seed}'))
+
     return {arm: [(folder(t), t) for t in ts] for arm, ts in runs.items()}
 
 
-def pretrain(folder, t, threads):
-    """Train one run to its end; a killed one goes on. Returns why it stopped, if it did."""
-    try:
-        torch.set_num_threads(threads)
-        keep_heap()
-        saved = begun(folder, t)
-        folder.mkdir(parents=True, exist_ok=True)
-        if saved.get('step') != t.steps:
-            with open(folder / 'train.txt', 'a') as log, contextlib.redirect_stdout(log):
-                train.train(copy.copy(t), folder, saved)
-    except SystemExit as e:                                      # it would end the worker, not the study
-        return f'{folder}: {e}'
+def pretrain(folder, t):
+    """Train one run to its end; a killed one goes on."""
+    saved = begun(folder, t)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / 'train.txt', 'a') as log, contextlib.redirect_stdout(log):
+        train.train(t, folder, saved)
 
 
-def look(arms, data, looks, device, threads=None):
-    """{look: (Task, {name: Arm}, {name: Score})} of arms {name: run folders}, with random encoders of the same shapes and, beside fine-tuning, training
-    from scratch. With threads, in a process of its own: only fills out/scores; returns why it stopped, if it did."""
-    try:
-        if threads:
-            torch.set_num_threads(threads)
-            keep_heap()
-        found = {}
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            families = {name: [open_run(f) for f in folders] for name, folders in arms.items()}
-            t = Task(data, None, [r for runs in families.values() for r in runs], pick_device(device))
-        if 'seen in pretraining' in said.getvalue():
-            raise Stop(f'{data} tests patients that were pretrained on')
-        for _, mode, count in looks:
-            made = arms_of(families, t, mode, scratch=mode == 'finetune')
-            found[data, mode, count] = t, made, {name: t.score(arm, count, 3)[t.names[0]] for name, arm in made.items()}
-        return None if threads else found
-    except SystemExit as e:
-        if not threads:
-            raise
-        return f'{data}, {", ".join(arms)}: {e}'
+def look(arms, data, ways, device):
+    """{way: (Task, {name: Arm}, {name: Score})} of arms {name: run folders} on a dataset, with random encoders of the same shapes and, beside
+    fine-tuning, training from scratch. ways: (mode, number of labels)."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        families = {name: [open_run(f) for f in folders] for name, folders in arms.items()}
+        t = Task(data, None, [r for runs in families.values() for r in runs], pick_device(device))
+    if 'seen in pretraining' in said.getvalue():
+        raise Stop(f'{data} tests patients that were pretrained on')
+    found = {}
+    for mode, count in ways:
+        made = arms_of(families, t, mode, scratch=mode == 'finetune')
+        found[mode, count] = t, made, {name: t.score(arm, count, 3)[t.names[0]] for name, arm in made.items()}
+    return found
+
+
+def look_ahead(*arguments):
+    """`look` in a worker, for what it leaves in out/scores: the rest is too much to send back."""
+    look(*arguments)
 
 
 def combined(scores, how):
     """A Score whose points and resamples are how(those of all scores), seed by seed and draw by draw."""
     out = copy.copy(scores[0])
-    out.point, out.boot = ({m: how([getattr(s, what)[m] for s in scores]) for m in scores[0].point} for what in ('point', 'boot'))
+    out.point = {m: how([s.point[m] for s in scores]) for m in out.point}
+    out.boot = {m: how([s.boot[m] for s in scores]) for m in out.boot}
     return out
 
 
@@ -2126,7 +2120,8 @@ def average(scores):
 
 
 def contrasts(part, scores, prefix=''):
-    """{name of a family of comparisons: {level: Score}}: one factor's levels at each level of the other, and averaged over it where all meet all."""
+    """{name of a family of comparisons: {level: Score}}: one factor's levels at each level of the other, and averaged over it where all meet
+    all."""
     arms, factors = {tuple(name.split()): scores[name] for name in part.arms}, part.factors
     if len(factors) == 1:
         return {prefix + factors[0]: {level: s for (level,), s in arms.items()}}
@@ -2136,17 +2131,19 @@ def contrasts(part, scores, prefix=''):
         if len(arms) == len(levels) * len(others):
             out[f'{prefix}{factor}, mean'] = {l: average([s for key, s in arms.items() if key[i] == l]) for l in levels}
         for other in others:
-            if len(found := {key[i]: s for key, s in arms.items() if key[1 - i] == other}) > 1:
-                out[f'{prefix}{factor}, {other}'] = found
+            met = {key[i]: s for key, s in arms.items() if key[1 - i] == other}
+            if len(met) > 1:
+                out[f'{prefix}{factor}, {other}'] = met
     return out
 
 
 def compared(levels):
-    """The rows of `compare`, and in each the difference that Holm's first step would find four times in five: what reaches beyond 0 at its level,
-    and .84 standard errors (Student's t for seeds) more."""
-    rows = compare(levels)[0]
+    """The rows of `compare`, and in each the difference that Holm's first step would find four times in five: what reaches beyond 0 at its
+    level, and .84 standard errors (Student's t for seeds) more."""
+    rows, _ = compare(levels)
     for r in rows:
-        half = lambda level: np.diff(interval(*levels[r['a']].difference(levels[r['b']]), level)[1:])[0] / 2
+        points, boot = levels[r['a']].difference(levels[r['b']])
+        half = lambda level: np.ptp(interval(points, boot, level)[1:]) / 2
         r['detectable'] = half(1 - .05 / len(rows)) + half(.6)
     return rows
 
@@ -2158,7 +2155,10 @@ def study(a):
     if unknown := set(a.part) - set(STUDY):
         raise Stop(f'study has no part {", ".join(sorted(unknown))}: take some of {", ".join(STUDY)}')
     for name in a.part or STUDY:
-        needed = {d for d, _, _ in STUDY[name].looks} | {d for flags in STUDY[name].arms.values() for d in re.findall(r'--data (\S+)', flags) for d in d.split(',')} | {'synthetic'}
+        needed = {'synthetic', *(data for data, _, _ in STUDY[name].looks)}
+        for flags in STUDY[name].arms.values():
+            for data in re.findall(r'--data (\S+)', flags):
+                needed |= set(data.split(','))
         missing = [d for d in sorted(needed) if d not in ('synthetic', 'sample') and not Path('datasets', d).is_dir()]
         lack = f'{name} needs {", ".join(missing)}: {"; ".join(PREPARE[d] for d in missing)}'
         if missing and len(a.part) == 1:
@@ -2173,41 +2173,49 @@ def study(a):
 
 def study_part(name, a, device):
     """One part of the study: its runs, its looks, and its two tables."""
-    part, seeds = STUDY[name], seeds_of(name, a)
-    table, size = lambda what: Path(a.out, f'study_{name}_{what}.csv'), dict(pretrained_on=a.data, size=a.size, steps=str(a.steps), batch=str(a.batch))
-    if table('arms').exists() and any(r.get(k) != v for r in csv.DictReader(open(table('arms'), newline='')) for k, v in size.items()):
-        raise Stop(f'{table("arms")} was made with another --data, --size, --steps or --batch: take another --out')
+    part, table = STUDY[name], Path(a.out, f'study_{name}_arms.csv')
+    how = dict(pretrained_on=a.data, size=a.size, steps=str(a.steps), batch=str(a.batch))
+    if any(r.get(k) != v for r in rows_in(table) for k, v in how.items()):
+        raise Stop(f'{table} was made with another --data, --size, --steps or --batch: take another --out')
     runs = study_runs(name, a, device)
-    left = {str(f): (pretrain, (f, t)) for pairs in runs.values() for f, t in pairs if begun(f, t).get('step') != t.steps}
+    seeds = [t.seed for _, t in next(iter(runs.values()))]
+    left = {str(f): (pretrain, (f, t)) for made in runs.values() for f, t in made if begun(f, t).get('step') != t.steps}
     print(f'{name}: {part.question} {len(part.arms)} arms, {len(seeds)} seeds; {len(left)} of {sum(map(len, runs.values()))} runs to make', flush=True)
     if a.estimate:
-        cost = sum(price(pairs[0][1], Dataset(pairs[0][1].data), device)[0] * sum(t.steps for f, t in pairs if str(f) in left) for pairs in runs.values())
-        print(f'  {cost / 60:.0f} core-minutes of pretraining, and about as much for the {len(part.looks)} tables')
+        seconds = 0.
+        for made in runs.values():
+            _, t = made[0]
+            seconds += price(t, Dataset(t.data), device)[0] * t.steps * sum(str(f) in left for f, _ in made)
+        print(f'  {seconds / 60:.0f} core-minutes of pretraining, and about as much for the {len(part.looks)} tables')
         return
     run_all(left, a, f'{name}: pretraining')
-    folders = {arm: [str(f) for f, _ in pairs] for arm, pairs in runs.items()}
-    by_data = {d: [l for l in part.looks if l[0] == d] for d in dict.fromkeys(l[0] for l in part.looks)}
-    run_all({f'{d} {arm}': (look, ({arm: folders[arm]}, d, looks, a.device)) for d, looks in by_data.items() for arm in folders}, a, f'{name}: looking')
+    folders, ways = {arm: [str(f) for f, _ in made] for arm, made in runs.items()}, {}
+    for data, mode, count in part.looks:
+        ways.setdefault(data, []).append((mode, count))
+    looks = {f'{data}, {arm}': (look_ahead, ({arm: folders[arm]}, data, ways[data], a.device)) for data in ways for arm in folders}
+    run_all(looks, a, f'{name}: looking')
     rows, pairs = [], []
-    for d, looks in by_data.items():
-        for (_, mode, count), (t, arms, scores) in look(folders, d, looks, a.device).items():
-            shared = dict(part=name, **size, data=d, task=t.names[0], mode=mode, labels=count, n=len(t.test), patients=t.patients or '',
+    for data in ways:
+        for (mode, count), (t, arms, scores) in look(folders, data, ways[data], a.device).items():
+            shared = dict(part=name, **how, data=data, task=t.names[0], mode=mode, labels=count, n=len(t.test), patients=t.patients or '',
                           classes=len(t.parts[t.names[0]]), seeds=' '.join(map(str, seeds)), metric=f'macro {next(iter(scores.values())).main}')
             rows += [shared | arm_row(arms[n], s, scores.get(arms[n].reference), runs.get(n)) for n, s in scores.items()]
             gains = {n: combined([scores[n], scores[arms[n].reference]], lambda v: v[0] - v[1]) for n in part.arms}
             for family, levels in (contrasts(part, scores) | contrasts(part, gains, 'gain by ')).items():
                 pairs += [shared | dict(family=family) | r for r in compared(levels)]
-    write_csv(table('arms'), rows)
-    write_csv(table('pairs'), pairs)
-    print(f'  {table("arms")}, {table("pairs").name}: {len(rows)} arms, {len(pairs)} comparisons; python scaling.py claims {a.out}', flush=True)
+    write_csv(table, rows)
+    write_csv(Path(a.out, f'study_{name}_pairs.csv'), pairs)
+    print(f'  {table}, study_{name}_pairs.csv: {len(rows)} arms, {len(pairs)} comparisons; python scaling.py claims {a.out}', flush=True)
 
 
 def arm_row(arm, score, reference, runs):
-    """One line of study_*_arms.csv: an arm under one look."""
-    minus = score.minus(reference) if reference and reference is not score else ()
+    """One line of study_*_arms.csv: an arm under one look. reference and runs: None of random encoders and of training from scratch."""
+    mean, low, high = score.interval()
+    minus = score.minus(reference) if reference else ()
     own, rate = (runs[0][1].steps, runs[0][1].lr) if runs else ('', '')
-    return dict(arm=arm.name, own_steps=own, lr=rate, **dict(zip(('mean', 'low', 'high'), score.interval())), minus_random=' '.join(f'{v:.4f}' for v in minus),
-                points=' '.join(f'{v:.4f}' for v in score.point[score.main].mean(1)))
+    points = score.point[score.main].mean(1)                     # one for each seed
+    return dict(arm=arm.name, own_steps=own, lr=rate, mean=mean, low=low, high=high, minus_random=' '.join(f'{v:.4f}' for v in minus),
+                points=' '.join(f'{v:.4f}' for v in points))
 
 
 # what a paper says, the part and family of comparisons that ask, the level that is said to win (close: to equal), and over which
