@@ -2239,45 +2239,51 @@ CLAIMS = (Claim('CPC is the best objective, on S4', 'objectives', 'objective', '
           Claim('our own: real records are better to pretrain on than as many synthetic ones', 'pool', 'source, mean', 'pool', ('synthetic',), 'better'))
 
 
+def turned(row):
+    """A comparison of a with b as one of b with a."""
+    verdict = {'better': 'worse', 'worse': 'better'}.get(row['verdict'], row['verdict'])
+    return row | dict(a=row['b'], b=row['a'], difference=-row['difference'], low=-row['high'], high=-row['low'], verdict=verdict)
+
+
 def verdict(claim, rows):
     """(row that decides, the claimed winner first; agrees, disagrees or can't tell) of the rows of one look.
 
-    better: agrees if the winner beats every other (Holm's p under .05 within the family), disagrees if it loses to one or equals one within the margin;
-    close: agrees if it equals all within the margin, disagrees if it differs from one by Holm's p. Under three seeds nothing can be told. Of the
-    rows that decide, the one that speaks most against the claim."""
-    mine, turned = [], {'better': 'worse', 'worse': 'better'}
-    for r in rows:
-        if r['a'] == claim.winner and r['b'] in claim.others:
-            mine.append(r)
-        elif r['b'] == claim.winner and r['a'] in claim.others:
-            mine.append(r | dict(a=r['b'], b=r['a'], difference=-r['difference'], low=-r['high'], high=-r['low'], verdict=turned.get(r['verdict'], r['verdict'])))
-    word = lambda r: r['verdict'].split(' ')[0]
+    better: agrees if the winner beats every other (Holm's p under .05 within the family), disagrees if it loses to one or equals one within
+    the margin; close: agrees if it equals all within the margin, disagrees if it differs from one by Holm's p. Under three seeds nothing can
+    be told. Of the rows that decide, the one that speaks most against the claim."""
+    mine = [r for r in rows if r['a'] == claim.winner and r['b'] in claim.others]
+    mine += [turned(r) for r in rows if r['b'] == claim.winner and r['a'] in claim.others]
+    word = lambda r: r['verdict'].split(' ')[0]                  # equivalent within 0.005
     wanted, against = ({'better'}, {'worse', 'equivalent'}) if claim.kind == 'better' else ({'equivalent'}, {'better', 'worse'})
-    said, decide = "can't tell", [r for r in mine if word(r) not in wanted]
-    if not decide:
-        said, decide = 'agrees', mine
-    elif any(word(r) in against for r in decide):
-        said, decide = 'disagrees', [r for r in decide if word(r) in against]
+    decide, said = mine, 'agrees'
+    if any(word(r) in against for r in mine):
+        decide, said = [r for r in mine if word(r) in against], 'disagrees'
+    elif any(word(r) not in wanted for r in mine):
+        decide, said = [r for r in mine if word(r) not in wanted], "can't tell"
     sign = -1 if rows[0]['metric'].endswith('MAE') else 1
     least = min(decide, key=lambda r: sign * r['difference'] if claim.kind == 'better' else -abs(r['difference']))
     return least, said if len(rows[0]['seeds'].split()) > 2 else "can't tell"
 
 
+def look_of(row):
+    """(data, mode, labels): which look a row of the study's tables is of."""
+    return row['data'], row['mode'], row['labels']
+
+
 def claims_command(a):
     """The papers' claims with their verdicts, as far as the study's tables in a folder go; and its figures."""
-    numbers, tables = ('n', 'difference', 'low', 'high', 'p_holm', 'detectable', 'mean'), {}
-    for f in sorted(Path(a.runs).glob('study_*_*.csv')):
-        with open(f, newline='') as file:
-            tables[f.stem] = [r | {k: float(r[k]) for k in numbers if r.get(k)} for r in csv.DictReader(file)]
+    numbers = ('n', 'difference', 'low', 'high', 'p_holm', 'detectable', 'mean')
+    tables = {f.stem: [r | {k: float(r[k]) for k in numbers if r.get(k)} for r in rows_in(f)] for f in sorted(Path(a.runs).glob('study_*_*.csv'))}
     found = []
     for claim in CLAIMS:
         rows = [r for r in tables.get(f'study_{claim.part}_pairs', ()) if r['family'] == claim.family]
         if not {claim.winner, *claim.others} <= {r[k] for r in rows for k in 'ab'}:
             continue
-        for at in dict.fromkeys((r['data'], r['mode'], r['labels']) for r in rows):
-            least, said = verdict(claim, [r for r in rows if (r['data'], r['mode'], r['labels']) == at])
-            found.append(dict(claim=claim.text, data=at[0], mode=at[1], labels=at[2], steps=least['steps'], n=int(least['n']), seeds=len(least['seeds'].split()), against=f'{least["a"]} - {least["b"]}',
-                              **{k: least[k] for k in ('difference', 'low', 'high')}, detectable=least['detectable'], verdict=said))
+        for at in dict.fromkeys(map(look_of, rows)):
+            least, said = verdict(claim, [r for r in rows if look_of(r) == at])
+            found.append(dict(claim=claim.text, data=at[0], mode=at[1], labels=at[2], steps=least['steps'], n=int(least['n']),
+                              seeds=len(least['seeds'].split()), against=f'{least["a"]} - {least["b"]}',
+                              **{k: least[k] for k in ('difference', 'low', 'high', 'detectable')}, verdict=said))
     if not found:
         raise Stop(f'no study_*_pairs.csv in {a.runs}: make them with python scaling.py study')
     out = Path(a.out or 'out')
@@ -2286,7 +2292,7 @@ def claims_command(a):
     print('| claim | data, mode, labels | records, seeds | difference that decides [95 %] | would be found from | verdict |\n|---|---|---|---|---|---|')
     for i, r in enumerate(found):
         again = i and found[i - 1]['claim'] == r['claim']
-        print(f'| {"" if again else r["claim"]} | {r["data"]}, {r["mode"]}, {r["labels"]} | {r["n"]:,}, {r["seeds"]} | {r["against"]} '
+        print(f'| {"" if again else r["claim"]} | {", ".join(look_of(r))} | {r["n"]:,}, {r["seeds"]} | {r["against"]} '
               f'{r["difference"]:+.3f} [{r["low"]:+.3f}, {r["high"]:+.3f}] | {r["detectable"]:.3f} | {r["verdict"]} |')
     draw_claims(found, out / 'claims.png')
     parts = [name for name in STUDY if f'study_{name}_arms' in tables]
@@ -2298,15 +2304,15 @@ def claims_command(a):
 def draw_claims(found, path):
     """Every claim's deciding difference with its interval, and the margin of equivalence."""
     fig, ax = figure(figsize=(9, .24 * len(found) + 1.3), layout='constrained')
-    colour = {'agrees': 'C2', 'disagrees': 'C3', "can't tell": 'C7'}
+    colours = {'agrees': 'C2', 'disagrees': 'C3', "can't tell": 'C7'}
     ax.axvspan(-.005, .005, color='C0', alpha=.15, lw=0)
     ax.axvline(0, color='k', lw=.8)
     for i, r in enumerate(reversed(found)):
-        ax.plot([r['low'], r['high']], [i, i], color=colour[r['verdict']])
-        ax.plot(r['difference'], i, 'o', ms=4, color=colour[r['verdict']])
-    ax.set_yticks(range(len(found)), [f'{r["claim"]}: {r["data"]}, {r["mode"]}, {r["labels"]}' for r in reversed(found)], fontsize=6)
-    for verdict_, c in colour.items():
-        ax.plot([], [], 'o-', color=c, label=verdict_)
+        ax.plot([r['low'], r['high']], [i, i], color=colours[r['verdict']])
+        ax.plot(r['difference'], i, 'o', ms=4, color=colours[r['verdict']])
+    ax.set_yticks(range(len(found)), [f'{r["claim"]}: {", ".join(look_of(r))}' for r in reversed(found)], fontsize=6)
+    for said, colour in colours.items():
+        ax.plot([], [], 'o-', color=colour, label=said)
     ax.legend(fontsize=7, loc='upper right')
     ax.set_ylim(-.7, len(found) - .3)
     fig.supxlabel('the difference that decides, the claimed winner minus the other, in macro AUROC; shaded: it would not matter', size=9)
@@ -2315,15 +2321,15 @@ def draw_claims(found, path):
 
 def draw_part(rows, path):
     """Macro AUROC of every arm of a part in each look, random encoders as bars."""
-    looks = list(dict.fromkeys((r['data'], r['mode'], r['labels']) for r in rows))
+    looks = list(dict.fromkeys(map(look_of, rows)))
     arms = [n for n in dict.fromkeys(r['arm'] for r in rows) if n in STUDY[rows[0]['part']].arms][::-1]
     last = list(dict.fromkeys(n.partition(' ')[2] for n in reversed(arms)))                  # levels of the second factor, if there is one
     fig, axes = figure(1, len(looks), figsize=(2.6 * len(looks) + 1, .27 * len(arms) + 1.2), layout='constrained', sharey=True, squeeze=False)
     for ax, at in zip(axes[0], looks):
-        mine = {r['arm']: r for r in rows if (r['data'], r['mode'], r['labels']) == at}
+        mine = {r['arm']: r for r in rows if look_of(r) == at}
         for i, arm in enumerate(arms):
             r, colour = mine[arm], f'C{last.index(arm.partition(" ")[2])}'
-            ax.plot([float(r['low']), float(r['high'])], [i, i], color=colour)
+            ax.plot([r['low'], r['high']], [i, i], color=colour)
             ax.plot(r['mean'], i, 'o', ms=4, color=colour)
             if r['minus_random']:
                 ax.plot(r['mean'] - float(r['minus_random'].split()[0]), i, '|', ms=9, color='k')
