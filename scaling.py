@@ -2471,6 +2471,8 @@ def check(a):
     if a.command == 'sweep':
         for family, size in itertools.product(a.family, a.size or ()):
             sized(family, size)
+        if not a.ood and (a.kind == 'finetune' or set(MOVING) & set(a.objective)):
+            raise Stop(f'--ood names no data: by them finetune, and {", ".join(MOVING)}, whose targets move, are judged')
 
 
 def main(argv=None):

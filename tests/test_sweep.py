@@ -346,7 +346,8 @@ def test_the_estimate_of_fine_tuning_trains_nothing(tmp_path, monkeypatch, capsy
     (['--family', 'resnet', '--size', '3x24', '--objective', 'cpc'], 'none of cpc runs on any of resnet'), (['--records', '9999999'], 'must not exceed'),
     (['--ood', 'nothere:super'], 'no dataset'), (['--ood', 'sample:nothere'], "no task 'nothere'"),
     (['--steps', '0'], '--steps 0 must lie'), (['--size', '4x12', 'huge'], 'no size huge'), (['--records', '0', 'all'], '--records 0 must lie'),
-    (['--seeds', '-1'], '--seeds -1 must lie'), (['--jobs', '0'], '--jobs 0 must lie'), (['--lr', 'nan'], '--lr nan must lie')])
+    (['--seeds', '-1'], '--seeds -1 must lie'), (['--jobs', '0'], '--jobs 0 must lie'), (['--lr', 'nan'], '--lr nan must lie'),
+    (['--objective', 'jepa', '--ood'], '--ood names no data')])
 def test_bad_flags_are_one_line(here, tmp_path, flags, words):
     with pytest.raises(SystemExit, match=words) as stop:
         scaling.main(['sweep', 'params', '--size', '4x12', '--records', '20', '--seeds', '0', '--steps', '2', '--lr', '1e-2', '--batch', '4', '--jobs', '1',
