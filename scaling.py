@@ -19,7 +19,7 @@ Laws and experiments of arXiv 2605.17276, fitted as Hoffmann et al. (2203.15556,
 (2404.10102); loss-vs-error is of 2605.12241. Where a run has several rows, the one with the lowest validation loss stands for it, and its
 test loss is fitted. Tables, figures and JSON in full precision land beside the CSV of runs, or in --out.
 """
-import argparse, contextlib, copy, csv, io, itertools, json, math, multiprocessing, os, re, shutil, textwrap, threading, time
+import argparse, contextlib, copy, csv, io, itertools, json, math, multiprocessing, os, re, textwrap, threading, time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
@@ -37,7 +37,7 @@ import train
 from data import Dataset, Stop, figure, script
 from evaluate import (Arm, PROTOCOLS, Task, arms_of, auroc, compare, embed, entropy, first_task, fresh, interval, linear_probe, macro, open_run, overlap, slug,
                       write_csv)
-from models import CHUNK, SIZES, flops, keep_heap, load, net1d, parameters, pick_device, sized, to_device
+from models import SIZES, flops, keep_heap, load, parameters, pick_device, save, sized, to_device
 from objectives import OBJECTIVES
 
 MOVING = ('jepa', 'data2vec', 'dinosr', 'hubert')                # their targets move with the run: losses of two runs do not compare
@@ -1748,100 +1748,96 @@ def draw_exponents(names, alpha, beta, sets, gamma, path):
 # ---------------------------------------------------------------------------------------------------------------------
 # compute
 
-def macs(c, T, beats=13, fft=False):
-    """Multiply-accumulates of one forward pass through an encoder of Config c: (for each crop of T samples, once for a whole batch), the
-    latter the kernels of S4. beats: R-peaks in the crop, where they are the tokens. Norms, activations and biases are left out.
-    fft: S4's long convolution by FFTs of 2L, at 5/2 n log2 n real FLOPs each, as on CUDA and for S4D; else its chunks, as on a CPU."""
-    D, L, ways, N = c.dim, -(-T // 2), 1 if c.causal else 2, c.state
-    attention = lambda L, wide: c.layers * (4 * L * D * wide + 2 * L * L * wide + 2 * L * D * c.ffn)
-    stem = L * (3 * c.leads * D + 3 * D * D)
-    if c.backbone in ('s4', 's4d'):
-        if fft or c.backbone == 's4d' or N > 16:
-            transform = D * 5 / 2 * 2 * L * math.log2(2 * L) / 2
-            long, once = 2 * transform, ways * D * (N if c.backbone == 's4' else N // 2) * L + transform
-        else:
-            K = -(-L // CHUNK)
-            long = D * K * (CHUNK * CHUNK + 2 * ways * N * CHUNK + ways * N * N)
-            once = ways * D * N * (CHUNK * CHUNK + N * CHUNK)
-        return stem + c.layers * (long + 2 * L * D * D), c.layers * once
-    if c.backbone == 'transformer':
-        return stem + attention(L, D), 0
-    if c.backbone == 'net1d':
-        total = stem + L * 16 * D * (D // 8)
-        for b in net1d(D, c.layers, c.causal)[1:]:
-            i, o, gate = b.conv1.in_channels, b.conv1.out_channels, L if c.causal else 1
-            total += L * (i * o + 16 * o * (o // b.conv2.groups) + o * o) + 2 * gate * o * (o // 2)
-        return total, 0
-    if c.backbone == 'resnet':
-        widths = [round(D * i / c.layers) for i in range(1, c.layers + 1)]
-        total, length = 17 * T * c.leads * widths[0], T
-        for i, (a, b) in enumerate(zip(widths[:1] + widths, widths)):
-            short = -(-length // (4 if 0 < i < 5 else 1))
-            total += 17 * length * a * b + 17 * short * b * b + (a != b) * short * a * b
-            length = short
-        return total, 0
-    if c.backbone == 'beat':
-        return 3 * c.leads * beats * round(.96 * c.fs) * D + attention(1 + c.leads * beats, 64 * c.heads), 0
-    patch = round(.05 * c.fs)
-    return T // patch * c.leads * patch * D + attention(1 + T // patch, D), 0
-
-
+@torch.no_grad()
 def counted(objective, batch):
-    """Forward MACs of one crop through an objective: (student with all its views and heads, teacher or tokenizer that is not trained),
-    as models.flops counts them, FFTs too."""
+    """Forward MACs of one crop through an objective in eval mode, as models.flops counts them, FFTs too: (student with all its views and
+    heads, what has no backward: teacher, tokenizer and the search for codes)."""
     B, T = batch['x'].shape[0], batch['x'].shape[2]
+    macs = lambda work: flops(work, fft=True) / 2 / B            # of a crop
+    objective.eval()
     objective(batch)                                             # S4 makes its dynamics once for all
-    total = flops(lambda: objective(batch), fft=True) / 2 / B
-    other = objective.teacher.net.config if hasattr(objective, 'teacher') else objective.tokenizer.encoder.config if hasattr(objective, 'tokenizer') else None
-    crop, once = macs(other, T, batch['peaks'].shape[1], batch['x'].is_cuda) if other else (0, 0)
-    extra = crop + once / B
-    student = total - extra
-    tokens = -(-T // 2) * objective.encoder.dim                  # what finds the codes of tokens has no backward
+    student, extra = macs(lambda: objective(batch)), 0.
+    if hasattr(objective, 'teacher'):
+        extra = macs(lambda: objective.teacher(batch))
+    if hasattr(objective, 'tokenizer'):
+        extra = macs(lambda: objective.tokenizer.codes(batch))
+    tokens = -(-T // 2)
+    if hasattr(objective, 'prototypes'):                         # HuBERT++'s similarities
+        extra += objective.prototypes.numel() * tokens
+    if isinstance(objective, OBJECTIVES['vqbeat']):              # similarities of real beats
+        _, pad = objective.encode(batch)
+        extra += objective.codebook.numel() * (~pad[:, 1:]).sum().item() / B
+    student -= extra
     if hasattr(objective, 'sums'):                               # DinoSR's distances, which the counter overlooks
-        extra += objective.sums.shape[0] * objective.sums.shape[1] * tokens
-    if hasattr(objective, 'prototypes'):                         # HuBERT++'s similarities, which it counts
-        student, extra = student - len(objective.prototypes) * tokens, extra + len(objective.prototypes) * tokens
+        extra += objective.sums.numel() * tokens
     return student, extra
+
+
+def trainable(ds, t):
+    """Training records that last the run's window."""
+    rows = ds.split()[0]
+    return rows[ds.length[rows] >= round(t.window * ds.contract.fs)]
+
+
+def first_batch(ds, t, size, device):
+    """A batch to count and to time a run's step on."""
+    return to_device(ds.batch(trainable(ds, t), round(t.window * ds.contract.fs), size, 0, 0), device)
+
+
+def price(t, ds, device):
+    """(seconds, FLOPs) of one training step, the optimiser's left out."""
+    columns = ds.columns(t.task) if t.task else ()
+    tokenizer = train.load_tokenizer(t.tokenizer, ds.contract)[0] if t.tokenizer else None
+    objective = train.build(t, ds.contract.fs, columns, tokenizer).to(device)
+    batch = first_batch(ds, t, t.batch, device)
+    for _ in range(2):                                           # the first step also grows the heap
+        began = time.perf_counter()
+        objective(batch)[0].backward()
+        seconds = time.perf_counter() - began
+    student, extra = counted(objective, batch)
+    return seconds, compute(student, t.batch, 1, extra)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sweeps: what to run
 
-# sizes by family, layers x width, about threefold in parameters from 3K on; resnet's and beat's are those of 2605.17276, Table S.4
-LADDERS = {family: [s for s in sizes if 'x' in s] for family, sizes in SIZES.items()}
 KINDS = {'params': 'every size on all records', 'data': 'the middle size on every number of records',
-         'joint': 'both axes, the diagonal and two points off it: what the joint law needs', 'labels': 'supervised on more and more labels',
+         'joint': 'both axes, the diagonal and three points off it: what the joint law needs', 'labels': 'supervised on more and more labels',
          'finetune': "fine-tuning of the sweep's best checkpoints against training from scratch, on more and more records"}
 
 
 def grid(kind, sizes, records):
     """[(size, records, replicated)] of a sweep. Corners and centre, on an axis its ends and middle, are replicated with every seed."""
-    top, middle, size = len(records) - 1, len(records) // 2, len(sizes) // 2
-    last = len(sizes) - 1
-    params, numbers = {(i, top) for i in range(last + 1)}, {(size, j) for j in range(top + 1)}
-    if kind == 'joint':
-        points = params | numbers | {(round(i * last / max(1, top)), i) for i in range(top + 1)} | {(0, middle), (last, middle), (last, 0)}
-        often = {(0, 0), (0, top), (last, 0), (last, top), (size, middle)}
+    widest, most = len(sizes) - 1, len(records) - 1
+    size, count = len(sizes) // 2, len(records) // 2             # the middle of either axis
+    params, numbers = {(i, most) for i in range(len(sizes))}, {(size, j) for j in range(len(records))}
+    if kind == 'params':
+        points, often = params, {(0, most), (size, most), (widest, most)}
+    elif kind == 'data':
+        points, often = numbers, {(size, 0), (size, count), (size, most)}
     else:
-        points = params if kind == 'params' else numbers
-        often = {(0, top), (size, top), (last, top)} if kind == 'params' else {(size, 0), (size, middle), (size, top)}
+        diagonal = {(round(j * widest / max(1, most)), j) for j in range(len(records))}
+        points = params | numbers | diagonal | {(0, count), (widest, count), (widest, 0)}
+        often = {(0, 0), (0, most), (widest, 0), (widest, most), (size, count)}
     return [(sizes[i], records[j], (i, j) in often) for i, j in sorted(points)]
 
 
-def ladder(steps, first=50):
-    """Steps to evaluate at: a factor of sqrt 2 apart, the last of them `steps`."""
-    return sorted({round(steps / 2 ** (k / 2)) for k in range(40) if steps / 2 ** (k / 2) >= min(first, steps)})
+def ladder(steps):
+    """Steps to evaluate at: a factor of sqrt 2 apart, 50 or more, the last of them `steps`."""
+    down = [steps / 2 ** (k / 2) for k in range(40)]
+    return sorted({round(step) for step in down if step >= min(50, steps)})
 
 
 def settings(a, ds, family, objective, size, records, seed, task=None):
     """train.py's arguments of one run."""
     t = train.knobs().parse_args([])
-    task = (task or first_task(ds)) if objective == 'supervised' else None
     steps = a.steps if a.fixed == 'steps' else math.ceil(a.epochs * records / a.batch)
-    for name, value in dict(objective=objective, backbone=family, size=size, data=a.data, records=records, seed=seed, lr=a.lr, steps=steps, batch=a.batch,
-                            schedule=a.schedule, device=a.device, probe_every=0, save_every=100, log_every=50, task=task,
-                            tokenizer=a.tokenizer if objective == 'beats' else None).items():
-        setattr(t, name, value)
+    vars(t).update(objective=objective, backbone=family, size=size, data=a.data, records=records, seed=seed, lr=a.lr, steps=steps, batch=a.batch,
+                   schedule=a.schedule, device=a.device, probe_every=0, save_every=100, log_every=50)
+    if objective == 'supervised':
+        t.task = task or first_task(ds)
+    if objective == 'beats':
+        t.tokenizer = a.tokenizer
     train.settle(t)
     return t
 
@@ -1849,8 +1845,8 @@ def settings(a, ds, family, objective, size, records, seed, task=None):
 def label_sets(a, ds):
     """[(arm, anchor names, training names, draw)] of label scaling (2605.17276, Section 4.2): anchored in the tenth of labels that are most
     frequent, or in the rarest 2 % of those with at least ten positives, and extended by random others, nested, up to all of them."""
-    names = np.array(ds.label_names)[ds.columns(a.labels)]
-    y = np.array(ds.labels[:, ds.columns(a.labels)])[ds.split()[0]]
+    columns = ds.columns(a.labels)
+    names, y = np.array(ds.label_names)[columns], np.array(ds.labels[:, columns])[ds.split()[0]]
     binary = np.isin(y, (0, 1)).any(0) & ~(np.isfinite(y) & ~np.isin(y, (0, 1))).any(0)
     count = (y == 1).sum(0)
     sets = []
@@ -1860,16 +1856,21 @@ def label_sets(a, ds):
         anchors = max(2, round(share * len(pool)))
         for seed in a.seeds:
             others = np.random.default_rng([seed, 4]).permutation(pool[anchors:])
-            for part in sorted({anchors, *(max(anchors, round(f * len(pool))) for f in (.3, .5, 1))}):
+            for part in sorted({max(anchors, round(f * len(pool))) for f in (0, .3, .5, 1)}):
                 sets.append((arm, list(pool[:anchors]), [*pool[:anchors], *others[:part - anchors]], seed))
     return sets
 
 
 def pairs(a):
-    """The (family, objective, sizes) asked for that there are."""
-    found = [(f, o, a.size or LADDERS[f][:5]) for f, o in itertools.product(a.family, a.objective) if f in OBJECTIVES[o].backbones]
+    """The (family, objective, sizes) asked for that there are; by default the five smallest rungs, layers x width, of a family's ladder."""
+    sizes = {f: a.size or [s for s in SIZES[f] if 'x' in s][:5] for f in a.family}
+    if bare := [f for f in a.family if not sizes[f]]:
+        raise Stop(f'{bare[0]} has no ladder of sizes: name some with --size, of {", ".join(SIZES[bare[0]])}')
+    objectives = [o for o in a.objective if o == 'supervised' or a.kind != 'labels']         # others learn no labels
+    found = [(f, o, sizes[f]) for f, o in itertools.product(a.family, objectives) if f in OBJECTIVES[o].backbones]
     if not found:
-        raise Stop(f'none of {", ".join(a.objective)} runs on any of {", ".join(a.family)}: see python objectives.py --pairs')
+        raise Stop(f'none of {", ".join(a.objective)} runs on any of {", ".join(a.family)}' + ' with labels' * (a.kind == 'labels')
+                   + ': see python objectives.py --pairs')
     return found
 
 
@@ -1877,7 +1878,9 @@ def pilots(a, ds):
     """Short runs on all records, at three rates for each size: a rate that suits one size only would bend alpha."""
     runs = {}
     for family, objective, sizes in pairs(a):
-        for size, factor in itertools.product([sizes[len(sizes) // 2]] if a.kind in ('data', 'labels') else sizes, (10 ** -.5, 1, 10 ** .5)):
+        if a.kind in ('data', 'labels'):
+            sizes = [sizes[len(sizes) // 2]]
+        for size, factor in itertools.product(sizes, (10 ** -.5, 1, 10 ** .5)):
             t = settings(a, ds, family, objective, size, len(ds.split()[0]), 100)
             t.lr, t.steps = float(f'{t.lr * factor:.1g}'), a.lr_steps
             runs[f'rate_{family}_{objective}_{size}_{t.lr:g}'] = t, 'rate', None
@@ -1889,13 +1892,15 @@ def plan(a, ds, rates):
     runs = {}
     for family, objective, sizes in pairs(a):
         if a.kind == 'labels':
+            size = sizes[len(sizes) // 2]
             for arm, anchors, names, seed in label_sets(a, ds):
-                runs[f'{family}_{objective}_{sizes[len(sizes) // 2]}_{arm}{len(names)}_s{seed}'] = settings(
-                    a, ds, family, objective, sizes[len(sizes) // 2], a.records[-1], seed, task='+'.join(names)), arm, anchors
+                t = settings(a, ds, family, objective, size, a.records[-1], seed, '+'.join(names))
+                runs[f'{family}_{objective}_{size}_{arm}{len(names)}_s{seed}'] = t, arm, anchors
             continue
         for size, count, often in grid(a.kind, sizes, a.records):
             for seed in a.seeds if often else a.seeds[:1]:
-                runs[f'{family}_{objective}_{size}_{count}_{a.fixed}_s{seed}'] = settings(a, ds, family, objective, size, count, seed), a.fixed, None
+                t = settings(a, ds, family, objective, size, count, seed)
+                runs[f'{family}_{objective}_{size}_{count}_{a.fixed}_s{seed}'] = t, a.fixed, None
     for t, _, _ in runs.values():
         t.lr = rates.get((t.backbone, t.objective, t.size), t.lr)
     return runs
@@ -1905,24 +1910,23 @@ def plan(a, ds, rates):
 # sweeps: one run
 
 @torch.no_grad()
-def held_out(objective, ds, rows, t, device, columns=None):
-    """(loss, macro AUROC) of an objective on the first crops of `rows`, in eval mode, masks and negatives the same for every run. AUROC, and
-    a loss over the label columns given only, for supervised; else NaN."""
+def held_out(objective, ds, rows, t, device, columns):
+    """(loss, macro AUROC) of an objective on the first crops of `rows`, in eval mode, masks and negatives the same for every run. columns:
+    of supervised, the labels over which both are taken; None of all others, whose AUROC is NaN."""
     objective.eval()
-    samples, loss, scores = round(t.window * ds.contract.fs), [], []
-    size = min(t.batch, len(rows))
-    for i in range(len(rows) // size):                           # whole batches: negatives of CMSC are the batch
+    size, outputs = min(t.batch, len(rows)), []
+    rows = rows[:len(rows) // size * size]                       # whole batches: negatives of CMSC are the batch
+    for i, part in enumerate(rows.reshape(-1, size)):
         torch.manual_seed(i)
-        part = rows[i * size:(i + 1) * size]
-        batch = to_device(ds.collate(part, np.zeros(len(part), int), samples), device)
+        batch = to_device(ds.collate(part, np.zeros(size, int), round(t.window * ds.contract.fs)), device)
         if columns is None:
-            loss.append(objective(batch)[0].item())
+            outputs.append(objective(batch)[0].item())
         else:
-            at = [objective.columns.index(c) for c in columns]
-            scores.append(objective.head(*objective.encoder(batch)).float()[:, at].cpu().numpy())
+            outputs.append(objective.head(*objective.encoder(batch)).float().cpu().numpy())
     if columns is None:
-        return float(np.mean(loss)), math.nan
-    z, y = np.concatenate(scores), np.array(ds.labels[rows[:len(rows) // size * size]])[:, columns]
+        return float(np.mean(outputs)), math.nan
+    z = np.concatenate(outputs)[:, [objective.columns.index(c) for c in columns]]
+    y = np.array(ds.labels[rows])[:, columns]
     return entropy(z, y), float(macro(auroc(z, y))[0])
 
 
@@ -1935,17 +1939,18 @@ def ood(name, contract):
     return ds, ds.columns(task or first_task(ds))
 
 
-def out_of_distribution(encoder, name, samples, contract, device, seen=()):
+def out_of_distribution(encoder, name, samples, contract, device, seen):
     """{ood_TASK_val, _test, _auroc}: a linear probe on the first crops of dataset:task, its L2 chosen by validation loss. The three highest
     folds test, the next validates, the others train; of val and test, patients among `seen` are left out."""
     ds, columns = ood(name, contract)
     y, folds = np.array(ds.labels[:, columns]), np.unique(ds.fold[ds.fold >= 0])
-    rows = np.flatnonzero((ds.length >= samples) & np.isfinite(y).any(1) & (ds.fold >= 0) & ~(np.isin(ds.fold, folds[-4:]) & overlap(ds, seen)))
-    part = lambda chosen: np.flatnonzero(np.isin(ds.fold[rows], chosen))
-    tr, val, test = part(folds[:-4]), part(folds[-4:-3]), part(folds[-3:])
+    leaks = np.isin(ds.fold, folds[-4:]) & overlap(ds, seen)
+    rows = np.flatnonzero((ds.length >= samples) & np.isfinite(y).any(1) & (ds.fold >= 0) & ~leaks)
+    tr, val, test = (np.flatnonzero(np.isin(ds.fold[rows], which)) for which in (folds[:-4], folds[-4:-3], folds[-3:]))
     y = y[rows]
-    both = lambda p: np.isfinite(auroc(np.zeros((len(p), y.shape[1])), y[p])[0]) if len(p) else np.zeros(y.shape[1], bool)
-    y = y[:, both(tr) & both(test) & ~(np.isfinite(y) & ~np.isin(y, (0, 1))).any(0)]
+    binary = ~(np.isfinite(y) & ~np.isin(y, (0, 1))).any(0)
+    both = lambda part: (y[part] == 0).any(0) & (y[part] == 1).any(0)
+    y = y[:, binary & both(tr) & both(test)]
     if not y.shape[1]:
         raise Stop(f'{name}: no yes/no label has both values in the training and the test folds, without patients seen in pretraining')
     X = embed(encoder, ds, rows, samples, device, name, first=True)
@@ -1957,7 +1962,6 @@ def out_of_distribution(encoder, name, samples, contract, device, seen=()):
 
 def assess(objective, t, ds, anchors, oods, device):
     """Losses of a checkpoint: in distribution on 512 training records and all validation and test records, then out of distribution."""
-    objective.eval()
     samples = round(t.window * ds.contract.fs)
     rows = [r[ds.length[r] >= samples] for r in ds.split()]
     seen = {*ds.patient[rows[0]].tolist(), *ds.id[rows[0]].tolist()}                  # by the largest run: the same test records for all
@@ -1975,35 +1979,38 @@ def assess(objective, t, ds, anchors, oods, device):
     return result
 
 
+def facts(objective, t, arm, step, ds, device):
+    """What a row says beside losses: what was trained, its size, its data, and what it has cost."""
+    encoder = objective.encoder
+    student, extra = counted(objective, first_batch(ds, t, min(t.batch, t.records), device))
+    patients = np.unique(ds.patient[ds.nested(trainable(ds, t), t.records, t.seed)])
+    return dict(family=t.backbone, paradigm='SL' if t.objective == 'supervised' else 'SSL', objective=t.objective, arm=arm, size=t.size,
+                N=parameters(encoder), N_total=parameters(objective), macs=round(student), extra_macs=round(extra), batch=t.batch, D=t.records,
+                patients=len(patients), labels=len(getattr(objective, 'columns', ())), lr=t.lr, step=step, epochs=round(step * t.batch / t.records, 4),
+                flops=float(compute(student, t.batch, step, extra)), seed=t.seed)
+
+
 def worth(row):
     """What early stopping watches, lower is better: validation loss in distribution, out of it where targets move."""
-    values = [v for k, v in row.items() if k.endswith('_val') and k.startswith('ood_')] if row['objective'] in MOVING else [row['id_val']]
-    return float(np.mean([float(v) for v in values]))
+    if row['objective'] not in MOVING:
+        return float(row['id_val'])
+    return float(np.mean([float(v) for k, v in row.items() if k.startswith('ood_') and k.endswith('_val')]))
 
 
-def evaluations(folder):
-    """Finished evaluations of a run."""
-    file = folder / 'rows.csv'
-    return list(csv.DictReader(open(file, newline=''))) if file.exists() else []
+def rows_in(file):
+    """The rows of a CSV as dicts of text, none where there is no file. That of a run, rows.csv, holds its finished evaluations."""
+    if not file.exists():
+        return []
+    with open(file, newline='') as f:
+        return list(csv.DictReader(f))
 
 
 def finished(rows, steps, patience):
     """Whether a run has reached its last step, or its validation loss has not improved at `patience` evaluations in turn."""
     if not rows:
         return False
-    values = [worth(r) for r in rows]
-    return int(rows[-1]['step']) >= steps or len(values) - 1 - int(np.argmin(values)) >= patience
-
-
-def run_one(name, t, arm, anchors, a, threads):
-    """Train one run from evaluation to evaluation until it is finished. A killed one goes on from its last checkpoint, exactly: a step is
-    evaluated after its checkpoint is on disk, and a row is written after it is evaluated. Returns its rows, or why there are none."""
-    try:
-        torch.set_num_threads(threads)
-        keep_heap()
-        return legs(name, t, arm, anchors, a)
-    except SystemExit as e:                                      # it would end the worker, not the sweep
-        return f'{name}: {e}'
+    since = len(rows) - 1 - np.argmin([worth(r) for r in rows])
+    return int(rows[-1]['step']) >= steps or since >= patience
 
 
 def begun(folder, t):
@@ -2020,98 +2027,84 @@ def begun(folder, t):
     return saved
 
 
-def legs(name, t, arm, anchors, a):
-    """The rows of one run, made leg by leg from evaluation to evaluation: see `run_one`."""
-    folder = Path(a.out, 'runs', name)
+def run_one(name, t, arm, anchors, a):
+    """Train one run from evaluation to evaluation until it is finished; returns its rows. A killed one goes on from its last checkpoint,
+    exactly: a step is evaluated after its checkpoint is on disk, and a row is written after it is evaluated."""
+    folder, ds, device = Path(a.out, 'runs', name), Dataset(t.data), pick_device(t.device)
     folder.mkdir(parents=True, exist_ok=True)
-    rows, ds, device, oods = evaluations(folder), Dataset(t.data), pick_device(t.device), a.ood if arm != 'rate' or t.objective in MOVING else ()
-    saved = begun(folder, t)
+    rows, saved = rows_in(folder / 'rows.csv'), begun(folder, t)
+    oods = a.ood if arm != 'rate' or t.objective in MOVING else ()
     for step in [t.steps] if arm == 'rate' else ladder(t.steps):
         if finished(rows, t.steps, a.patience):
             break
         if rows and int(rows[-1]['step']) >= step:
             continue
         with open(folder / 'train.txt', 'a') as log, contextlib.redirect_stdout(log):
-            objective = train.train(copy.copy(t), folder, saved, until=step)
-        saved = load(folder / 'ckpt.pt')
-        began = time.time()
-        batch = to_device(ds.batch(ds.split()[0], round(t.window * ds.contract.fs), min(t.batch, t.records), 0, 0), device)
-        with torch.no_grad():
-            student, extra = counted(objective.eval(), batch)
-        encoder = objective.encoder
-        patients = len(np.unique(ds.patient[ds.nested(trainable(ds, t), t.records, t.seed)]))
-        row = dict(run=name, family=t.backbone, paradigm='SL' if t.objective == 'supervised' else 'SSL', objective=t.objective, arm=arm, size=t.size,
-                   N=parameters(encoder), N_total=parameters(objective), macs=round(student), extra_macs=round(extra), batch=t.batch, D=t.records,
-                   patients=patients, labels=len(getattr(objective, 'columns', ())), lr=t.lr, step=step, epochs=round(step * t.batch / t.records, 4),
-                   flops=float(compute(student, t.batch, step, extra)), seed=t.seed, **assess(objective, t, ds, anchors, oods, device))
+            objective = train.train(t, folder, saved, until=step)
+        saved, began = load(folder / 'ckpt.pt'), time.time()
+        row = dict(run=name, **facts(objective, t, arm, step, ds, device), **assess(objective, t, ds, anchors, oods, device))
         row['seconds'] = round(time.time() - began, 2)
         rows.append({k: str(v) for k, v in row.items()})
         rows[-1]['finished'] = str(int(finished(rows, t.steps, a.patience)))
         if worth(rows[-1]) == min(map(worth, rows)):
             (folder / 'best').mkdir(exist_ok=True)
-            shutil.copyfile(folder / 'ckpt.pt', folder / 'best/ckpt.pt.partial')
-            os.replace(folder / 'best/ckpt.pt.partial', folder / 'best/ckpt.pt')
+            save(folder / 'best/ckpt.pt', saved)
         write_csv(folder / 'rows.csv', rows)
     return rows
-
-
-def trainable(ds, t):
-    """Training records that last the run's window."""
-    rows = ds.split()[0]
-    return rows[ds.length[rows] >= round(t.window * ds.contract.fs)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sweeps: all runs
 
-def price(t, ds, device):
-    """(seconds, FLOPs) of one training step, the optimiser's left out."""
-    columns = ds.columns(t.task or first_task(ds)) if t.objective == 'supervised' else ()
-    objective = train.build(t, ds.contract.fs, columns, train.load_tokenizer(t.tokenizer, ds.contract)[0] if t.tokenizer else None).to(device)
-    batch = to_device(ds.batch(trainable(ds, t), round(t.window * ds.contract.fs), t.batch, 0, 0), device)
-    for _ in range(2):                                           # the first step also grows the heap
-        began = time.perf_counter()
-        objective(batch)[0].backward()
-        seconds = time.perf_counter() - began
-    with torch.no_grad():
-        student, extra = counted(objective.eval(), batch)
-    return seconds, compute(student, t.batch, 1, extra)
-
-
 def estimate(a, ds, runs, device):
-    """Prints what runs cost at most: a step of each size is timed, evaluations are forward passes."""
+    """Prints what runs cost at most: a step of each size is timed, and an evaluation is forward alone, a third of it."""
     cost, total = {}, 0.
-    crops = min(512, max(a.records)) + sum(map(len, ds.split()[1:])) + sum(len(Dataset(o.split(':')[0])) for o in a.ood)
+    crops = min(512, a.records[-1]) + sum(map(len, ds.split()[1:])) + sum(len(Dataset(o.split(':')[0])) for o in a.ood)
     for t, arm, _ in tqdm(runs.values(), desc='timing', leave=False, disable=None):
-        if (key := (t.backbone, t.objective, t.size)) not in cost:
-            cost[key] = price(t, ds, device)[0]
-        evaluations = 1 if arm == 'rate' else len(ladder(t.steps))
-        total += cost[key] * (t.steps + evaluations * crops / t.batch / 3)
+        key = t.backbone, t.objective, t.size
+        if key not in cost:
+            cost[key], _ = price(t, ds, device)
+        times = 1 if arm == 'rate' else len(ladder(t.steps))
+        total += cost[key] * (t.steps + times * crops / t.batch / 3)
     print(f'{len(runs)} runs, at most {total / 60:.0f} core-minutes ({a.jobs} at a time); early stopping ends many sooner')
 
 
 def collect(out, prefix=''):
     """All rows of finished and unfinished runs in `out`, pilots apart, in one order whatever the order they were made in."""
-    rows = [r for folder in sorted(Path(out, 'runs').glob('*')) if folder.name.startswith('rate_') == (prefix == 'rate_') for r in evaluations(folder)]
+    folders = [f for f in sorted(Path(out, 'runs').glob('*')) if f.name.startswith('rate_') == (prefix == 'rate_')]
+    rows = [r for f in folders for r in rows_in(f / 'rows.csv')]
     if rows:
         write_csv(Path(out, f'{prefix}runs.csv'), rows)
     return rows
 
 
-def leave_with_parent():
-    """In a worker: end when the process that made it is killed, and do not go on alone."""
+def share_threads(a, device):
+    """Settle how many processes run at a time, and take the threads that each of them will have: a step timed here then costs what it will
+    there, and random encoders come out bit for bit the same."""
+    a.jobs = a.jobs or (1 if device.type == 'cuda' else torch.get_num_threads())
+    torch.set_num_threads(max(1, torch.get_num_threads() // a.jobs))
+
+
+def start_worker(threads):
+    """What a worker does first. It ends when the process that made it is killed, and does not go on alone."""
+    torch.set_num_threads(threads)
+    keep_heap()
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def run_all(work, a, name):
-    """work: {name: (function, arguments)}, a.jobs at a time in processes of their own. Stops, after the others are done, with what failed."""
-    results, threads = {}, max(1, torch.get_num_threads() // a.jobs)
-    with ProcessPoolExecutor(a.jobs, multiprocessing.get_context('spawn'), leave_with_parent) as pool:
-        futures = {pool.submit(function, *arguments, threads): key for key, (function, arguments) in work.items()}
+    """{name: result} of work {name: (function, arguments)}, a.jobs at a time in processes of their own. Stops, after the others are done, with
+    what stopped."""
+    results, failed = {}, []
+    with ProcessPoolExecutor(a.jobs, multiprocessing.get_context('spawn'), start_worker, (torch.get_num_threads(),)) as pool:
+        futures = {pool.submit(function, *arguments): key for key, (function, arguments) in work.items()}
         for future in tqdm(as_completed(futures), desc=name, total=len(futures), disable=None):
-            results[futures[future]] = future.result()
+            try:
+                results[futures[future]] = future.result()
+            except SystemExit as e:
+                failed.append(f'{futures[future]}: {e}')
             collect(a.out)
-    if failed := [r for r in results.values() if isinstance(r, str)]:
+    if failed:
         raise Stop(f'{len(failed)} of {len(work)} runs stopped; the first: {failed[0]}')
     return results
 
@@ -2125,60 +2118,62 @@ def sweep(a):
     a.records = sorted({most if r == 'all' else r for r in a.records})
     if a.records[-1] > most:
         raise Stop(f'{a.data} has {most:,} training records: --records must not exceed that')
-    a.jobs = a.jobs or (1 if device.type == 'cuda' else torch.get_num_threads())
+    share_threads(a, device)
     if a.kind == 'finetune':
         return finetune(a)
-    trial, runs = {} if a.lr else pilots(a, ds), plan(a, ds, {})
-    estimate(a, ds, trial | runs, device)
+    trial = {} if a.lr else pilots(a, ds)
+    estimate(a, ds, trial | plan(a, ds, {}), device)
     if a.estimate:
         return
     Path(a.out).mkdir(parents=True, exist_ok=True)
-    rates = {}
-    for name, rows in run_all({n: (run_one, (n, *r, a)) for n, r in trial.items()}, a, 'rates').items():
+    best = {}                                                    # (family, objective, size): (validation loss, rate)
+    for rows in run_all({name: (run_one, (name, *run, a)) for name, run in trial.items()}, a, 'rates').values():
         key = tuple(rows[-1][k] for k in ('family', 'objective', 'size'))
-        rates[key] = min(rates.get(key, (math.inf, 0)), (worth(rows[-1]), float(rows[-1]['lr'])))
+        best[key] = min(best.get(key, (math.inf, 0)), (worth(rows[-1]), float(rows[-1]['lr'])))
     collect(a.out, 'rate_')
-    for key, (value, lr) in sorted(rates.items()):
+    rates = {key: lr for key, (_, lr) in sorted(best.items())}
+    for key, lr in rates.items():
         print(f'{" ".join(key)}: rate {lr:g}')
-    done = run_all({n: (run_one, (n, *r, a)) for n, r in plan(a, ds, {k: lr for k, (_, lr) in rates.items()}).items()}, a, f'sweep {a.kind}')
+    run_all({name: (run_one, (name, *run, a)) for name, run in plan(a, ds, rates).items()}, a, f'sweep {a.kind}')
     rows = collect(a.out)
     print(f'{a.out}/runs.csv: {len(rows)} rows of {len({r["run"] for r in rows})} runs; fit them with python scaling.py fit {a.out}/runs.csv')
 
 
-def finetune_one(folder, a, threads):
+def finetune_one(folder, a):
     """Rows of fine-tuning one run's best checkpoint, and of training its shape from scratch, on each number of labelled records."""
-    try:
-        torch.set_num_threads(threads)
-        with contextlib.redirect_stdout(open(os.devnull, 'w')):
-            run = open_run(Path(folder, 'best'))
-            data, _, task = a.ood[0].partition(':')
-            t = Task(data, [task] if task else None, [run], pick_device(a.device))
-        origin, rows = evaluations(Path(folder))[0], []
-        for mode, count in itertools.product(('finetune', 'scratch'), a.records):
-            if count > t.available:
-                continue
-            recipe = replace(PROTOCOLS['quick'], batch=a.batch, schedule='constant', patience=10, by_loss=True)
-            epochs = math.ceil(a.steps * a.batch / (.8 * count))
-            arm = Arm(mode, [run['net'] if mode == 'finetune' else fresh(run)], mode, recipe, epochs)
-            torch.manual_seed(run['seed'])
-            p = t.output(arm.encoders[0], arm, count, run['seed'], 0)[0]
-            z = np.log(p.clip(1e-6, 1 - 1e-6) / (1 - p.clip(1e-6, 1 - 1e-6)))
-            rows.append({k: origin[k] for k in ('run', 'family', 'paradigm', 'objective', 'size', 'N', 'D', 'seed')}
-                        | dict(task=a.ood[0], mode=mode, D_F=count, loss=entropy(z, t.y), auroc=float(macro(auroc(z, t.y))[0])))
-        return rows
-    except Stop as e:
-        return f'{folder}: {e}'
+    data, _, task = a.ood[0].partition(':')
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = open_run(folder / 'best')
+        t = Task(data, [task] if task else None, [run], pick_device(a.device))
+    recipe = replace(PROTOCOLS['quick'], batch=a.batch, schedule='constant', patience=10, by_loss=True)
+    origin, rows = rows_in(folder / 'rows.csv')[0], []
+    for mode, count in itertools.product(('finetune', 'scratch'), a.records):
+        if count > t.available:
+            continue
+        torch.manual_seed(run['seed'])                           # a fresh encoder is the same every time
+        encoder = run['net'] if mode == 'finetune' else fresh(run)
+        epochs = math.ceil(a.steps * a.batch / (.8 * count))     # a fifth of the records validates
+        p, _ = t.output(encoder, Arm(mode, [encoder], mode, recipe, epochs), count, run['seed'], 0)
+        p = p.clip(1e-6, 1 - 1e-6)
+        z = np.log(p / (1 - p))
+        rows.append({k: origin[k] for k in ('run', 'family', 'paradigm', 'objective', 'size', 'N', 'D', 'seed')}
+                    | dict(task=a.ood[0], mode=mode, D_F=count, loss=entropy(z, t.y), auroc=float(macro(auroc(z, t.y))[0])))
+    return rows
 
 
 def finetune(a):
     """Effective data transferred (2605.17276, Eq. S.9): rows of finetune.csv. Finished scores are kept in out/scores."""
-    folders = [f.parent.parent for f in sorted(Path(a.out, 'runs').glob('*/best/ckpt.pt')) if not f.parent.parent.name.startswith('rate_')]
-    first = {f: evaluations(f)[0] for f in folders if evaluations(f)}
+    folders = [f.parent.parent for f in sorted(Path(a.out, 'runs').glob('*/best/ckpt.pt'))]
+    first = {f: rows[0] for f in folders if not f.name.startswith('rate_') and (rows := rows_in(f / 'rows.csv'))}
     most = max((int(r['D']) for r in first.values()), default=0)
-    folders = [f for f, r in first.items() if r['family'] in a.family and r['objective'] in a.objective and int(r['seed']) in a.seeds and int(r['D']) == most]
+    asked = lambda r: r['family'] in a.family and r['objective'] in a.objective and int(r['seed']) in a.seeds
+    folders = [f for f, r in first.items() if asked(r) and int(r['D']) == most]
     if not folders:
         raise Stop(f'{a.out} has no runs to fine-tune: sweep them first, with python scaling.py sweep params --out {a.out}')
-    results = run_all({str(f): (finetune_one, (str(f), a)) for f in folders}, a, 'sweep finetune')
+    print(f'{len(folders)} runs on {len(a.records)} numbers of records: as many fine-tunings and trainings from scratch, each of at most some {a.steps} steps')
+    if a.estimate:
+        return
+    results = run_all({str(f): (finetune_one, (f, a)) for f in folders}, a, 'sweep finetune')
     rows = [r for f in folders for r in results[str(f)]]
     write_csv(Path(a.out, 'finetune.csv'), rows)
     print(f'{a.out}/finetune.csv: {len(rows)} rows; python scaling.py transfer {a.out}/finetune.csv')
@@ -2194,10 +2189,11 @@ GRID = {f'{o} {b}': f'--objective {o} --backbone {b}' + FASTER.get(f'{o} {b}', '
 # a question, what arms differ in, {arm: train.py's flags}, where they are looked at: (data, mode, number of labels), and pretraining seeds
 Part = namedtuple('Part', 'question factors arms looks seeds', defaults=((0, 1, 2),))
 LINEAR = (('cohort', 'linear', 'all'), ('sample', 'linear', 'all'))
+LINEAR_4 = (*LINEAR, ('synthetic', 'linear', 'all'), ('synthetic', 'linear', 300))
 STUDY = {
-    'objectives': Part('which objective, on S4, after equal steps?', ('objective',), {o: f'--objective {o} --backbone s4' for o in OBJECTIVES_5},
-                       (*LINEAR, ('synthetic', 'linear', 'all'), ('synthetic', 'linear', 300)), (0, 1, 2, 3, 4, 5)),
-    'grid': Part('which objective on which backbone, after equal steps?', ('objective', 'backbone'), GRID, (*LINEAR, ('synthetic', 'linear', 'all'), ('synthetic', 'linear', 300))),
+    'objectives': Part('which objective, on S4, after equal steps?', ('objective',),
+                       {o: f'--objective {o} --backbone s4' for o in OBJECTIVES_5}, LINEAR_4, (0, 1, 2, 3, 4, 5)),
+    'grid': Part('which objective on which backbone, after equal steps?', ('objective', 'backbone'), GRID, LINEAR_4),
     'modes': Part('the same, with attention pooling and with fine-tuning on 300 labels', ('objective', 'backbone'), GRID,
                   (('cohort2000', 'frozen', 'all'), ('cohort2000', 'finetune', 300))),
     'flops': Part('which objective on S4, and which backbone by CPC, after equal FLOPs?', ('objective', 'backbone'),
@@ -2211,90 +2207,83 @@ STUDY = {
                     {f'hide{h}': f'--objective mae --hide .{h}' for h in ('50', '05', '25', '75')}
                     | dict(raw='--objective mae --hide .50 --raw-target', long='--objective mae --hide .50 --steps {long}'), LINEAR),
     'pool': Part('are real ECGs better to pretrain on than as many synthetic ones?', ('objective', 'source'),
-                 {f'{o} {s}': f'--objective {o} ' + ('--data ludb,cinc' if s == 'pool' else '--records {pool}') for o, s in itertools.product(('cpc', 'jepa', 'hubert'), ('synthetic', 'pool'))},
+                 {f'{o} {source}': f'--objective {o} {flags}' for o in ('cpc', 'jepa', 'hubert')
+                  for source, flags in (('synthetic', '--records {pool}'), ('pool', '--data ludb,cinc'))},
                  (('sample', 'linear', 'all'), ('sample', 'linear', 100), ('sample', 'finetune', 'all'))),
-    'filtered': Part('which objective, on real records alone, filtered and standardised?', ('objective',), {o: f'--objective {o} --data ptbxl1819' for o in OBJECTIVES_5},
+    'filtered': Part('which objective, on real records alone, filtered and standardised?', ('objective',),
+                     {o: f'--objective {o} --data ptbxl1819' for o in OBJECTIVES_5},
                      (('ptbxl1819', 'linear', 'all'), ('ptbxl1819', 'frozen', 'all'), ('ptbxl1819', 'finetune', 'all')))}
-PREPARE = {'cohort': 'python data.py synthetic --records 999 --seed 1 --shift all --out cohort', 'cohort2000': 'python data.py synthetic --records 2000 --seed 1 --shift all --out cohort2000',
-           'sequences': 'python data.py sequences', 'ludb': 'python data.py wfdb --root LUDB --out ludb',
-           'cinc': 'python data.py challenge --root CINC2021 --cohort cpsc_2018 cpsc_2018_extra chapman_shaoxing ningbo --out cinc',
-           'ptbxl1819': 'python data.py array --root X.npy --filter hp0.5+lp40 --norm record --out ptbxl1819, with any records of yours so filtered'}
+PREPARE = {
+    'cohort': 'python data.py synthetic --records 999 --seed 1 --shift all --out cohort',
+    'cohort2000': 'python data.py synthetic --records 2000 --seed 1 --shift all --out cohort2000',
+    'sequences': 'python data.py sequences', 'ludb': 'python data.py wfdb --root LUDB --out ludb',
+    'cinc': 'python data.py challenge --root CINC2021 --cohort cpsc_2018 cpsc_2018_extra chapman_shaoxing ningbo --out cinc',
+    'ptbxl1819': 'python data.py array --root X.npy --filter hp0.5+lp40 --norm record --out ptbxl1819, with any records of yours so filtered'}
 
 
-def flags_of(part, arm, a):
-    """train.py's arguments of an arm; {long}: four times the steps, {pool}: as many records as the pool has to train on."""
-    fill = dict(long=4 * a.steps)
-    if '{pool}' in (flags := STUDY[part].arms[arm]):
-        fill['pool'] = len(Dataset('ludb,cinc').split()[0])
-    return train.knobs().parse_args(['--steps', str(a.steps), '--size', a.size, '--data', a.data, *flags.format(**fill).split()])
-
-
-def seeds_of(part, a):
-    """Pretraining seeds: as asked for, each once, else the part's own."""
-    return sorted(set(a.seeds or STUDY[part].seeds))
+def arm_settings(part, arm, seed, a):
+    """train.py's arguments of one run of an arm; {long}: four times the steps, {pool}: as many records as the pool has to train on."""
+    flags = STUDY[part].arms[arm]
+    pool = len(Dataset('ludb,cinc').split()[0]) if '{pool}' in flags else 0
+    flags = flags.format(long=4 * a.steps, pool=pool)
+    t = train.knobs().parse_args(['--steps', str(a.steps), '--size', a.size, '--data', a.data, *flags.split()])
+    vars(t).update(seed=seed, batch=a.batch, device=a.device, probe_every=0, save_every=100)
+    train.settle(t)
+    return t
 
 
 def study_runs(part, a, device):
     """{arm: [(folder, arguments of train.py) of each seed]}. flops: every arm takes as many steps as the cheapest one's FLOPs allow."""
-    default, runs = vars(train.knobs().parse_args([])), {}
-    for arm in STUDY[part].arms:
-        runs[arm] = []
-        for seed in seeds_of(part, a):
-            t = flags_of(part, arm, a)
-            t.seed, t.batch, t.probe_every, t.save_every, t.device = seed, a.batch, 0, 100, a.device
-            train.settle(t)
-            runs[arm].append(t)
+    seeds = sorted(set(a.seeds or STUDY[part].seeds))
+    runs = {arm: [arm_settings(part, arm, seed, a) for seed in seeds] for arm in STUDY[part].arms}
     if part == 'flops':
         cost = {arm: price(ts[0], Dataset(ts[0].data), device)[1] for arm, ts in tqdm(runs.items(), desc='counting', leave=False, disable=None)}
-        for arm, t in ((arm, t) for arm, ts in runs.items() for t in ts):
-            t.steps = max(1, round(a.steps * min(cost.values()) / cost[arm]))
-    named = lambda t: [f'{k}-{v}' for k, v in sorted(vars(t).items()) if v != default[k] and k not in
-                       ('objective', 'backbone', 'lr', 'window', 'seed', 'device', 'steps', 'probe_every', 'save_every')]
-    folder = lambda t: Path(a.out, 'runs', slug(t.objective, t.backbone, *named(t), t.steps, f's{t.seed}'))
+        for arm, ts in runs.items():
+            for t in ts:
+                t.steps = max(1, round(a.steps * min(cost.values()) / cost[arm]))
+    default = vars(train.knobs().parse_args([]))
+    apart = ('objective', 'backbone', 'lr', 'window', 'seed', 'device', 'steps', 'probe_every', 'save_every')
+
+    def folder(t):
+        changed = [f'{k}-{v}' for k, v in sorted(vars(t).items()) if v != default[k] and k not in apart]
+        return Path(a.out, 'runs', slug(t.objective, t.backbone, *changed, t.steps, f's{t.seed}'))
+
     return {arm: [(folder(t), t) for t in ts] for arm, ts in runs.items()}
 
 
-def pretrain(folder, t, threads):
-    """Train one run to its end; a killed one goes on. Returns why it stopped, if it did."""
-    try:
-        torch.set_num_threads(threads)
-        keep_heap()
-        saved = begun(folder, t)
-        folder.mkdir(parents=True, exist_ok=True)
-        if saved.get('step') != t.steps:
-            with open(folder / 'train.txt', 'a') as log, contextlib.redirect_stdout(log):
-                train.train(copy.copy(t), folder, saved)
-    except SystemExit as e:                                      # it would end the worker, not the study
-        return f'{folder}: {e}'
+def pretrain(folder, t):
+    """Train one run to its end; a killed one goes on."""
+    saved = begun(folder, t)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / 'train.txt', 'a') as log, contextlib.redirect_stdout(log):
+        train.train(t, folder, saved)
 
 
-def look(arms, data, looks, device, threads=None):
-    """{look: (Task, {name: Arm}, {name: Score})} of arms {name: run folders}, with random encoders of the same shapes and, beside fine-tuning, training
-    from scratch. With threads, in a process of its own: only fills out/scores; returns why it stopped, if it did."""
-    try:
-        if threads:
-            torch.set_num_threads(threads)
-            keep_heap()
-        found = {}
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            families = {name: [open_run(f) for f in folders] for name, folders in arms.items()}
-            t = Task(data, None, [r for runs in families.values() for r in runs], pick_device(device))
-        if 'seen in pretraining' in said.getvalue():
-            raise Stop(f'{data} tests patients that were pretrained on')
-        for _, mode, count in looks:
-            made = arms_of(families, t, mode, scratch=mode == 'finetune')
-            found[data, mode, count] = t, made, {name: t.score(arm, count, 3)[t.names[0]] for name, arm in made.items()}
-        return None if threads else found
-    except SystemExit as e:
-        if not threads:
-            raise
-        return f'{data}, {", ".join(arms)}: {e}'
+def look(arms, data, ways, device):
+    """{way: (Task, {name: Arm}, {name: Score})} of arms {name: run folders} on a dataset, with random encoders of the same shapes and, beside
+    fine-tuning, training from scratch. ways: (mode, number of labels)."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        families = {name: [open_run(f) for f in folders] for name, folders in arms.items()}
+        t = Task(data, None, [r for runs in families.values() for r in runs], pick_device(device))
+    if 'seen in pretraining' in said.getvalue():
+        raise Stop(f'{data} tests patients that were pretrained on')
+    found = {}
+    for mode, count in ways:
+        made = arms_of(families, t, mode, scratch=mode == 'finetune')
+        found[mode, count] = t, made, {name: t.score(arm, count, 3)[t.names[0]] for name, arm in made.items()}
+    return found
+
+
+def look_ahead(*arguments):
+    """`look` in a worker, for what it leaves in out/scores: the rest is too much to send back."""
+    look(*arguments)
 
 
 def combined(scores, how):
     """A Score whose points and resamples are how(those of all scores), seed by seed and draw by draw."""
     out = copy.copy(scores[0])
-    out.point, out.boot = ({m: how([getattr(s, what)[m] for s in scores]) for m in scores[0].point} for what in ('point', 'boot'))
+    out.point = {m: how([s.point[m] for s in scores]) for m in out.point}
+    out.boot = {m: how([s.boot[m] for s in scores]) for m in out.boot}
     return out
 
 
@@ -2304,7 +2293,8 @@ def average(scores):
 
 
 def contrasts(part, scores, prefix=''):
-    """{name of a family of comparisons: {level: Score}}: one factor's levels at each level of the other, and averaged over it where all meet all."""
+    """{name of a family of comparisons: {level: Score}}: one factor's levels at each level of the other, and averaged over it where all meet
+    all."""
     arms, factors = {tuple(name.split()): scores[name] for name in part.arms}, part.factors
     if len(factors) == 1:
         return {prefix + factors[0]: {level: s for (level,), s in arms.items()}}
@@ -2314,17 +2304,19 @@ def contrasts(part, scores, prefix=''):
         if len(arms) == len(levels) * len(others):
             out[f'{prefix}{factor}, mean'] = {l: average([s for key, s in arms.items() if key[i] == l]) for l in levels}
         for other in others:
-            if len(found := {key[i]: s for key, s in arms.items() if key[1 - i] == other}) > 1:
-                out[f'{prefix}{factor}, {other}'] = found
+            met = {key[i]: s for key, s in arms.items() if key[1 - i] == other}
+            if len(met) > 1:
+                out[f'{prefix}{factor}, {other}'] = met
     return out
 
 
 def compared(levels):
-    """The rows of `compare`, and in each the difference that Holm's first step would find four times in five: what reaches beyond 0 at its level,
-    and .84 standard errors (Student's t for seeds) more."""
-    rows = compare(levels)[0]
+    """The rows of `compare`, and in each the difference that Holm's first step would find four times in five: what reaches beyond 0 at its
+    level, and .84 standard errors (Student's t for seeds) more."""
+    rows, _ = compare(levels)
     for r in rows:
-        half = lambda level: np.diff(interval(*levels[r['a']].difference(levels[r['b']]), level)[1:])[0] / 2
+        points, boot = levels[r['a']].difference(levels[r['b']])
+        half = lambda level: np.ptp(interval(points, boot, level)[1:]) / 2
         r['detectable'] = half(1 - .05 / len(rows)) + half(.6)
     return rows
 
@@ -2332,11 +2324,14 @@ def compared(levels):
 def study(a):
     """The papers' comparisons like for like: pretrain, evaluate, compare with intervals; goes on where it was stopped."""
     device = pick_device(a.device)
-    a.jobs = a.jobs or (1 if device.type == 'cuda' else torch.get_num_threads())
+    share_threads(a, device)
     if unknown := set(a.part) - set(STUDY):
         raise Stop(f'study has no part {", ".join(sorted(unknown))}: take some of {", ".join(STUDY)}')
     for name in a.part or STUDY:
-        needed = {d for d, _, _ in STUDY[name].looks} | {d for flags in STUDY[name].arms.values() for d in re.findall(r'--data (\S+)', flags) for d in d.split(',')} | {'synthetic'}
+        needed = {'synthetic', *(data for data, _, _ in STUDY[name].looks)}
+        for flags in STUDY[name].arms.values():
+            for data in re.findall(r'--data (\S+)', flags):
+                needed |= set(data.split(','))
         missing = [d for d in sorted(needed) if d not in ('synthetic', 'sample') and not Path('datasets', d).is_dir()]
         lack = f'{name} needs {", ".join(missing)}: {"; ".join(PREPARE[d] for d in missing)}'
         if missing and len(a.part) == 1:
@@ -2351,44 +2346,49 @@ def study(a):
 
 def study_part(name, a, device):
     """One part of the study: its runs, its looks, and its two tables."""
-    part, seeds, threads = STUDY[name], seeds_of(name, a), torch.get_num_threads()
-    table, size = lambda what: Path(a.out, f'study_{name}_{what}.csv'), dict(pretrained_on=a.data, size=a.size, steps=str(a.steps), batch=str(a.batch))
-    if table('arms').exists() and any(r.get(k) != v for r in csv.DictReader(open(table('arms'), newline='')) for k, v in size.items()):
-        raise Stop(f'{table("arms")} was made with another --data, --size, --steps or --batch: take another --out')
+    part, table = STUDY[name], Path(a.out, f'study_{name}_arms.csv')
+    how = dict(pretrained_on=a.data, size=a.size, steps=str(a.steps), batch=str(a.batch))
+    if any(r.get(k) != v for r in rows_in(table) for k, v in how.items()):
+        raise Stop(f'{table} was made with another --data, --size, --steps or --batch: take another --out')
     runs = study_runs(name, a, device)
-    left = {str(f): (pretrain, (f, t)) for pairs in runs.values() for f, t in pairs if begun(f, t).get('step') != t.steps}
+    seeds = [t.seed for _, t in next(iter(runs.values()))]
+    left = {str(f): (pretrain, (f, t)) for made in runs.values() for f, t in made if begun(f, t).get('step') != t.steps}
     print(f'{name}: {part.question} {len(part.arms)} arms, {len(seeds)} seeds; {len(left)} of {sum(map(len, runs.values()))} runs to make', flush=True)
     if a.estimate:
-        torch.set_num_threads(max(1, threads // a.jobs))
-        cost = sum(price(pairs[0][1], Dataset(pairs[0][1].data), device)[0] * sum(t.steps for f, t in pairs if str(f) in left) for pairs in runs.values())
-        print(f'  {cost / 60:.0f} core-minutes of pretraining, and about as much for the {len(part.looks)} tables')
-        return torch.set_num_threads(threads)
+        seconds = 0.
+        for made in runs.values():
+            _, t = made[0]
+            seconds += price(t, Dataset(t.data), device)[0] * t.steps * sum(str(f) in left for f, _ in made)
+        print(f'  {seconds / 60:.0f} core-minutes of pretraining, and about as much for the {len(part.looks)} tables')
+        return
     run_all(left, a, f'{name}: pretraining')
-    folders = {arm: [str(f) for f, _ in pairs] for arm, pairs in runs.items()}
-    by_data = {d: [l for l in part.looks if l[0] == d] for d in dict.fromkeys(l[0] for l in part.looks)}
-    run_all({f'{d} {arm}': (look, ({arm: folders[arm]}, d, looks, a.device)) for d, looks in by_data.items() for arm in folders}, a, f'{name}: looking')
-    torch.set_num_threads(max(1, threads // a.jobs))             # as in the processes: so random encoders come out bit for bit as there
+    folders, ways = {arm: [str(f) for f, _ in made] for arm, made in runs.items()}, {}
+    for data, mode, count in part.looks:
+        ways.setdefault(data, []).append((mode, count))
+    looks = {f'{data}, {arm}': (look_ahead, ({arm: folders[arm]}, data, ways[data], a.device)) for data in ways for arm in folders}
+    run_all(looks, a, f'{name}: looking')
     rows, pairs = [], []
-    for d, looks in by_data.items():
-        for (_, mode, count), (t, arms, scores) in look(folders, d, looks, a.device).items():
-            shared = dict(part=name, **size, data=d, task=t.names[0], mode=mode, labels=count, n=len(t.test), patients=t.patients or '',
+    for data in ways:
+        for (mode, count), (t, arms, scores) in look(folders, data, ways[data], a.device).items():
+            shared = dict(part=name, **how, data=data, task=t.names[0], mode=mode, labels=count, n=len(t.test), patients=t.patients or '',
                           classes=len(t.parts[t.names[0]]), seeds=' '.join(map(str, seeds)), metric=f'macro {next(iter(scores.values())).main}')
             rows += [shared | arm_row(arms[n], s, scores.get(arms[n].reference), runs.get(n)) for n, s in scores.items()]
             gains = {n: combined([scores[n], scores[arms[n].reference]], lambda v: v[0] - v[1]) for n in part.arms}
             for family, levels in (contrasts(part, scores) | contrasts(part, gains, 'gain by ')).items():
                 pairs += [shared | dict(family=family) | r for r in compared(levels)]
-    torch.set_num_threads(threads)
-    write_csv(table('arms'), rows)
-    write_csv(table('pairs'), pairs)
-    print(f'  {table("arms")}, {table("pairs").name}: {len(rows)} arms, {len(pairs)} comparisons; python scaling.py claims {a.out}', flush=True)
+    write_csv(table, rows)
+    write_csv(Path(a.out, f'study_{name}_pairs.csv'), pairs)
+    print(f'  {table}, study_{name}_pairs.csv: {len(rows)} arms, {len(pairs)} comparisons; python scaling.py claims {a.out}', flush=True)
 
 
 def arm_row(arm, score, reference, runs):
-    """One line of study_*_arms.csv: an arm under one look."""
-    minus = score.minus(reference) if reference and reference is not score else ()
+    """One line of study_*_arms.csv: an arm under one look. reference and runs: None of random encoders and of training from scratch."""
+    mean, low, high = score.interval()
+    minus = score.minus(reference) if reference else ()
     own, rate = (runs[0][1].steps, runs[0][1].lr) if runs else ('', '')
-    return dict(arm=arm.name, own_steps=own, lr=rate, **dict(zip(('mean', 'low', 'high'), score.interval())), minus_random=' '.join(f'{v:.4f}' for v in minus),
-                points=' '.join(f'{v:.4f}' for v in score.point[score.main].mean(1)))
+    points = score.point[score.main].mean(1)                     # one for each seed
+    return dict(arm=arm.name, own_steps=own, lr=rate, mean=mean, low=low, high=high, minus_random=' '.join(f'{v:.4f}' for v in minus),
+                points=' '.join(f'{v:.4f}' for v in points))
 
 
 # what a paper says, the part and family of comparisons that ask, the level that is said to win (close: to equal), and over which
@@ -2412,45 +2412,51 @@ CLAIMS = (Claim('CPC is the best objective, on S4', 'objectives', 'objective', '
           Claim('our own: real records are better to pretrain on than as many synthetic ones', 'pool', 'source, mean', 'pool', ('synthetic',), 'better'))
 
 
+def turned(row):
+    """A comparison of a with b as one of b with a."""
+    verdict = {'better': 'worse', 'worse': 'better'}.get(row['verdict'], row['verdict'])
+    return row | dict(a=row['b'], b=row['a'], difference=-row['difference'], low=-row['high'], high=-row['low'], verdict=verdict)
+
+
 def verdict(claim, rows):
     """(row that decides, the claimed winner first; agrees, disagrees or can't tell) of the rows of one look.
 
-    better: agrees if the winner beats every other (Holm's p under .05 within the family), disagrees if it loses to one or equals one within the margin;
-    close: agrees if it equals all within the margin, disagrees if it differs from one by Holm's p. Under three seeds nothing can be told. Of the
-    rows that decide, the one that speaks most against the claim."""
-    mine, turned = [], {'better': 'worse', 'worse': 'better'}
-    for r in rows:
-        if r['a'] == claim.winner and r['b'] in claim.others:
-            mine.append(r)
-        elif r['b'] == claim.winner and r['a'] in claim.others:
-            mine.append(r | dict(a=r['b'], b=r['a'], difference=-r['difference'], low=-r['high'], high=-r['low'], verdict=turned.get(r['verdict'], r['verdict'])))
-    word = lambda r: r['verdict'].split(' ')[0]
+    better: agrees if the winner beats every other (Holm's p under .05 within the family), disagrees if it loses to one or equals one within
+    the margin; close: agrees if it equals all within the margin, disagrees if it differs from one by Holm's p. Under three seeds nothing can
+    be told. Of the rows that decide, the one that speaks most against the claim."""
+    mine = [r for r in rows if r['a'] == claim.winner and r['b'] in claim.others]
+    mine += [turned(r) for r in rows if r['b'] == claim.winner and r['a'] in claim.others]
+    word = lambda r: r['verdict'].split(' ')[0]                  # equivalent within 0.005
     wanted, against = ({'better'}, {'worse', 'equivalent'}) if claim.kind == 'better' else ({'equivalent'}, {'better', 'worse'})
-    said, decide = "can't tell", [r for r in mine if word(r) not in wanted]
-    if not decide:
-        said, decide = 'agrees', mine
-    elif any(word(r) in against for r in decide):
-        said, decide = 'disagrees', [r for r in decide if word(r) in against]
+    decide, said = mine, 'agrees'
+    if any(word(r) in against for r in mine):
+        decide, said = [r for r in mine if word(r) in against], 'disagrees'
+    elif any(word(r) not in wanted for r in mine):
+        decide, said = [r for r in mine if word(r) not in wanted], "can't tell"
     sign = -1 if rows[0]['metric'].endswith('MAE') else 1
     least = min(decide, key=lambda r: sign * r['difference'] if claim.kind == 'better' else -abs(r['difference']))
     return least, said if len(rows[0]['seeds'].split()) > 2 else "can't tell"
 
 
+def look_of(row):
+    """(data, mode, labels): which look a row of the study's tables is of."""
+    return row['data'], row['mode'], row['labels']
+
+
 def claims_command(a):
     """The papers' claims with their verdicts, as far as the study's tables in a folder go; and its figures."""
-    numbers, tables = ('n', 'difference', 'low', 'high', 'p_holm', 'detectable', 'mean'), {}
-    for f in sorted(Path(a.runs).glob('study_*_*.csv')):
-        with open(f, newline='') as file:
-            tables[f.stem] = [r | {k: float(r[k]) for k in numbers if r.get(k)} for r in csv.DictReader(file)]
+    numbers = ('n', 'difference', 'low', 'high', 'p_holm', 'detectable', 'mean')
+    tables = {f.stem: [r | {k: float(r[k]) for k in numbers if r.get(k)} for r in rows_in(f)] for f in sorted(Path(a.runs).glob('study_*_*.csv'))}
     found = []
     for claim in CLAIMS:
         rows = [r for r in tables.get(f'study_{claim.part}_pairs', ()) if r['family'] == claim.family]
         if not {claim.winner, *claim.others} <= {r[k] for r in rows for k in 'ab'}:
             continue
-        for at in dict.fromkeys((r['data'], r['mode'], r['labels']) for r in rows):
-            least, said = verdict(claim, [r for r in rows if (r['data'], r['mode'], r['labels']) == at])
-            found.append(dict(claim=claim.text, data=at[0], mode=at[1], labels=at[2], steps=least['steps'], n=int(least['n']), seeds=len(least['seeds'].split()), against=f'{least["a"]} - {least["b"]}',
-                              **{k: least[k] for k in ('difference', 'low', 'high')}, detectable=least['detectable'], verdict=said))
+        for at in dict.fromkeys(map(look_of, rows)):
+            least, said = verdict(claim, [r for r in rows if look_of(r) == at])
+            found.append(dict(claim=claim.text, data=at[0], mode=at[1], labels=at[2], steps=least['steps'], n=int(least['n']),
+                              seeds=len(least['seeds'].split()), against=f'{least["a"]} - {least["b"]}',
+                              **{k: least[k] for k in ('difference', 'low', 'high', 'detectable')}, verdict=said))
     if not found:
         raise Stop(f'no study_*_pairs.csv in {a.runs}: make them with python scaling.py study')
     out = Path(a.out or 'out')
@@ -2459,7 +2465,7 @@ def claims_command(a):
     print('| claim | data, mode, labels | records, seeds | difference that decides [95 %] | would be found from | verdict |\n|---|---|---|---|---|---|')
     for i, r in enumerate(found):
         again = i and found[i - 1]['claim'] == r['claim']
-        print(f'| {"" if again else r["claim"]} | {r["data"]}, {r["mode"]}, {r["labels"]} | {r["n"]:,}, {r["seeds"]} | {r["against"]} '
+        print(f'| {"" if again else r["claim"]} | {", ".join(look_of(r))} | {r["n"]:,}, {r["seeds"]} | {r["against"]} '
               f'{r["difference"]:+.3f} [{r["low"]:+.3f}, {r["high"]:+.3f}] | {r["detectable"]:.3f} | {r["verdict"]} |')
     draw_claims(found, out / 'claims.png')
     parts = [name for name in STUDY if f'study_{name}_arms' in tables]
@@ -2471,15 +2477,15 @@ def claims_command(a):
 def draw_claims(found, path):
     """Every claim's deciding difference with its interval, and the margin of equivalence."""
     fig, ax = figure(figsize=(9, .24 * len(found) + 1.3), layout='constrained')
-    colour = {'agrees': 'C2', 'disagrees': 'C3', "can't tell": 'C7'}
+    colours = {'agrees': 'C2', 'disagrees': 'C3', "can't tell": 'C7'}
     ax.axvspan(-.005, .005, color='C0', alpha=.15, lw=0)
     ax.axvline(0, color='k', lw=.8)
     for i, r in enumerate(reversed(found)):
-        ax.plot([r['low'], r['high']], [i, i], color=colour[r['verdict']])
-        ax.plot(r['difference'], i, 'o', ms=4, color=colour[r['verdict']])
-    ax.set_yticks(range(len(found)), [f'{r["claim"]}: {r["data"]}, {r["mode"]}, {r["labels"]}' for r in reversed(found)], fontsize=6)
-    for verdict_, c in colour.items():
-        ax.plot([], [], 'o-', color=c, label=verdict_)
+        ax.plot([r['low'], r['high']], [i, i], color=colours[r['verdict']])
+        ax.plot(r['difference'], i, 'o', ms=4, color=colours[r['verdict']])
+    ax.set_yticks(range(len(found)), [f'{r["claim"]}: {", ".join(look_of(r))}' for r in reversed(found)], fontsize=6)
+    for said, colour in colours.items():
+        ax.plot([], [], 'o-', color=colour, label=said)
     ax.legend(fontsize=7, loc='upper right')
     ax.set_ylim(-.7, len(found) - .3)
     fig.supxlabel('the difference that decides, the claimed winner minus the other, in macro AUROC; shaded: it would not matter', size=9)
@@ -2488,15 +2494,15 @@ def draw_claims(found, path):
 
 def draw_part(rows, path):
     """Macro AUROC of every arm of a part in each look, random encoders as bars."""
-    looks = list(dict.fromkeys((r['data'], r['mode'], r['labels']) for r in rows))
+    looks = list(dict.fromkeys(map(look_of, rows)))
     arms = [n for n in dict.fromkeys(r['arm'] for r in rows) if n in STUDY[rows[0]['part']].arms][::-1]
     last = list(dict.fromkeys(n.partition(' ')[2] for n in reversed(arms)))                  # levels of the second factor, if there is one
     fig, axes = figure(1, len(looks), figsize=(2.6 * len(looks) + 1, .27 * len(arms) + 1.2), layout='constrained', sharey=True, squeeze=False)
     for ax, at in zip(axes[0], looks):
-        mine = {r['arm']: r for r in rows if (r['data'], r['mode'], r['labels']) == at}
+        mine = {r['arm']: r for r in rows if look_of(r) == at}
         for i, arm in enumerate(arms):
             r, colour = mine[arm], f'C{last.index(arm.partition(" ")[2])}'
-            ax.plot([float(r['low']), float(r['high'])], [i, i], color=colour)
+            ax.plot([r['low'], r['high']], [i, i], color=colour)
             ax.plot(r['mean'], i, 'o', ms=4, color=colour)
             if r['minus_random']:
                 ax.plot(r['mean'] - float(r['minus_random'].split()[0]), i, '|', ms=9, color='k')
@@ -2506,20 +2512,6 @@ def draw_part(rows, path):
     axes[0, 0].set_ylim(-.6, len(arms) - .4)
     fig.supxlabel('macro AUROC; bar: random encoders of the same shape', size=9)
     fig.savefig(path, dpi=120)
-
-
-def study_flags(p):
-    """The flags of study."""
-    p.add_argument('part', nargs='*', help='default: all; ' + '; '.join(f'{k}: {v.question}' for k, v in STUDY.items()))
-    p.add_argument('--seeds', nargs='+', type=int, help='of pretraining (default: 0 to 5 for objectives, else 0 1 2)')
-    p.add_argument('--data', default='synthetic', help='to pretrain on where a part does not say; on a GPU synthetic@1000000')
-    p.add_argument('--size', default='tiny', choices=['tiny', 'small', 'base'])
-    p.add_argument('--steps', type=int, default=300, help='of pretraining')
-    p.add_argument('--batch', type=int, default=32)
-    p.add_argument('--jobs', type=int, help='processes (default: one per thread that torch has, 1 on CUDA)')
-    p.add_argument('--estimate', action='store_true', help='print what it would cost, make nothing')
-    p.add_argument('--device')
-    p.add_argument('--out', default='out/study')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2539,13 +2531,15 @@ def sweep_flags(p):
     p.add_argument('--records', nargs='+', type=number_or_all, default=[32, 100, 320, 1000, 'all'], help='numbers of pretraining (finetune: labelled) records')
     p.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='of corners and centre; all other points take the first')
     p.add_argument('--data', default='synthetic', help='prepared dataset to pretrain on')
-    p.add_argument('--ood', nargs='*', default=['shifted:findings', 'sample:super'], metavar='DATA:TASK', help='where linear probes are fitted; finetune takes the first')
+    p.add_argument('--ood', nargs='*', default=['shifted:findings', 'sample:super'], metavar='DATA:TASK',
+                   help='where linear probes are fitted; finetune takes the first')
     p.add_argument('--fixed', choices=['steps', 'epochs'], default='steps', help='what is the same for every number of records')
     p.add_argument('--steps', type=int, default=800, help='at most, if steps are fixed')
     p.add_argument('--epochs', type=float, default=20, help='at most, if epochs are fixed')
     p.add_argument('--batch', type=int, default=32)
     p.add_argument('--schedule', choices=['cosine', 'constant'], default='constant', help='constant: no evaluation is more annealed than another')
-    p.add_argument('--patience', type=int, default=3, help='evaluations, a factor of sqrt 2 in steps apart, without a better validation loss before a run stops')
+    p.add_argument('--patience', type=int, default=3,
+                   help='evaluations, a factor of sqrt 2 in steps apart, without a better validation loss before a run stops')
     p.add_argument('--lr', type=float, help='one rate for all (default: the best of three for each size)')
     p.add_argument('--lr-steps', type=int, default=150, help='of the runs that choose the rate')
     p.add_argument('--labels', default='findings+tail', help='labels: the label sets to draw from')
@@ -2554,6 +2548,20 @@ def sweep_flags(p):
     p.add_argument('--estimate', action='store_true', help='print what it would cost, train nothing')
     p.add_argument('--device')
     p.add_argument('--out', default='out/scaling')
+
+
+def study_flags(p):
+    """The flags of study."""
+    p.add_argument('part', nargs='*', help='default: all; ' + '; '.join(f'{k}: {v.question}' for k, v in STUDY.items()))
+    p.add_argument('--seeds', nargs='+', type=int, help='of pretraining (default: 0 to 5 for objectives, else 0 1 2)')
+    p.add_argument('--data', default='synthetic', help='to pretrain on where a part does not say; on a GPU synthetic@1000000')
+    p.add_argument('--size', default='tiny', choices=['tiny', 'small', 'base'])
+    p.add_argument('--steps', type=int, default=300, help='of pretraining')
+    p.add_argument('--batch', type=int, default=32)
+    p.add_argument('--jobs', type=int, help='processes (default: one per thread that torch has, 1 on CUDA)')
+    p.add_argument('--estimate', action='store_true', help='print what it would cost, make nothing')
+    p.add_argument('--device')
+    p.add_argument('--out', default='out/study')
 
 
 def huber_delta(text):
@@ -2565,8 +2573,37 @@ def huber_delta(text):
     return float(text)
 
 
-COMMANDS = {'sweep': sweep, 'study': study, 'claims': claims_command, 'fit': fit_command, 'allocate': allocate_command, 'transfer': transfer_command, 'overfit': overfit_command, 'labels': labels_command,
-            'winners': winners_command, 'loss-vs-error': error_command, 'simulate': simulate_command, 'published': published_command}
+def table_flags(p, name):
+    """The flags of the commands that read tables, by name, and of simulate."""
+    p.add_argument('--out', help='folder to write to (default: beside the CSV of runs; out/published; out)')
+    if name == 'claims':
+        p.add_argument('runs', nargs='?', default='assets/results', help="folder of the study's tables")
+    elif name not in ('simulate', 'published'):
+        p.add_argument('runs', help='CSV of runs, one row per evaluation')
+    if name in ('fit', 'allocate', 'transfer', 'overfit', 'labels', 'winners'):
+        p.add_argument('--loss', nargs='+', help='columns of losses (default: id_test and every ood_*_test)')
+    if name in ('fit', 'allocate', 'transfer', 'overfit', 'simulate'):
+        p.add_argument('--resamples', type=int, default=600, help='of the runs, for intervals')
+        p.add_argument('--delta', type=huber_delta, default=1e-3,
+                       help="of Huber's loss of log residuals, or mad: 1.345 normalised median absolute deviations")
+        p.add_argument('--seed', type=int, default=0)
+    if name == 'fit':
+        p.add_argument('--axis', choices=['joint', 'N', 'D'], default='joint', help='N or D: one exponent alone')
+    if name == 'overfit':
+        p.add_argument('--tolerance', type=float, nargs='+', default=[.1], help='shares of loss that too few records may cost')
+    if name == 'simulate':
+        p.add_argument('--studies', type=int, default=200)
+        p.add_argument('--levels', type=int, default=5, help='of N and of D')
+        p.add_argument('--seeds', type=int, default=3, help='runs per cell')
+        p.add_argument('--noise', type=float, default=.01, help='standard deviation of the log loss between runs')
+        p.add_argument('--truth', type=float, nargs=5, default=[.11, 6, 3, .35, .22], metavar=('E', 'A', 'B', 'alpha', 'beta'))
+
+
+COMMANDS = {'sweep': sweep, 'study': study, 'claims': claims_command, 'fit': fit_command, 'allocate': allocate_command, 'transfer': transfer_command,
+            'overfit': overfit_command, 'labels': labels_command, 'winners': winners_command, 'loss-vs-error': error_command,
+            'simulate': simulate_command, 'published': published_command}
+LIMITS = dict(resamples=(200, 100000), studies=(1, 100000), levels=(3, 50), noise=(1e-6, 1), seed=(0, 2 ** 31), tolerance=(1e-6, 1), records=(1, 1e12),
+              steps=(1, 1e9), epochs=(1e-3, 1e6), batch=(1, 65536), lr=(1e-9, 10), lr_steps=(1, 1e9), patience=(1, 1000), jobs=(1, 1024))
 
 
 def parse(argv=None):
@@ -2575,51 +2612,40 @@ def parse(argv=None):
     sub = p.add_subparsers(dest='command', metavar='COMMAND')
     for name, command in COMMANDS.items():
         q = sub.add_parser(name, help=command.__doc__.split('\n')[0].replace('%', '%%'), description=command.__doc__)
-        if name in ('sweep', 'study'):
-            (sweep_flags if name == 'sweep' else study_flags)(q)
-            continue
-        q.add_argument('--out', help='folder to write to (default: beside the CSV of runs; out/published; out)')
-        if name == 'published':
-            continue
-        if name != 'simulate':
-            q.add_argument('runs', **dict(nargs='?', default='assets/results', help="folder of the study's tables") if name == 'claims' else
-                           dict(help='CSV of runs, one row per evaluation'))
-        if name not in ('simulate', 'loss-vs-error', 'claims'):
-            q.add_argument('--loss', nargs='+', help='columns of losses (default: id_test and every ood_*_test)')
-        if name in ('fit', 'allocate', 'transfer', 'overfit', 'simulate'):
-            q.add_argument('--resamples', type=int, default=600, help='of the runs, for intervals')
-            q.add_argument('--delta', type=huber_delta, default=1e-3,
-                           help="of Huber's loss of log residuals, or mad: 1.345 normalised median absolute deviations")
-            q.add_argument('--seed', type=int, default=0)
-        if name == 'fit':
-            q.add_argument('--axis', choices=['joint', 'N', 'D'], default='joint', help='N or D: one exponent alone')
-        if name == 'overfit':
-            q.add_argument('--tolerance', type=float, nargs='+', default=[.1], help='shares of loss that too few records may cost')
-        if name == 'simulate':
-            q.add_argument('--studies', type=int, default=200)
-            q.add_argument('--levels', type=int, default=5, help='of N and of D')
-            q.add_argument('--seeds', type=int, default=3, help='runs per cell')
-            q.add_argument('--noise', type=float, default=.01, help='standard deviation of the log loss between runs')
-            q.add_argument('--truth', type=float, nargs=5, default=[.11, 6, 3, .35, .22], metavar=('E', 'A', 'B', 'alpha', 'beta'))
+        if name == 'sweep':
+            sweep_flags(q)
+        elif name == 'study':
+            study_flags(q)
+        else:
+            table_flags(q, name)
     a = p.parse_args(argv)
-    sweeping = a.command in ('sweep', 'study')
-    limits = dict(resamples=(200, 100000), studies=(1, 100000), levels=(3, 50), noise=(1e-6, 1), seed=(0, 2 ** 31), seeds=(0, 2 ** 31) if sweeping else (1, 100),
-                  tolerance=(1e-6, 1), records=(1, 1e12), steps=(1, 1e9), epochs=(1e-3, 1e6), batch=(1, 65536), lr=(1e-9, 10), lr_steps=(1, 1e9),
-                  patience=(1, 1000), jobs=(1, 1024))
-    for name, (low, high) in limits.items():
+    if not a.command:
+        return parse(['published'])
+    check(a)
+    return a
+
+
+def check(a):
+    """Raises Stop on arguments out of bounds, and where --out cannot be written to."""
+    seeds = (1, 100) if a.command == 'simulate' else (0, 2 ** 31)                            # there a number of them
+    for name, (low, high) in (LIMITS | dict(seeds=seeds)).items():
         given = getattr(a, name, None)
         for value in given if isinstance(given, list) else [given]:
             if value not in (None, 'all') and not low <= value <= high:
                 raise Stop(f'--{name.replace("_", "-")} {value} must lie between {low:g} and {high:g}')
-    if a.command == 'simulate' and not (0 <= a.truth[0] < math.inf and all(0 < v < math.inf for v in a.truth[1:3]) and all(LOW < v < HIGH for v in a.truth[3:])):
-        raise Stop(f'--truth takes E of 0 or more, A and B above 0, and alpha and beta between {LOW:g} and {HIGH:g}')
-    out = Path(getattr(a, 'out', None) or '.').absolute()
+    if a.command == 'simulate':
+        E, A, B, *exponents = a.truth
+        if not (0 <= E < math.inf and 0 < A < math.inf and 0 < B < math.inf and all(LOW < v < HIGH for v in exponents)):
+            raise Stop(f'--truth takes E of 0 or more, A and B above 0, and alpha and beta between {LOW:g} and {HIGH:g}')
+    out = Path(a.out or '.').absolute()
     there = next(p for p in (out, *out.parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise Stop(f'--out {out}: {there} is no folder that can be written to')
-    for family, size in itertools.product(a.family, a.size or ()) if a.command == 'sweep' else ():
-        sized(family, size)
-    return a if a.command else parse(['published'])
+    if a.command == 'sweep':
+        for family, size in itertools.product(a.family, a.size or ()):
+            sized(family, size)
+        if not a.ood and (a.kind == 'finetune' or set(MOVING) & set(a.objective)):
+            raise Stop(f'--ood names no data: by them finetune, and {", ".join(MOVING)}, whose targets move, are judged')
 
 
 def main(argv=None):

@@ -2,6 +2,7 @@
 import argparse
 import csv
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import scaling
 import train
 from data import Dataset, Stop
 from evaluate import Score
-from models import SIZES, Encoder, flops, sized
+from models import CHUNK, SIZES, Encoder, flops, net1d, sized
 from objectives import OBJECTIVES
 
 
@@ -41,12 +42,50 @@ def test_torchs_counter_counts_what_we_take_it_to():
     assert flops(lambda: torch.nn.BatchNorm1d(8)(torch.zeros(4, 8, 5))) == flops(lambda: torch.fft.rfft(torch.zeros(8, 64))) == 0
 
 
+def macs(c, T, beats=13, fft=False):
+    """Multiply-accumulates of one forward pass through an encoder of Config c, in closed form: (for each crop of T samples, once for a whole
+    batch), the latter the kernels of S4. beats: R-peaks in the crop, where they are the tokens. Norms, activations and biases are left out.
+    fft: S4's long convolution by FFTs of 2L, at 5/2 n log2 n real FLOPs each, as on CUDA and for S4D; else its chunks, as on a CPU."""
+    D, L, ways, N = c.dim, -(-T // 2), 1 if c.causal else 2, c.state
+    attention = lambda L, wide: c.layers * (4 * L * D * wide + 2 * L * L * wide + 2 * L * D * c.ffn)
+    stem = L * (3 * c.leads * D + 3 * D * D)
+    if c.backbone in ('s4', 's4d'):
+        if fft or c.backbone == 's4d' or N > 16:
+            transform = D * 5 / 2 * 2 * L * math.log2(2 * L) / 2
+            long, once = 2 * transform, ways * D * (N if c.backbone == 's4' else N // 2) * L + transform
+        else:
+            K = -(-L // CHUNK)
+            long = D * K * (CHUNK * CHUNK + 2 * ways * N * CHUNK + ways * N * N)
+            once = ways * D * N * (CHUNK * CHUNK + N * CHUNK)
+        return stem + c.layers * (long + 2 * L * D * D), c.layers * once
+    if c.backbone == 'transformer':
+        return stem + attention(L, D), 0
+    if c.backbone == 'net1d':
+        total = stem + L * 16 * D * (D // 8)
+        for b in net1d(D, c.layers, c.causal)[1:]:
+            i, o, gate = b.conv1.in_channels, b.conv1.out_channels, L if c.causal else 1
+            total += L * (i * o + 16 * o * (o // b.conv2.groups) + o * o) + 2 * gate * o * (o // 2)
+        return total, 0
+    if c.backbone == 'resnet':
+        widths = [round(D * i / c.layers) for i in range(1, c.layers + 1)]
+        total, length = 17 * T * c.leads * widths[0], T
+        for i, (a, b) in enumerate(zip(widths[:1] + widths, widths)):
+            short = -(-length // (4 if 0 < i < 5 else 1))
+            total += 17 * length * a * b + 17 * short * b * b + (a != b) * short * a * b
+            length = short
+        return total, 0
+    if c.backbone == 'beat':
+        return 3 * c.leads * beats * round(.96 * c.fs) * D + attention(1 + c.leads * beats, 64 * c.heads), 0
+    patch = round(.05 * c.fs)
+    return T // patch * c.leads * patch * D + attention(1 + T // patch, D), 0
+
+
 @pytest.mark.parametrize('backbone, size, causal', [(b, s, c) for b in SIZES for s in [*list(SIZES[b])[:2], next((s for s in SIZES[b] if 'x' in s), 'tiny')]
                                                     for c in ((True, False) if b in ('s4', 's4d', 'transformer', 'net1d') else (False,))])
 def test_analytic_macs_are_torchs(backbone, size, causal):
     e, (B, T) = Encoder(sized(backbone, size, causal)).eval(), (3, 1210 if backbone in ('resnet', 'beat', 'vit') else 610)
     batch = dict(x=torch.zeros(B, 12, T), peaks=torch.arange(100, 1100, 200).repeat(B, 1))
-    crop, once = scaling.macs(e.config, T, beats=5)
+    crop, once = macs(e.config, T, beats=5)
     with torch.no_grad():
         e(batch)                                                 # S4's dynamics are made once, for all batches to come
         assert flops(lambda: e(batch), fft=True) == pytest.approx(2 * (B * crop + once), rel=1e-6)            # an FFT's count is rounded
@@ -56,15 +95,15 @@ def test_the_fft_of_s4_is_counted():
     """Per channel one real FFT of 2L there and one back, and one of the kernel for the whole batch; a state over 16 takes that way on a CPU."""
     wide = replace(sized('s4', 'tiny', True), state=17)
     for c, fft in ((wide, False), (replace(wide, state=8), True)):
-        crop, once = scaling.macs(c, 600, fft=fft)
+        crop, once = macs(c, 600, fft=fft)
         linear, transform = 300 * (3 * 12 * 64 + 3 * 64 * 64 + 4 * 2 * 64 * 64), 4 * 64 * 2.5 * 600 * np.log2(600) / 2
         assert crop == pytest.approx(linear + 2 * transform) and once == pytest.approx(4 * 64 * c.state * 300 + transform)
     e, batch = Encoder(wide).eval(), dict(x=torch.zeros(3, 12, 600))
     with torch.no_grad():
         e(batch)
-        assert flops(lambda: e(batch), fft=True) == pytest.approx(2 * sum(np.multiply(scaling.macs(wide, 600), (3, 1))), rel=1e-6)
+        assert flops(lambda: e(batch), fft=True) == pytest.approx(2 * sum(np.multiply(macs(wide, 600), (3, 1))), rel=1e-6)
     assert flops(lambda: torch.fft.irfft(torch.fft.rfft(torch.zeros(5, 64))), fft=True) == 2 * 5 * 2.5 * 64 * 6
-    crop, _ = scaling.macs(replace(wide, state=8), 600)
+    crop, _ = macs(replace(wide, state=8), 600)
     assert crop - linear == 4 * 64 * 12 * (25 * 25 + 2 * 8 * 25 + 8 * 8)
 
 
@@ -78,7 +117,7 @@ def test_student_and_teacher_are_counted_apart(objective):
     with torch.no_grad():
         built(batch)
         student, extra = scaling.counted(built, batch)
-    crop, once = scaling.macs(encoder.config, T)
+    crop, once = macs(encoder.config, T)
     assert extra == (crop + once / 4 if objective == 'jepa' else 0)
     head = student - crop - (once / 4 if backbone != 'resnet' else 0)
     assert 0 < head < .6 * crop                                  # jepa's is deep; CMSC's two halves cost one whole but for the padding
@@ -99,6 +138,16 @@ def test_nested_subsets(here):
             ds.nested(rows, n, 0)
 
 
+def test_what_is_counted_lasts_the_window(here, monkeypatch):
+    """A crop of a record that is too short would begin before it."""
+    ds, drawn = Dataset('synthetic'), []
+    rows = ds.split()[0]
+    ds.length[rows[::2]] = 100
+    monkeypatch.setattr(ds, 'collate', lambda rows, starts, samples: drawn.extend(zip(rows, starts)) or dict(x=torch.zeros(1)))
+    scaling.first_batch(ds, argparse.Namespace(window=2.5), len(rows) // 2, 'cpu')
+    assert {r for r, _ in drawn} == set(rows[1::2]) and min(s for _, s in drawn) >= 0
+
+
 def test_the_grid_has_both_axes_and_replicates_its_corners():
     sizes, records = list('abcde'), [1, 2, 3, 4, 5]
     joint = scaling.grid('joint', sizes, records)
@@ -106,6 +155,18 @@ def test_the_grid_has_both_axes_and_replicates_its_corners():
     assert {(s, 5) for s in sizes} | {('c', r) for r in records} | {('a', 1), ('b', 2), ('d', 4), ('e', 1)} <= {p[:2] for p in joint}
     assert {p[:2] for p in joint if p[2]} == {('a', 1), ('a', 5), ('e', 1), ('e', 5), ('c', 3)}
     assert {p[:2] for p in scaling.grid('params', sizes, records)} | {p[:2] for p in scaling.grid('data', sizes, records)} <= {p[:2] for p in joint}
+
+
+def test_a_backbone_without_a_ladder_needs_sizes():
+    with pytest.raises(Stop, match='net1d has no ladder of sizes: name some with --size, of tiny'):
+        scaling.pairs(arguments('joint', '--family', 's4', 'net1d', '--objective', 'cpc'))
+    assert scaling.pairs(arguments('joint', '--family', 'net1d', '--objective', 'cpc', '--size', 'tiny')) == [('net1d', 'cpc', ['tiny'])]
+
+
+def test_only_supervised_is_swept_over_labels():
+    assert scaling.pairs(arguments('labels', '--size', '4x12')) == [('s4', 'supervised', ['4x12'])]
+    with pytest.raises(Stop, match='none of cpc runs on any of s4 with labels'):
+        scaling.pairs(arguments('labels', '--objective', 'cpc'))
 
 
 def test_ladder_and_patience():
@@ -165,14 +226,15 @@ def test_a_killed_run_goes_on_without_a_lost_or_doubled_row(here, monkeypatch, t
             with monkeypatch.context() as patch:
                 killed(patch, function, 2)
                 with pytest.raises(KeyboardInterrupt):
-                    scaling.legs(name, *run, a)
-            assert len(scaling.evaluations(tmp_path / out / 'runs' / name)) == 1
-        results.append([{k: v for k, v in r.items() if k != 'seconds'} for r in scaling.legs(name, *run, a)])
+                    scaling.run_one(name, *run, a)
+            assert len(scaling.rows_in(tmp_path / out / 'runs' / name / 'rows.csv')) == 1
+        results.append([{k: v for k, v in r.items() if k != 'seconds'} for r in scaling.run_one(name, *run, a)])
     assert results[0] == results[1] and [r['step'] for r in results[0]] == ['2', '4', '8']
     assert (tmp_path / 'broken/runs' / name / 'best/ckpt.pt').is_file()
     a.batch = 5
     (name, run), = scaling.plan(a, Dataset('synthetic'), {}).items()
-    assert 'begun with batch = 4' in scaling.run_one(name, *run, a, 1)
+    with pytest.raises(Stop, match='begun with batch = 4'):
+        scaling.run_one(name, *run, a)
 
 
 def test_a_sweep_end_to_end(here, tmp_path):
@@ -190,6 +252,17 @@ def test_a_sweep_end_to_end(here, tmp_path):
     scaling.main(['sweep', 'data', *flags])
     after = list(csv.DictReader(open(tmp_path / 'runs.csv')))
     assert len(after) == len({r['run'] for r in after}) == 6 and [r for r in after if r['D'] == '40'] == rows
+
+
+def test_an_estimate_is_timed_on_the_threads_of_one_process(here, monkeypatch, capsys):
+    threads, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(scaling, 'price', lambda *args: seen.append(torch.get_num_threads()) or (1., 1.))
+    torch.set_num_threads(4)
+    try:
+        scaling.main(['sweep', 'params', '--size', '4x12', '--records', '40', '--lr', '1e-2', '--ood', 'sample:super', '--jobs', '2', '--estimate'])
+        assert seen == [2, 2] and 'core-minutes (2 at a time)' in capsys.readouterr().out
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_labels_are_nested_and_anchored(here):
@@ -232,16 +305,49 @@ def test_nothing_of_the_test_folds_is_trained_on(here, tmp_path):
     a.records = [len(ds.split()[0])]
     (name, run), = scaling.plan(a, ds, {}).items()
     run[0].steps = 2
-    scaling.legs(name, *run, a)
+    scaling.run_one(name, *run, a)
     seen = scaling.load(Path(tmp_path, 'runs', name, 'ckpt.pt'))['patients']
     assert not set(seen) & set(ds.patient[np.concatenate(ds.split()[1:])])
+
+
+def test_what_is_trained_from_scratch_starts_alike_every_time(here, monkeypatch, tmp_path):
+    """Whether the score before it is trained, which draws, or is there already: else a sweep that goes on finds none in out/scores."""
+    a = arguments('finetune', '--records', 40, *TINY, '--out', tmp_path)
+    a.records, folder, began = [40], tmp_path / 'runs/x', []
+    t = scaling.settings(a, Dataset('synthetic'), 's4', 'cpc', '4x12', 40, 0)
+    t.steps = 1
+    train.train(t, folder / 'best')
+    scaling.write_csv(folder / 'rows.csv', [dict.fromkeys(('run', 'family', 'paradigm', 'objective', 'size', 'N', 'D', 'seed'), 0)])
+
+    def output(task, encoder, *rest):
+        began.append(encoder.state_dict())
+        torch.rand(len(began))
+        return np.full(task.y.shape, .5), None
+
+    monkeypatch.setattr(scaling.Task, 'output', output)
+    for _ in range(2):
+        assert [r['mode'] for r in scaling.finetune_one(folder, a)] == ['finetune', 'scratch']
+    for one, two in ((began[0], began[2]), (began[1], began[3])):
+        assert all(torch.equal(v, two[k]) for k, v in one.items())
+
+
+def test_the_estimate_of_fine_tuning_trains_nothing(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / 'runs/x'
+    (folder / 'best').mkdir(parents=True)
+    (folder / 'best/ckpt.pt').touch()
+    scaling.write_csv(folder / 'rows.csv', [dict(family='s4', objective='cpc', seed=0, D=40)])
+    a = arguments('finetune', '--records', 20, 40, '--out', tmp_path, '--estimate')
+    monkeypatch.setattr(scaling, 'run_all', None)
+    scaling.finetune(a)
+    assert '1 runs on 2 numbers of records' in capsys.readouterr().out and not (tmp_path / 'finetune.csv').exists()
 
 
 @pytest.mark.parametrize('flags, words', [
     (['--family', 'resnet', '--size', '3x24', '--objective', 'cpc'], 'none of cpc runs on any of resnet'), (['--records', '9999999'], 'must not exceed'),
     (['--ood', 'nothere:super'], 'no dataset'), (['--ood', 'sample:nothere'], "no task 'nothere'"),
     (['--steps', '0'], '--steps 0 must lie'), (['--size', '4x12', 'huge'], 'no size huge'), (['--records', '0', 'all'], '--records 0 must lie'),
-    (['--seeds', '-1'], '--seeds -1 must lie'), (['--jobs', '0'], '--jobs 0 must lie'), (['--lr', 'nan'], '--lr nan must lie')])
+    (['--seeds', '-1'], '--seeds -1 must lie'), (['--jobs', '0'], '--jobs 0 must lie'), (['--lr', 'nan'], '--lr nan must lie'),
+    (['--objective', 'jepa', '--ood'], '--ood names no data')])
 def test_bad_flags_are_one_line(here, tmp_path, flags, words):
     with pytest.raises(SystemExit, match=words) as stop:
         scaling.main(['sweep', 'params', '--size', '4x12', '--records', '20', '--seeds', '0', '--steps', '2', '--lr', '1e-2', '--batch', '4', '--jobs', '1',
@@ -249,9 +355,20 @@ def test_bad_flags_are_one_line(here, tmp_path, flags, words):
     assert '\n' not in str(stop.value)
 
 
+def test_what_stops_in_a_worker_does_not_stop_the_others(tmp_path):
+    a = argparse.Namespace(jobs=1, out=tmp_path)
+    (tmp_path / 'runs/x').mkdir(parents=True)
+    scaling.write_csv(tmp_path / 'runs/x/rows.csv', [dict(run='x')])
+    assert scaling.run_all({'fine': (scaling.ladder, (8,))}, a, '') == {'fine': [8]}
+    (tmp_path / 'runs.csv').unlink()
+    with pytest.raises(Stop, match='^1 of 2 runs stopped; the first: bad: no dataset'):
+        scaling.run_all({'bad': (scaling.ood, ('nothere', None)), 'fine': (scaling.ladder, (8,))}, a, '')
+    assert (tmp_path / 'runs.csv').exists()                      # what there is, is collected
+
+
 def test_workers_end_with_a_killed_sweep(tmp_path):
     (tmp_path / 'sleeper.py').write_text('''import argparse, os, time, scaling
-def work(threads):
+def work():
     open('pid.tmp', 'w').write(str(os.getpid()))
     os.rename('pid.tmp', 'pid')
     time.sleep(600)
@@ -283,7 +400,7 @@ def test_a_part_of_the_study_is_rebuilt(here, monkeypatch, capsys):
     scaling.main([*flags, '--estimate'])
     assert not Path('st').exists()
     (folder, t), *_ = scaling.study_runs('masking', scaling.parse(flags), 'cpu')['raw']
-    assert scaling.pretrain(folder, t, 1) is None
+    scaling.pretrain(folder, t)
     made = (folder / 'ckpt.pt').read_bytes()
     scaling.main(flags)
     assert '3 of 4 runs to make' in capsys.readouterr().out and (folder / 'ckpt.pt').read_bytes() == made
@@ -321,10 +438,28 @@ def test_codes_are_counted_without_backward(here):
         objective = OBJECTIVES[name](Encoder(sized('s4', 'tiny')), steps=4).eval()
         with torch.no_grad():
             student[name], extra = scaling.counted(objective, batch)
-        crop, once = scaling.macs(objective.encoder.config, 600)
+        crop, once = macs(objective.encoder.config, 600)
         assert extra == pytest.approx(crop + once / 4 + codes * 300 * 64)
     head = lambda out: 300 * 64 * out                            # the heads alone set the students apart: data2vec's and DinoSR's differ in their last map
     assert student['dinosr'] - student['data2vec'] == pytest.approx(head(512) - head(64))
+
+
+def test_codes_of_beats_are_counted_without_backward():
+    """A tokenizer's encoder, its map to 128 and its similarities to 50 codes; VQBeat's own, of real beats only."""
+    peaks = torch.full((4, 10), -1)
+    peaks[:2] = torch.arange(100, 2100, 200)                     # two of four records have any beat: padded to ten in each of 12 leads
+    batch, D = dict(x=torch.randn(4, 12, 2400), peaks=peaks), 32
+    tokenizer = OBJECTIVES['vqbeat'](Encoder(sized('beat', 'tiny')), codes=50).eval()
+    beats = OBJECTIVES['beats'](Encoder(sized('beat', 'tiny')), tokenizer=tokenizer).eval()
+    crop, _ = macs(tokenizer.encoder.config, 2400, beats=10)
+    with torch.no_grad():
+        student, extra = scaling.counted(beats, batch)
+        assert extra == crop + 121 * (D * D + D * 128) + 120 * 128 * 50
+        assert student == crop + D * 50 * 30                     # half of 120 beats in half of the records: what the head maps
+        student, extra = scaling.counted(tokenizer, batch)
+        assert extra == 60 * 128 * 50
+        head = 121 * (D * D + 2 * D * 128) + 120 * (D * D + D * tokenizer.encoder.stem.length)
+        assert student == crop + head + 2 * macs(replace(tokenizer.encoder.config, layers=1), 2400, beats=10)[0] - 2 * 3 * 12 * 10 * 230 * D
 
 
 def test_average_of_scores():
