@@ -2186,6 +2186,7 @@ OBJECTIVES_5, BACKBONES_3 = ('cpc', 'jepa', 'data2vec', 'dinosr', 'hubert'), ('s
 # by the probe on validation records 3e-2 is better here than the defaults, though targets nearly collapse (assets/results/rates_tiny.csv)
 FASTER = {'jepa transformer': ' --lr 3e-2', 'data2vec transformer': ' --lr 3e-2'}
 GRID = {f'{o} {b}': f'--objective {o} --backbone {b}' + FASTER.get(f'{o} {b}', '') for o, b in itertools.product(OBJECTIVES_5, BACKBONES_3)}
+CROSS = {arm: flags for arm, flags in GRID.items() if 'cpc' in arm or 's4' in arm}           # five objectives on S4, CPC on three backbones
 # a question, what arms differ in, {arm: train.py's flags}, where they are looked at: (data, mode, number of labels), and pretraining seeds
 Part = namedtuple('Part', 'question factors arms looks seeds', defaults=((0, 1, 2),))
 LINEAR = (('cohort', 'linear', 'all'), ('sample', 'linear', 'all'))
@@ -2194,10 +2195,9 @@ STUDY = {
     'objectives': Part('which objective, on S4, after equal steps?', ('objective',),
                        {o: f'--objective {o} --backbone s4' for o in OBJECTIVES_5}, LINEAR_4, (0, 1, 2, 3, 4, 5)),
     'grid': Part('which objective on which backbone, after equal steps?', ('objective', 'backbone'), GRID, LINEAR_4),
-    'modes': Part('the same, with attention pooling and with fine-tuning on 300 labels', ('objective', 'backbone'), GRID,
-                  (('cohort2000', 'frozen', 'all'), ('cohort2000', 'finetune', 300))),
-    'flops': Part('which objective on S4, and which backbone by CPC, after equal FLOPs?', ('objective', 'backbone'),
-                  {arm: flags for arm, flags in GRID.items() if 'cpc' in arm or 's4' in arm}, LINEAR),
+    'modes': Part('which objective on S4, and which backbone by CPC, with attention pooling and fine-tuned on 300 labels?', ('objective', 'backbone'),
+                  CROSS, (('cohort2000', 'frozen', 'all'), ('cohort2000', 'finetune', 300))),
+    'flops': Part('which objective on S4, and which backbone by CPC, after equal FLOPs?', ('objective', 'backbone'), CROSS, LINEAR),
     'records': Part('do more pretraining records help, at equal steps?', ('objective', 'records'),
                     {f'{o} {n}': f'--objective {o}' + (n != 'all') * f' --records {n}' for o, n in itertools.product(OBJECTIVES_5, ('100', 'all'))},
                     (*LINEAR, ('sequences', 'knn', 'all'))),
@@ -2396,12 +2396,12 @@ Claim = namedtuple('Claim', 'text part family winner others kind')
 CLAIMS = (Claim('CPC is the best objective, on S4', 'objectives', 'objective', 'cpc', OBJECTIVES_5[1:], 'better'),
           Claim('CPC is the best objective, on S4, equal FLOPs', 'flops', 'objective, s4', 'cpc', OBJECTIVES_5[1:], 'better'),
           Claim('CPC is the best objective, mean of backbones', 'grid', 'objective, mean', 'cpc', OBJECTIVES_5[1:], 'better'),
-          Claim('CPC is the best objective, mean of backbones, other modes', 'modes', 'objective, mean', 'cpc', OBJECTIVES_5[1:], 'better'),
+          Claim('CPC is the best objective, on S4, other modes', 'modes', 'objective, s4', 'cpc', OBJECTIVES_5[1:], 'better'),
           Claim('CPC is the best objective, on S4, real records, filtered', 'filtered', 'objective', 'cpc', OBJECTIVES_5[1:], 'better'),
           Claim('JEPA comes close to CPC, on S4', 'objectives', 'objective', 'cpc', ('jepa',), 'close'),
           Claim('S4 beats Transformer and CNN, mean of objectives', 'grid', 'backbone, mean', 's4', BACKBONES_3[1:], 'better'),
           Claim('the same of what pretraining adds to random weights', 'grid', 'gain by backbone, mean', 's4', BACKBONES_3[1:], 'better'),
-          Claim('S4 beats Transformer and CNN, mean of objectives, other modes', 'modes', 'backbone, mean', 's4', BACKBONES_3[1:], 'better'),
+          Claim('S4 beats Transformer and CNN, by CPC, other modes', 'modes', 'backbone, cpc', 's4', BACKBONES_3[1:], 'better'),
           Claim('S4 beats Transformer and CNN, by CPC, equal FLOPs', 'flops', 'backbone, cpc', 's4', BACKBONES_3[1:], 'better'),
           Claim('the same of what CPC adds to random weights, equal FLOPs', 'flops', 'gain by backbone, cpc', 's4', BACKBONES_3[1:], 'better'),
           Claim('all pretraining records help over 100, mean of objectives', 'records', 'records, mean', 'all', ('100',), 'better'),
@@ -2438,6 +2438,13 @@ def verdict(claim, rows):
     return least, said if len(rows[0]['seeds'].split()) > 2 else "can't tell"
 
 
+def ranked(rows):
+    """The levels of a family in one look, each with its rank as `compare` gives it: 1 + how many are better."""
+    beaten = [r['b'] if r['verdict'] == 'better' else r['a'] for r in rows if r['verdict'] in ('better', 'worse')]
+    ranks = {level: 1 + beaten.count(level) for level in dict.fromkeys(r[k] for k in 'ab' for r in rows)}
+    return ', '.join(f'{level} {ranks[level]}' for level in sorted(ranks, key=ranks.get))
+
+
 def look_of(row):
     """(data, mode, labels): which look a row of the study's tables is of."""
     return row['data'], row['mode'], row['labels']
@@ -2453,10 +2460,12 @@ def claims_command(a):
         if not {claim.winner, *claim.others} <= {r[k] for r in rows for k in 'ab'}:
             continue
         for at in dict.fromkeys(map(look_of, rows)):
-            least, said = verdict(claim, [r for r in rows if look_of(r) == at])
+            mine = [r for r in rows if look_of(r) == at]
+            least, said = verdict(claim, mine)
             found.append(dict(claim=claim.text, data=at[0], mode=at[1], labels=at[2], steps=least['steps'], n=int(least['n']),
                               seeds=len(least['seeds'].split()), against=f'{least["a"]} - {least["b"]}',
-                              **{k: least[k] for k in ('difference', 'low', 'high', 'detectable')}, verdict=said))
+                              **{k: least[k] for k in ('difference', 'low', 'high', 'detectable')}, verdict=said,
+                              part=claim.part, family=claim.family, ranks=ranked(mine)))
     if not found:
         raise Stop(f'no study_*_pairs.csv in {a.runs}: make them with python scaling.py study')
     out = Path(a.out or 'out')
@@ -2467,6 +2476,9 @@ def claims_command(a):
         again = i and found[i - 1]['claim'] == r['claim']
         print(f'| {"" if again else r["claim"]} | {", ".join(look_of(r))} | {r["n"]:,}, {r["seeds"]} | {r["against"]} '
               f'{r["difference"]:+.3f} [{r["low"]:+.3f}, {r["high"]:+.3f}] | {r["detectable"]:.3f} | {r["verdict"]} |')
+    print('\n| part: what is compared | data, mode, labels | ranks: 1 + how many are better |\n|---|---|---|')
+    for family, at, ranks in dict.fromkeys((f'{r["part"]}: {r["family"]}', ', '.join(look_of(r)), r['ranks']) for r in found):
+        print(f"| {family} | {at} | {ranks} |")
     draw_claims(found, out / 'claims.png')
     parts = [name for name in STUDY if f'study_{name}_arms' in tables]
     for name in parts:

@@ -19,7 +19,7 @@ from scipy.stats import norm
 import scaling
 import train
 from data import Dataset, Stop
-from evaluate import Score
+from evaluate import Score, compare
 from models import CHUNK, SIZES, Encoder, flops, net1d, sized
 from objectives import OBJECTIVES
 
@@ -500,6 +500,15 @@ def test_what_would_be_found():
         points, boot = levels[r['a']].difference(levels[r['b']])
         se = np.hypot(boot.std(), points.mean(1).std(ddof=1) / 60 ** .5)
         assert r['detectable'] == pytest.approx((norm.ppf(1 - .05 / 6) + norm.ppf(.8)) * se, rel=.05)
+
+
+def test_ranks_from_a_kept_table():
+    """As `compare` gives them: a and c are alike, b is behind both, d behind all."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, (400, 1)).astype(float)
+    levels = {n: Score([[rng.normal(size=y.shape) + k * y] for _ in range(9)], y, np.arange(400)) for n, k in zip('dcba', (0, 2, 1, 2))}
+    rows, ranks = compare(levels)
+    assert ranks == dict(a=1, b=3, c=1, d=4) and scaling.ranked(rows) == 'c 1, a 1, b 3, d 4'
 
 
 @pytest.mark.parametrize('kind, verdicts, said', [
