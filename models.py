@@ -64,23 +64,28 @@ class Stem(nn.Sequential):
 def legs(state):
     """HiPPO-LegS matrices A (N, N) and B (N,) in float64; the eigenvalues of A are -1 ... -N. (Gu et al. 2020, 2008.07669)"""
     n = torch.arange(state, dtype=torch.float64)
-    A = -torch.tril(torch.outer((2 * n + 1).sqrt(), (2 * n + 1).sqrt()), -1) - torch.diag(n + 1)
-    return A, (2 * n + 1).sqrt()
+    B = (2 * n + 1).sqrt()
+    A = -torch.tril(torch.outer(B, B), -1) - torch.diag(n + 1)
+    return A, B
 
 
 def discretise(log_dt, state):
     """Bilinear rule, one step size per channel: Abar (H, N, N) and Bbar (H, N) in float64."""
-    A, B = legs(state)
-    A, B, I = A.to(log_dt.device), B.to(log_dt.device), torch.eye(state, dtype=torch.float64, device=log_dt.device)
-    dt = log_dt.double().exp()[:, None, None]
+    A, B = (t.to(log_dt.device) for t in legs(state))
+    dt, I = log_dt.double().exp()[:, None, None], torch.eye(state).to(A)
     Abar = torch.linalg.solve(I - dt / 2 * A, I + dt / 2 * A)
     Bbar = torch.linalg.solve(I - dt / 2 * A, dt * B[:, None])[..., 0]
     return Abar, Bbar
 
 
+def ring(k):
+    """Kernels k (1 or 2, H, L) as one (H, 2 L) over the lags 0 ... L - 1, -L ... -1, which has room for what would wrap around."""
+    return F.pad(k[0], (0, k.shape[2])) if len(k) == 1 else torch.cat([k[0], k[1].flip(1)], 1)
+
+
 class Circular(torch.autograd.Function):
-    """u (H, B, L) with a kernel (H, 2L) that has room for what would wrap around: (H, B, L). Backward by real FFTs like forward,
-    where autograd would take complex ones of twice the work; not differentiable a second time."""
+    """u (H, B, L) with the `ring` of a kernel (H, 2 L): (H, B, L). Backward by real FFTs like forward, where autograd would take complex
+    ones of twice the work; not differentiable a second time."""
 
     @staticmethod
     def forward(ctx, u, kernel):
@@ -102,23 +107,18 @@ def convolve(u, k):
     k (1, H, L): y_t = sum_j k[0]_j u_{t-j}, which never looks ahead;
     k (2, H, L): plus sum_j k[1]_j u_{t+1+j}, the same looking back from the future, shifted by one so that lag 0 counts once.
     """
-    return Circular.apply(u, circular(k))
-
-
-def circular(k):
-    """Kernels k (1 or 2, H, L) as one (H, 2 L) over the lags 0 ... L - 1, -L ... -1, which has room for what would wrap around."""
-    return F.pad(k[0], (0, k.shape[2])) if len(k) == 1 else torch.cat([k[0], k[1].flip(1)], 1)
+    return Circular.apply(u, ring(k))
 
 
 def convolve_toeplitz(u, k):
     """The same convolution as one (L, L) matrix product a channel, in the dtype of u: L^2 work, all of it matrix products. u and result
     (H, B, L); k (1 or 2, H, L) as for `convolve`."""
     H, _, L = u.shape
-    turned = circular(k).to(u).repeat(1, L)[:, :L * (2 * L - 1)].view(H, L, 2 * L - 1)       # row j is turned by j: lag t - j in column t
+    turned = ring(k).to(u).repeat(1, L)[:, :L * (2 * L - 1)].view(H, L, 2 * L - 1)       # row j is turned by j: lag t - j in column t
     return u @ turned[..., :L]
 
 
-CHUNK = 25
+CHUNK = 25                                                       # tokens
 
 
 def convolve_chunks(u, C, parts):
@@ -149,9 +149,7 @@ def tied_dropout(x, p, training, dim):
     """Dropout with one decision per record and channel, shared by all tokens, which lie along `dim`."""
     if not training or not p:
         return x
-    shape = list(x.shape)
-    shape[dim] = 1
-    return x * F.dropout(x.new_ones(shape), p)
+    return x * F.dropout(x.new_ones(x.narrow(dim, 0, 1).shape), p)
 
 
 def drop_path(branch, p, training):
@@ -198,9 +196,9 @@ class S4(nn.Module):
         while len(powers) <= CHUNK:
             powers.append(Abar @ powers[-1])
         powers, basis = torch.stack(powers, -1), self.basis(CHUNK)[0]                        # (H, N, N, c + 1), (H, N, c)
-        lag = torch.arange(CHUNK, device=Abar.device) - torch.arange(CHUNK, device=Abar.device)[:, None]      # to l from j
+        token, ways = torch.arange(CHUNK, device=Abar.device), len(self.C)
+        lag = token - token[:, None]                             # (c, c): to a token (column) from another (row)
         pick = lambda lag: (basis[:, :, lag.clamp(min=0)] * (lag >= 0)).flatten(2)
-        ways = len(self.C)
         within = torch.stack([pick(lag), pick(-lag - 1)][:ways])
         into = torch.cat([basis.flip(2), basis][:ways], 1).transpose(1, 2)
         out_of = torch.stack([powers[..., 1:].flatten(2), powers[..., :-1].flip(3).flatten(2)][:ways])
@@ -276,8 +274,9 @@ def rotate(x):
 
 class TransformerBlock(nn.Module):
     """Pre-norm block: x + drop(attention(norm x)), then x + drop(ffn(norm x)), GELU. Its branch is the second one, the last before a
-    residual sum. 2605.12241: rotary positions. Beats and patches have learned ones; beats also heads of 64 and no bias in q, k, v. No dropout on the
-    attention weights (the papers' code has it): torch's fast kernel for the CPU has none, and the slow one takes four times as long."""
+    residual sum. 2605.12241: rotary positions. Beats and patches have learned ones; beats also heads of 64 and no bias in q, k, v. No
+    dropout on the attention weights (the papers' code has it): torch's fast kernel for the CPU has none, and the slow one takes four
+    times as long."""
 
     path = 0.
 
@@ -289,7 +288,8 @@ class TransformerBlock(nn.Module):
         self.out, self.wide, self.narrow = nn.Linear(wide, dim), nn.Linear(dim, ffn), nn.Linear(ffn, dim)
         for linear in (self.q, self.k, self.v, self.out, self.wide, self.narrow):
             nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias) if linear.bias is not None else None
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
 
     def attention(self, x, pad=None):
         split = lambda y: y.unflatten(2, (self.heads, -1)).transpose(1, 2)                   # (B, heads, L, size)
@@ -435,10 +435,10 @@ def cut_beats(x, peaks, length):
 class BeatStem(nn.Module):
     """One token per lead and heartbeat, lead by lead, after a CLS token: (B, leads, T) and R-peaks -> (B, 1 + leads P, dim).
 
-    A beat of .96 s is embedded by a convolution over three neighbouring beats of its lead (HeartLang's runs on into the next lead, so there a
-    record's tokens depend on the batch it comes in), then where (lead), when (second) and which (position)
-    are added. Up to 21 beats a record, the rest are left out (HeartLang leaves out trailing leads instead). keep (B, leads P) False: the
-    beat is zeroed before the convolution mixes neighbours, and a learned vector stands for it. pad: where a record has fewer beats."""
+    A beat of .96 s is embedded by a convolution over three neighbouring beats of its lead (HeartLang's runs on into the next lead, so
+    there a record's tokens depend on the batch it comes in), then where (lead), when (second) and which (position) are added. Up to 21
+    beats a record, the rest are left out (HeartLang leaves out trailing leads instead). keep (B, leads P) False: the beat is zeroed
+    before the convolution mixes neighbours, and a learned vector stands for it. pad: where a record has fewer beats."""
     most = 21
 
     def __init__(self, leads, dim, fs, dropout):
@@ -544,23 +544,27 @@ class Encoder(nn.Module):
         self.config, c = config, config
         self.dim, self.causal = c.dim, c.causal
         attention = lambda **how: [TransformerBlock(c.dim, c.ffn, c.heads, c.causal, c.dropout, **how) for _ in range(c.layers)]
-        if c.backbone == 'resnet':
+        if c.backbone in ('s4', 's4d'):
+            blocks = [S4Block(c.dim, c.state, c.causal, c.dropout, S4 if c.backbone == 's4' else S4D) for _ in range(c.layers)]
+            stem, rate, norm = Stem(c.leads, c.dim), c.fs / 2, nn.Identity()
+        elif c.backbone == 'transformer':
+            blocks = attention()
+            stem, rate, norm = Stem(c.leads, c.dim), c.fs / 2, nn.LayerNorm(c.dim)
+        elif c.backbone == 'net1d':
+            blocks = net1d(c.dim, c.layers, c.causal)
+            stem, rate, norm = Stem(c.leads, c.dim), c.fs / 2, nn.Identity()
+        elif c.backbone == 'resnet':
             blocks = resnet(c.dim, c.layers, c.dropout)
-            self.stem, self.tokens_per_second = ResNetStem(c.leads, blocks[0].conv1.in_channels), c.fs / 4 ** (min(c.layers, 5) - 1)
+            stem, rate, norm = ResNetStem(c.leads, blocks[0].conv1.in_channels), c.fs / 4 ** (min(c.layers, 5) - 1), Activate(c.dim, c.dropout)
         elif c.backbone == 'beat':
             blocks = attention(rotary=False, head=64, bias=False)
-            self.stem, self.tokens_per_second = BeatStem(c.leads, c.dim, c.fs, c.dropout), None
+            stem, rate, norm = BeatStem(c.leads, c.dim, c.fs, c.dropout), None, nn.LayerNorm(c.dim)
         elif c.backbone == 'vit':
             blocks = attention(rotary=False)
-            self.stem, self.tokens_per_second = PatchStem(c.leads, c.dim, c.fs), c.fs / round(.05 * c.fs)
+            stem, rate, norm = PatchStem(c.leads, c.dim, c.fs), c.fs / round(.05 * c.fs), nn.LayerNorm(c.dim)
         else:
-            blocks = {'s4': lambda: [S4Block(c.dim, c.state, c.causal, c.dropout) for _ in range(c.layers)],
-                      's4d': lambda: [S4Block(c.dim, c.state, c.causal, c.dropout, S4D) for _ in range(c.layers)],
-                      'transformer': attention, 'net1d': lambda: net1d(c.dim, c.layers, c.causal)}[c.backbone]()
-            self.stem, self.tokens_per_second = Stem(c.leads, c.dim), c.fs / 2
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = {'resnet': lambda: Activate(c.dim, c.dropout), 's4': nn.Identity, 's4d': nn.Identity,
-                     'net1d': nn.Identity}.get(c.backbone, lambda: nn.LayerNorm(c.dim))()
+            raise KeyError(c.backbone)
+        self.stem, self.tokens_per_second, self.blocks, self.norm = stem, rate, nn.ModuleList(blocks), norm
 
     def tokens(self, batch, keep=None):
         return self.stem(batch, keep)
@@ -595,12 +599,14 @@ def see_data(encoder, batches):
 def regularise(encoder, path=None, dropout=None):
     """Set an encoder's stochastic depth, which grows linearly from 0 at the first residual block to `path` at the last, and its dropout;
     None leaves what is there."""
-    blocks = [b for b in encoder.blocks if hasattr(b, 'path')]
-    for i, block in enumerate(blocks):
-        block.path = block.path if path is None else path * i / max(1, len(blocks) - 1)
-    for m in encoder.modules():
-        if dropout is not None and hasattr(m, 'p'):
-            m.p = dropout
+    if path is not None:
+        blocks = [b for b in encoder.blocks if hasattr(b, 'path')]
+        for i, block in enumerate(blocks):
+            block.path = path * i / max(1, len(blocks) - 1)
+    if dropout is not None:
+        for m in encoder.modules():
+            if hasattr(m, 'p'):
+                m.p = dropout
 
 
 # ---------------------------------------------------------------------------------------------------------------------
