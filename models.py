@@ -668,6 +668,13 @@ def pick_device(name=None):
     return device
 
 
+def now(device):
+    """The clock in s, read once the device has done what it was given."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def keep_heap():
     """Have glibc keep freed memory, large blocks too, for the next step rather than return it to the system, which would hand it back page by
     page: 6 % of a training step on a CPU. Does nothing elsewhere."""
@@ -726,7 +733,8 @@ def save(path, checkpoint):
         temporary.unlink(missing_ok=True)
         if isinstance(e, RuntimeError) and 'inline_container' not in str(e):                 # torch's writer, cut short, says so
             raise
-        raise SystemExit(f'{path} cannot be written ({getattr(e, "strerror", None) or "is the disk full?"}): make room; the one saved before, if any, is intact')
+        why = getattr(e, 'strerror', None) or 'is the disk full?'
+        raise SystemExit(f'{path} cannot be written ({why}): make room; the one saved before, if any, is intact')
 
 
 def load(path, device='cpu'):
@@ -788,42 +796,79 @@ def measure(encoder, seconds=10., batch=4):
     return count / 2, h.shape[1], 1e3 * min(times[1:]) / batch, field
 
 
-def time_convolutions(out, lengths=(75, 300, 1200, 7200), dim=512, tokens=9600, repeats=7):
+def time_convolutions(path, lengths=(75, 300, 1200, 7200), dim=512, tokens=9600, repeats=7):
     """Every way to convolve, forward and backward, measured in turn, medians; and its error, largest difference from float64 over the largest
-    value. `tokens` in all: 32 crops of 300. Printed, and written to `out`."""
-    device, rows = pick_device(), []
+    value. `tokens` in all: 32 crops of 300. Printed, and written to `path`."""
+    device, rows, half = pick_device(), [], torch.Tensor.bfloat16
     print(f'{dim} channels, {device}, {torch.get_num_threads()} threads: milliseconds forward and backward, largest error')
+
+    def milliseconds(way, u):
+        x, began = u.detach().requires_grad_(), now(device)
+        y = way(x)
+        y.backward(torch.ones_like(y))
+        return 1e3 * (now(device) - began)
+
     for L, causal in itertools.product(lengths, (True, False)):
         torch.manual_seed(0)
         s4, u = S4(dim, causal=causal).to(device), torch.randn(dim, max(1, tokens // L), L, device=device)
         exact = convolve(u[:8].double(), s4.double().kernel(L)[:, :8]).detach()
         s4.float()
         parts = s4.dynamics(s4.chunk_parts)
-        half = lambda y: y.bfloat16()
-        ways = {'fft': lambda u: convolve(u, s4.kernel(L)), 'chunks': lambda u: convolve_chunks(u, s4.C, parts),
+        ways = {'fft': lambda u: convolve(u, s4.kernel(L)),
+                'chunks': lambda u: convolve_chunks(u, s4.C, parts),
                 'chunks bf16': lambda u: convolve_chunks(half(u), half(s4.C), [half(part) for part in parts])}
         if L <= 300 or device.type == 'cuda' and L <= 1200:      # beyond that the (L, L) matrices take gigabytes
-            ways |= {'toeplitz': lambda u: convolve_toeplitz(u, s4.kernel(L)), 'toeplitz bf16': lambda u: convolve_toeplitz(half(u), s4.kernel(L))}
-
-        def step(way):
-            x = u.detach().requires_grad_()
-            began = time.perf_counter()
-            y = way(x)
-            y.backward(torch.ones_like(y))
-            torch.cuda.synchronize(device) if device.type == 'cuda' else None
-            return 1e3 * (time.perf_counter() - began)
-
-        times = [[step(way) for way in ways.values()] for _ in range(repeats + 2)][2:]
-        for name, way, ms in zip(ways, ways.values(), map(statistics.median, zip(*times))):
+            ways['toeplitz'] = lambda u: convolve_toeplitz(u, s4.kernel(L))
+            ways['toeplitz bf16'] = lambda u: convolve_toeplitz(half(u), s4.kernel(L))
+        times = [[milliseconds(way, u) for way in ways.values()] for _ in range(repeats + 2)][2:]
+        found = []
+        for (name, way), ms in zip(ways.items(), map(statistics.median, zip(*times))):
             error = ((way(u)[:8].detach() - exact).abs().max() / exact.abs().max()).item()
-            rows.append(dict(device=str(device), tokens=L, causal=causal, way=name, ms=round(ms, 2), error=f'{error:.1e}'))
-        print(f'{L:6d} tokens, {"causal       " if causal else "bidirectional"}  ' + ', '.join(f'{r["way"]} {r["ms"]:.1f} ms {r["error"]}' for r in rows[-len(ways):]), flush=True)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    with open(out, 'w', newline='') as f:
+            found.append(dict(device=str(device), tokens=L, causal=causal, way=name, ms=round(ms, 2), error=f'{error:.1e}'))
+        print(f'{L:6d} tokens, {"causal" if causal else "bidirectional":13s}  '
+              + ', '.join(f'{r["way"]} {r["ms"]:.1f} ms {r["error"]}' for r in found), flush=True)
+        rows += found
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'w', newline='') as f:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    print(out)
+    print(path)
+
+
+def print_encoders(size):
+    """A line for every encoder of that size, both ways where it can be causal: what `measure` finds."""
+    print('backbone     D x layers     stem    backbone    together     MMAC  tokens     step  receptive field of a token')
+    print('MACs, tokens and time of one training step (forward, backward) are per record of 10 s')
+    for backbone in [b for b, sizes in SIZES.items() if size in sizes]:
+        for causal in (True, False) if backbone in ('s4', 's4d', 'transformer', 'net1d') else (False,):
+            torch.manual_seed(0)
+            e = Encoder(sized(backbone, size, causal))
+            macs, tokens, ms, field = measure(e)
+            stem, both = parameters(e.stem), parameters(e)
+            print(f'{backbone:12s} {e.dim:5d} x {e.config.layers:2d} {stem:8,d} {both - stem:11,d} {both:11,d} {macs / 1e6:8.1f} {tokens:7,d} '
+                  f'{ms:5.1f} ms  {field}{", causal" if causal else ""}', flush=True)
+
+
+def draw_s4(path):
+    """Basis and kernels of three S4 channels, whose time scales lie a factor of 7 apart."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    torch.manual_seed(0)
+    layer = S4(8)
+    layer.log_dt.copy_(torch.linspace(math.log(1e-3), math.log(1e-1), 8))
+    basis, k = layer.basis(300)[0], layer.kernel(300)[0].detach()                            # (H, N, L), (H, L)
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout='constrained')
+    for h in (1, 4, 7):
+        axes[0].plot(basis[h].T, lw=.8, color=f'C{h}')
+        axes[1].plot(k[h] / k[h].abs().max(), color=f'C{h}', label=f'dt {layer.log_dt[h].exp():.3f}')
+    axes[0].set(title='basis: 8 filters per channel, three time scales', xlabel='lag in tokens (8.3 ms)')
+    axes[1].set(title='kernels: random mixes of them, scaled', xlabel='lag in tokens (8.3 ms)')
+    axes[1].legend()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=120)
+    print(path)
 
 
 def main():
@@ -838,35 +883,8 @@ def main():
         return time_convolutions('out/convolutions.csv')
     if not any(a.size in sizes for sizes in SIZES.values()):
         raise SystemExit(f'no backbone has size {a.size}: take ' + ', '.join(dict.fromkeys(s for sizes in SIZES.values() for s in sizes)))
-    print(f'{"backbone":12s} {"D x layers":>10s} {"stem":>8s} {"backbone":>11s} {"together":>11s} {"MMAC":>8s} {"tokens":>7s} {"step":>8s}  receptive field of a token'
-          '\nMACs, tokens and time of one training step (forward, backward) are per record of 10 s')
-    for backbone in SIZES:
-        for causal in (True, False) if backbone in ('s4', 's4d', 'transformer', 'net1d') else (False,):
-            if a.size not in SIZES[backbone]:
-                continue
-            torch.manual_seed(0)
-            e = Encoder(sized(backbone, a.size, causal))
-            macs, tokens, ms, field = measure(e)
-            stem, both = parameters(e.stem), parameters(e)
-            print(f'{backbone:12s} {e.dim:5d} x {e.config.layers:2d} {stem:8,d} {both - stem:11,d} {both:11,d} {macs / 1e6:8.1f} {tokens:7,d} '
-                  f'{ms:5.1f} ms  {field}{", causal" if causal else ""}', flush=True)
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    torch.manual_seed(0)
-    layer = S4(8)
-    layer.log_dt.copy_(torch.linspace(math.log(1e-3), math.log(1e-1), 8))
-    fig, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout='constrained')
-    k = layer.kernel(300)[0].detach()
-    for h in (1, 4, 7):
-        axes[0].plot(layer.basis(300)[0][h].T, lw=.8, color=f'C{h}')
-        axes[1].plot(k[h] / k[h].abs().max(), color=f'C{h}', label=f'dt {layer.log_dt[h].exp():.3f}')
-    axes[0].set(title='basis: 8 filters per channel, three time scales', xlabel='lag in tokens (8.3 ms)')
-    axes[1].set(title='kernels: random mixes of them, scaled', xlabel='lag in tokens (8.3 ms)')
-    axes[1].legend()
-    Path(a.out).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(a.out, dpi=120)
-    print(a.out)
+    print_encoders(a.size)
+    draw_s4(a.out)
 
 
 if __name__ == '__main__':
