@@ -669,8 +669,10 @@ def released_input(x):
 def draw(row, path):
     """What each objective sees (white), hides (grey) and predicts (red), on lead II of record `row` of the sample, as a figure at `path`. Masks
     of blocks and spans come from the objectives' own code."""
-    from data import Dataset, figure
+    from data import Dataset, Stop, figure
     ds = Dataset('sample')
+    if not 0 <= row < len(ds):
+        raise Stop(f'--record {row}: the sample has records 0 to {len(ds) - 1}')
     torch.manual_seed(0)
     long, short = ds.collate([row], [0], 2400), ds.collate([row], [0], 600)
     encoder = Encoder(sized('s4', 'tiny'))
