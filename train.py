@@ -40,7 +40,8 @@ def knobs():
                    help='tiny, small, base, released, or a rung of a ladder such as 5x320 (resnet) or 6x512 (beat); python models.py shows them')
     g.add_argument('--layers', type=int, help="of the backbone (default: the size's)")
     g.add_argument('--data', default='synthetic', help='prepared dataset, or several joined by commas; their training folds are used')
-    g.add_argument('--records', type=int, help='how many of the training records: whole patients in an order drawn from the seed, so that smaller sets lie in larger ones')
+    g.add_argument('--records', type=int,
+                   help='how many of the training records: whole patients in an order drawn from the seed, so that smaller sets lie in larger ones')
     g.add_argument('--window', type=float, help="crop in s (default: the objective's)")
     g = p.add_argument_group("the objective's own", 'each for the objectives that have it, see python objectives.py --pairs; its default otherwise')
     g.add_argument('--span-ms', type=float, help='length of masked spans in ms (83)')
@@ -77,8 +78,36 @@ def knobs():
     g.add_argument('--probe-every', type=int, default=200, help='steps; 0: no online probe')
     g.add_argument('--probe-records', type=int, default=600, help='training records of the online probe')
     g.add_argument('--compile', action='store_true', help="torch.compile the encoder's stem and blocks: minutes at the start, for long runs on a GPU")
-    g.add_argument('--benchmark', nargs='?', const='one', metavar='WHAT', help='train nothing, time training steps: of --objective, of the one named here, of all; or growth')
+    g.add_argument('--benchmark', nargs='?', const='one', metavar='WHAT',
+                   help='train nothing, time training steps: of --objective, of the one named here, of all; or growth')
     return p
+
+
+def flag(name):
+    """A setting's name as it is typed."""
+    return '--' + name.replace('_', '-')
+
+
+def check(a):
+    """Refuse numbers that no run can have."""
+    if a.benchmark not in (None, 'one', 'all', 'growth', *OBJECTIVES):
+        raise Stop(f'--benchmark {a.benchmark}: take all, growth, or one of {", ".join(OBJECTIVES)}')
+    for name in ('steps', 'batch', 'layers', 'records', 'log_every', 'save_every'):
+        if getattr(a, name) is not None and getattr(a, name) < 1:
+            raise Stop(f'{flag(name)} must be 1 or more')
+    for name in ('lr', 'clip', 'window', 'span_ms', 'half_life', 'codes', 'horizon', 'negatives', 'probe_records', 'hide', 'momentum'):
+        value, most = getattr(a, name), 1 if name in ('hide', 'momentum') else math.inf
+        if value is not None and not 0 < value < most:
+            raise Stop(f'{flag(name)} {value:g} must lie between 0 and {most}')
+    for name in ('seed', 'weight_decay', 'probe_every', 'focal'):
+        if not 0 <= (getattr(a, name) or 0) < 2 ** 31:
+            raise Stop(f'{flag(name)} {getattr(a, name)} must not be negative, nor absurdly large')
+    if a.window is not None and a.window < .5:
+        raise Stop(f'--window {a.window} must be 0.5 s or more')
+    if a.backbone == 'net1d' and a.layers and a.layers < 7:
+        raise Stop('net1d has seven stages: --layers must be 7 or more')
+    if a.layers == 1 and a.objective in ('data2vec', 'dinosr'):
+        raise Stop(f'{a.objective} takes its targets from the last two layers: --layers must be 2 or more')
 
 
 def run_folder(a):
@@ -105,24 +134,22 @@ def run_folder(a):
     return out
 
 
-OPTIONS = ('span_ms', 'hide', 'raw_target', 'target_norm', 'half_life', 'momentum', 'teacher_mode', 'horizon', 'negatives', 'codes', 'tokenizer', 'task', 'focal')
-
-
 def settle(a):
     """Fill in what the objective decides, and refuse what it does not have."""
     kind = OBJECTIVES[a.objective]
     a.backbone = a.backbone or next(iter(kind.backbones))
     if a.backbone not in kind.backbones:
         raise Stop(f'{a.objective} does not run on {a.backbone}: take {", ".join(kind.backbones)}')
-    for name in OPTIONS:
+    for name in dict.fromkeys(o for other in OBJECTIVES.values() for o in other.options):
         if getattr(a, name) is not None and name not in kind.options:
-            raise Stop(f'{a.objective} has no --{name.replace("_", "-")}: it takes ' + (', '.join('--' + o.replace('_', '-') for o in kind.options) or 'no flag of its own'))
+            raise Stop(f'{a.objective} has no {flag(name)}: it takes {", ".join(map(flag, kind.options)) or "no flag of its own"}')
     if unknown := set(a.as_released) - set(kind.released):
         raise Stop(f'--as_released {",".join(sorted(unknown))}: of {a.objective} there is {",".join(kind.released) or "nothing"} to switch')
     if a.objective == 'beats' and not (a.tokenizer or a.benchmark):
         raise Stop('beats predicts the codes of a vqbeat: train one with python train.py --objective vqbeat --out out/vq, then add --tokenizer out/vq')
     a.lr = a.lr or (3e-3 if 'lr' in a.as_released else kind.backbones[a.backbone])
-    a.window = a.window or max(kind.window, 10 if a.backbone in ('resnet', 'beat', 'vit') else 0)             # these are made for whole records
+    whole = a.backbone in ('resnet', 'beat', 'vit')              # made for whole records
+    a.window = a.window or (10 if whole else kind.window)
     sized(a.backbone, a.size)                                    # stops at a size that the backbone lacks
 
 
@@ -136,7 +163,7 @@ def resume(out, a, given):
         raise Stop(f'{out}/ckpt.pt is no checkpoint of train.py: nothing to resume')
     for k, v in checkpoint['args'].items():
         if given.get(k, v) != v:
-            raise Stop(f'{out} was started with --{k.replace("_", "-")} {v}: --resume goes on as begun, leave the flag out')
+            raise Stop(f'{out} was started with {flag(k)} {v}: --resume goes on as begun, leave the flag out')
         setattr(a, k, v)
     return checkpoint
 
@@ -165,14 +192,16 @@ def online_probe(encoder, ds, samples, device, most):
 
 def draw_loss(rows, path):
     """Loss, accuracy or other health, and online probe over the steps."""
-    panels = ['loss', *list(rows[0])[4:-5], 'probe']
-    panels = [p for p in panels if p != 'chance']
+    state = list(rows[0])[4:-5]                                  # after step, lr, loss, gradient; before alarm, probe, seconds, speed, device
+    panels = ['loss', *(name for name in state if name != 'chance'), 'probe']
     fig, axes = figure(2, -(-len(panels) // 2), figsize=(2.1 * len(panels), 6), layout='constrained')
-    series = lambda name: [(int(r['step']), float(r[name])) for r in rows if r[name] not in ('', None) and math.isfinite(float(r[name]))]
+
+    points = lambda name: [(r['step'], r[name]) for r in rows if r[name] != '' and math.isfinite(r[name])]
     for ax, name in zip(axes.flat, panels):
-        ax.plot(*zip(*series(name)), marker='o' if name == 'probe' else '') if series(name) else None
+        if points(name):
+            ax.plot(*zip(*points(name)), marker='o' if name == 'probe' else '')
         if name == 'accuracy':
-            ax.plot(*zip(*series('chance')), ls=':', color='C7', label='chance')
+            ax.plot(*zip(*points('chance')), ls=':', color='C7', label='chance')
             ax.legend()
         ax.set(xlabel='step', title=name)
     for ax in axes.flat[len(panels):]:
@@ -200,7 +229,10 @@ def build(a, fs, columns=(), tokenizer=None, batches=()):
     a copy of it, and with the statistics of a layer that has seen nothing its features would hardly depend on the signal."""
     kind = OBJECTIVES[a.objective]
     options = {k: getattr(a, k) for k in kind.options if getattr(a, k) is not None and k not in ('task', 'tokenizer')}
-    options |= {'supervised': dict(columns=columns), 'beats': dict(tokenizer=tokenizer)}.get(a.objective, {})
+    if a.objective == 'supervised':
+        options['columns'] = columns
+    if a.objective == 'beats':
+        options['tokenizer'] = tokenizer
     if 'ema' in kind.released:                                   # the rates (lr) and the input (norm) are switched in this file
         options['released'] = a.as_released
     encoder = Encoder(sized(a.backbone, a.size, kind.causal, fs, a.layers))
@@ -208,8 +240,9 @@ def build(a, fs, columns=(), tokenizer=None, batches=()):
         with torch.random.fork_rng(devices=[]):
             see_data(encoder, batches)
     objective = kind(encoder, steps=a.steps, **options)
-    for block in (encoder.stem, *encoder.blocks) if a.compile else ():
-        block.compile()                                          # at its first call, and not the teacher's copy
+    if a.compile:
+        for block in (encoder.stem, *encoder.blocks):
+            block.compile()                                      # at its first call, and not the teacher's copy
     return objective
 
 
@@ -221,30 +254,36 @@ def optimiser_groups(objective, a):
     middle = nn.ModuleDict({'blocks': e.blocks, 'norm': e.norm})
     if hasattr(objective, 'hidden'):
         middle.register_parameter('hidden', objective.hidden)
-    return [g for part, rate in ((objective.head, a.lr), (middle, a.lr / 10), (e.stem, a.lr / 100)) for g in groups(part, rate, a.weight_decay)]
+    parts = (objective.head, a.lr), (middle, a.lr / 10), (e.stem, a.lr / 100)
+    return [g for part, rate in parts for g in groups(part, rate, a.weight_decay)]
 
 
 def describe(a, ds, device, objective, records, short, out):
-    """Print what follows from the arguments and the data."""
-    encoder = objective.encoder
-    print(f'{a.objective} on {a.backbone} {a.size}: stem {parameters(encoder.stem):,} + backbone {parameters(encoder) - parameters(encoder.stem):,} '
-          f'+ head {parameters(objective) - parameters(encoder):,} parameters, {"causal" if encoder.causal else "bidirectional"}')
+    """Print what follows from the arguments and the data. records: how many are trained on; short: how many are too short for a crop."""
+    encoder, contract = objective.encoder, ds.contract
+    stem, whole, everything = parameters(encoder.stem), parameters(encoder), parameters(objective)
+    print(f'{a.objective} on {a.backbone} {a.size}: stem {stem:,} + backbone {whole - stem:,} + head {everything - whole:,} parameters, '
+          + ('causal' if encoder.causal else 'bidirectional'))
     if hasattr(objective, 'teacher'):
-        print(f'teacher: momentum {(m := objective.teacher.momentum):.6f}' + (f', half-life {math.log(.5) / math.log(m):.0f} steps' if m < 1 else ', it never moves')
-              + f', {objective.teacher.mode} mode' + (f'; spans of {objective.span} tokens' if hasattr(objective, 'span') else ''))
-    print(f'{a.data}: {records:,} training records' + (f' ({short:,} too short)' if short else '') + f', {a.window} s crops of {round(a.window * ds.contract.fs)} samples '
-          f'at {ds.contract.fs} Hz, {ds.contract.unit}, filter {ds.contract.filter}' + (f'; as released: {", ".join(a.as_released)}' if a.as_released else ''))
+        m, spans = objective.teacher.momentum, f'; spans of {objective.span} tokens' if hasattr(objective, 'span') else ''
+        pace = f'half-life {math.log(.5) / math.log(m):.0f} steps' if m < 1 else 'it never moves'
+        print(f'teacher: momentum {m:.6f}, {pace}, {objective.teacher.mode} mode{spans}')
+    left_out = f' ({short:,} too short)' if short else ''
+    released = f'; as released: {", ".join(a.as_released)}' if a.as_released else ''
+    print(f'{a.data}: {records:,} training records{left_out}, {a.window} s crops of {round(a.window * contract.fs)} samples '
+          f'at {contract.fs} Hz, {contract.unit}, filter {contract.filter}{released}')
     print(f'{a.steps:,} steps of {a.batch} crops = {a.steps * a.batch / records:.1f} epochs on {device}, '
           f'{"bf16 products, fp32 convolution" if device.type == "cuda" else "fp32"}, lr {a.lr:g}; writing to {out}/')
 
 
 def distribute(objective):
     """The objective under DistributedDataParallel. Of all processes: the gradient, the mean of their gradients. Of each process alone: negatives
-    (CMSC's among its crops), Sinkhorn's balance, BatchNorm's statistics, the mean over what is masked or known. Of the first process: buffers, sent to all
-    before every step, that is running statistics and the codebooks of dinosr, hubert and vqbeat, which learn from its crops alone."""
-    still = [name for name, _ in objective.named_buffers() if name.endswith('log_dt')]       # never change; sending them would void what S4 derived from them
+    (CMSC's among its crops), Sinkhorn's balance, BatchNorm's statistics, the mean over what is masked or known. Of the first process: buffers,
+    sent to all before every step, that is running statistics and the codebooks of dinosr, hubert and vqbeat, which learn from its crops alone."""
+    # these never change, and sending them would void what S4 derived from them
+    still = [name for name, _ in objective.named_buffers() if name.endswith('log_dt')]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, still)
-    return nn.parallel.DistributedDataParallel(objective, static_graph=True)                 # static: the same parameters are without use at every step
+    return nn.parallel.DistributedDataParallel(objective, static_graph=True)                 # static: the same ones are without use at every step
 
 
 def join(a):
@@ -255,14 +294,16 @@ def join(a):
     if a.batch % world:
         raise Stop(f'--batch {a.batch} is for all processes together: take a multiple of {world}')
     a.device = f'cuda:{os.environ["LOCAL_RANK"]}' if cuda else 'cpu'
-    torch.cuda.set_device(a.device) if cuda else None
+    if cuda:
+        torch.cuda.set_device(a.device)
     dist.init_process_group('nccl' if cuda else 'gloo')
     if dist.get_rank():
         sys.stdout = open(os.devnull, 'w')
 
 
 def ahead(fetch, steps, patience=300.):
-    """(step, fetch(step)) for each of the steps; a thread prepares the next batch while this one is used. Stops where none comes for `patience` s."""
+    """(step, fetch(step)) for each of the steps; a thread prepares the next batch while this one is used. Stops where none comes for
+    `patience` s."""
     made, left = queue.Queue(1), threading.Event()
 
     def put(thing):
@@ -297,6 +338,46 @@ def ahead(fetch, steps, patience=300.):
         thread.join(1.)
 
 
+def trainable(a, ds):
+    """Rows of the training records that last a crop, and how many do not."""
+    rows = ds.split()[0]
+    long = ds.length[rows] >= round(a.window * ds.contract.fs)
+    if not long.any():
+        raise Stop(f'no training record of {a.data} lasts {a.window} s: prepare longer ones or lower --window')
+    return rows[long], int((~long).sum())
+
+
+def label_columns(a, ds, rows):
+    """Columns of the labels that supervised learns. Stops where they are not yes or no, or there are none for some class."""
+    a.task = a.task or first_task(ds)
+    columns = ds.columns(a.task)
+    y = np.array(ds.labels[:, columns])[rows]
+    binary = np.isin(y, (0, 1))
+    if not binary.any(0).all() or (np.isfinite(y) & ~binary).any():
+        raise Stop(f'task {a.task} of {a.data}: supervised training needs yes/no labels, some for every class')
+    return columns
+
+
+def clear(out):
+    """Make the run folder, without what a run that --force overwrites left in it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise Stop(f'{out} cannot be made ({e.strerror}): take another --out')
+    for pattern in ('log.csv', 'results_*', 'loss.png', 'labels*.png', 'pca_*.png'):
+        for old in out.glob(pattern):
+            old.unlink()
+
+
+def conclude(a, out, log):
+    """Draw a finished run's log, and say whether it looked healthy and what to do with it."""
+    draw_loss(log, out / 'loss.png')
+    late = log[len(log) // 4:]
+    if alarms := [r['alarm'] for r in late if r['alarm']]:
+        print(f'! {len(alarms)} of the last {len(late)} logged steps raised an alarm ({alarms[-1]}): the features have likely collapsed')
+    print(f'{out}: ckpt.pt, log.csv, loss.png; evaluate it with python evaluate.py {out}' + ('' if a.data == 'synthetic' else f' --data {a.data}'))
+
+
 EXPLODED = 1e6                                                   # norm of a gradient; in healthy runs it stayed below 200
 
 
@@ -310,36 +391,35 @@ def train(a, out, checkpoint=None, until=None):
     ds = Dataset(a.data, device)
     if world > 1 and not rank:
         dist.barrier()
+
+    # what it learns from
     samples, seen = round(a.window * ds.contract.fs), a.window / getattr(OBJECTIVES[a.objective], 'views', 1)
-    rows = ds.split()[0]
-    short = int((ds.length[rows] < samples).sum())
-    rows = rows[ds.length[rows] >= samples]
+    rows, short = trainable(a, ds)
     if a.records:
         rows = ds.nested(rows, a.records, a.seed)
-    if not len(rows):
-        raise Stop(f'no training record of {a.data} lasts {a.window} s: prepare longer ones or lower --window')
     if a.backbone == 'beat' and not ds.peak_count[rows].any():
         raise Stop(f'{a.data} has no R-peaks: prepare it without --no-peaks')
-    columns, tokenizer, patients = [], None, {str(p) for p in [*ds.patient[rows], *ds.id[rows]]}
-    if a.objective == 'supervised':
-        a.task = a.task or first_task(ds)
-        columns = ds.columns(a.task)
-        if not np.isin(y := np.array(ds.labels[:, columns])[rows], (0, 1)).any(0).all() or (np.isfinite(y) & ~np.isin(y, (0, 1))).any():
-            raise Stop(f'task {a.task} of {a.data}: supervised training needs yes/no labels, some for every class')
+    columns = label_columns(a, ds, rows) if a.objective == 'supervised' else []
+    tokenizer, patients = None, {str(p) for p in [*ds.patient[rows], *ds.id[rows]]}
     if a.objective == 'beats':
         tokenizer, source = load_tokenizer(a.tokenizer, ds.contract)
         patients |= set(source['patients'])
 
     def fetch(step, size=a.batch, share=(rank, world)):
         batch = to_device(ds.batch(rows, samples, size, a.seed, step, share), device)
-        return {**batch, 'x': released_input(batch['x'])} if 'norm' in a.as_released else batch
+        if 'norm' in a.as_released:
+            batch['x'] = released_input(batch['x'])
+        return batch
 
+    # objective and optimiser, fresh or where they were
     torch.manual_seed(a.seed)
-    shown = [] if checkpoint else [to_device(fetch(step, min(32, len(rows)), (0, 1)), 'cpu') for step in range(8)]      # a checkpoint's BatchNorm has seen them
+    shown = []
+    if not checkpoint:                                           # a checkpoint's BatchNorm has seen them
+        shown = [to_device(fetch(step, min(32, len(rows)), (0, 1)), 'cpu') for step in range(8)]
     objective = build(a, ds.contract.fs, columns, tokenizer, shown).to(device)
     if a.objective == 'cpc' and objective.horizon >= samples / ds.contract.fs * objective.encoder.tokens_per_second:
         raise Stop(f'{a.window} s at {ds.contract.fs} Hz are no more tokens than the horizon, {objective.horizon}: lower --horizon or raise --window')
-    encoder, config, learned = objective.encoder, objective.encoder.config, [p for p in objective.parameters() if p.requires_grad]
+    encoder, learned = objective.encoder, [p for p in objective.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(optimiser_groups(objective, a), lr=a.lr, fused=device.type == 'cuda')
     first, log, seconds = 0, [], 0.
     if checkpoint:
@@ -354,12 +434,11 @@ def train(a, out, checkpoint=None, until=None):
     if checkpoint:
         print(f'resuming at step {first:,}' if first < a.steps else f'already finished: all {first:,} steps were done')
     print(f'{"step":>7s} {"seconds":>8s} {"loss":>8s} {"gradient":>8s}  health and online probe; ! is an alarm')
-
     parallel = distribute(objective) if world > 1 else objective
 
     def keep(step):
         save(out / 'ckpt.pt', dict(
-            objective=a.objective, config=asdict(config), encoder=encoder.state_dict(), state=objective.state_dict(),
+            objective=a.objective, config=asdict(encoder.config), encoder=encoder.state_dict(), state=objective.state_dict(),
             optimiser=optimiser.state_dict(), step=step, seed=a.seed, world=world, contract=asdict(replace(ds.contract, window=seen)), data=a.data,
             dataset=ds.hash, patients=sorted(patients), command=' '.join(sys.argv), log=log,
             args={k: v for k, v in vars(a).items() if k not in ('out', 'resume', 'force', 'benchmark', 'device', 'compile')},
@@ -367,19 +446,17 @@ def train(a, out, checkpoint=None, until=None):
 
     began = time.time()
     if not checkpoint and not rank:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise Stop(f'{out} cannot be made ({e.strerror}): take another --out')
-        for old in (f for pattern in ('log.csv', 'results_*', 'loss.png', 'labels*.png', 'pca_*.png') for f in out.glob(pattern)):
-            old.unlink()                                         # of the run that --force overwrites
+        clear(out)
         keep(0)
+    pace, clip = dict(schedule=a.schedule), a.clip
+    if 'lr' in a.as_released:
+        pace, clip = dict(schedule='constant', warmup=0.), math.inf
     stop, broken = min(until or a.steps, a.steps), torch.tensor(-1, device=device)
     for step, batch in ahead(fetch, range(first, stop)):
         objective.train()
         torch.manual_seed(((a.seed * 1_000_003 + step) * world + rank) % 2 ** 63)            # dropout and negatives of this step and process
         for group in optimiser.param_groups:
-            group['lr'] = learning_rate(step, a.steps, group['peak'], *(('constant', 0.) if 'lr' in a.as_released else (a.schedule,)))
+            group['lr'] = learning_rate(step, a.steps, group['peak'], **pace)
         last, saving = step + 1 == a.steps, step + 1 == stop or (step + 1) % a.save_every == 0
         probing = a.probe_every and (last or step == 0 or (step + 1) % a.probe_every == 0)
         logging = last or step % a.log_every == 0 or probing
@@ -388,7 +465,7 @@ def train(a, out, checkpoint=None, until=None):
         with precision(device):
             loss, logs = parallel(batch)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(learned, math.inf if 'lr' in a.as_released else a.clip)
+        norm = torch.nn.utils.clip_grad_norm_(learned, clip)
         broken = torch.where((broken < 0) & ~(loss.detach().isfinite() & (norm < EXPLODED)), step, broken)
         if (device.type == 'cpu' or logging or saving) and broken >= 0:                      # on a GPU to ask is to wait
             if not rank:
@@ -402,20 +479,20 @@ def train(a, out, checkpoint=None, until=None):
         # log, probe, keep
         if logging and not rank:
             probe = online_probe(encoder, ds, round(seen * ds.contract.fs), device, a.probe_records) if probing else ''
-            spent, (state, alarm) = seconds + time.time() - began, health(logs)
+            spent, (state, alarm) = time.time() - began, health(logs)
             log.append(dict(step=step, lr=optimiser.param_groups[0]['lr'], loss=loss.item(), gradient=norm.item(), **state, alarm=alarm, probe=probe,
-                            seconds=round(spent, 2), crops_per_second=round((step + 1 - first) * a.batch / (time.time() - began), 1), device=str(device)))
-            print(f'{step:7,d} {spent:8.1f} {loss.item():8.4f} {norm.item():8.3f}  ' + ' '.join(f'{k} {v:.3g}' for k, v in state.items())
-                  + ('' if not probing else f'  probe AUROC {probe:.3f}' if math.isfinite(probe) else '  no probe: too few labelled records') + (f'  ! {alarm}' if alarm else ''), flush=True)
+                            seconds=round(seconds + spent, 2), crops_per_second=round((step + 1 - first) * a.batch / spent, 1), device=str(device)))
+            notes = [' '.join(f'{k} {v:.3g}' for k, v in state.items())]
+            if probing:
+                notes.append(f'probe AUROC {probe:.3f}' if math.isfinite(probe) else 'no probe: too few labelled records')
+            if alarm:
+                notes.append(f'! {alarm}')
+            print(f'{step:7,d} {seconds + spent:8.1f} {loss.item():8.4f} {norm.item():8.3f}', *notes, sep='  ', flush=True)
         if saving and not rank:
             keep(step + 1)
             write_csv(out / 'log.csv', log)
-    if stop < a.steps or rank:
-        return objective
-    draw_loss(log, out / 'loss.png')
-    if late := [r for r in log[len(log) // 4:] if r['alarm']]:
-        print(f'! {len(late)} of the last {len(log) - len(log) // 4} logged steps raised an alarm ({late[-1]["alarm"]}): the features have likely collapsed')
-    print(f'{out}: ckpt.pt, log.csv, loss.png; evaluate it with python evaluate.py {out}' + ('' if a.data == 'synthetic' else f' --data {a.data}'))
+    if stop == a.steps and not rank:
+        conclude(a, out, log)
     return objective
 
 
@@ -633,24 +710,7 @@ def main(argv=None):
     keep_heap()
     parser = knobs()
     a = parser.parse_args(argv)
-    if a.benchmark not in (None, 'one', 'all', 'growth', *OBJECTIVES):
-        raise Stop(f'--benchmark {a.benchmark}: take all, growth, or one of {", ".join(OBJECTIVES)}')
-    for name in ('steps', 'batch', 'layers', 'records', 'log_every', 'save_every'):
-        if getattr(a, name) is not None and getattr(a, name) < 1:
-            raise Stop(f'--{name.replace("_", "-")} must be 1 or more')
-    for name in ('lr', 'clip', 'window', 'span_ms', 'half_life', 'codes', 'horizon', 'negatives', 'probe_records', 'hide', 'momentum'):
-        value, most = getattr(a, name), 1 if name in ('hide', 'momentum') else math.inf
-        if value is not None and not 0 < value < most:
-            raise Stop(f'--{name.replace("_", "-")} {value:g} must lie between 0 and {most}')
-    for name in ('seed', 'weight_decay', 'probe_every', 'focal'):
-        if not 0 <= (getattr(a, name) or 0) < 2 ** 31:
-            raise Stop(f'--{name.replace("_", "-")} {getattr(a, name)} must not be negative, nor absurdly large')
-    if a.window is not None and a.window < .5:
-        raise Stop(f'--window {a.window} must be 0.5 s or more')
-    if a.backbone == 'net1d' and a.layers and a.layers < 7:
-        raise Stop('net1d has seven stages: --layers must be 7 or more')
-    if a.layers == 1 and a.objective in ('data2vec', 'dinosr'):
-        raise Stop(f'{a.objective} takes its targets from the last two layers: --layers must be 2 or more')
+    check(a)
     checkpoint = None
     if a.resume:
         typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(a))))        # what stands there already gets no default
