@@ -675,6 +675,13 @@ def now(device):
     return time.perf_counter()
 
 
+def seconds(work, device):
+    """How long work() takes on the device."""
+    began = now(device)
+    work()
+    return now(device) - began
+
+
 def keep_heap():
     """Have glibc keep freed memory, large blocks too, for the next step rather than return it to the system, which would hand it back page by
     page: 6 % of a training step on a CPU. Does nothing elsewhere."""
@@ -770,13 +777,13 @@ def flops(work, fft=False):
     return counter.get_total_flops()
 
 
-def measure(encoder, seconds=10., batch=4):
-    """What an encoder costs and sees: forward MACs per record, tokens, milliseconds of a training step per record, receptive field as
-    text. MACs are matrix products and convolutions as torch counts them; FFTs and what is done element by element are left out."""
-    fs = encoder.config.fs
-    T = round(seconds * fs)
-    x = torch.randn(batch, encoder.config.leads, T)
-    peaks = torch.arange(round(fs), T - round(fs), round(.8 * fs)).repeat(batch, 1)          # 75 beats a minute
+def measure(encoder):
+    """What an encoder costs and sees, on records of 10 s: forward MACs per record, tokens, milliseconds of a training step per record,
+    receptive field as text. MACs are matrix products and convolutions as torch counts them; FFTs and what is done element by element are
+    left out."""
+    fs, T = encoder.config.fs, round(10 * encoder.config.fs)
+    x = torch.randn(4, encoder.config.leads, T)
+    peaks = torch.arange(round(fs), T - round(fs), round(.8 * fs)).repeat(4, 1)              # 75 beats a minute
     encoder.eval()
     with torch.no_grad():
         count = flops(lambda: encoder(dict(x=x[:1], peaks=peaks[:1])))
@@ -785,15 +792,11 @@ def measure(encoder, seconds=10., batch=4):
     h[0, h.shape[1] // 2].square().sum().backward()
     seen = torch.nonzero(one.grad[0].abs().amax(0) > 0)[:, 0] - T * (h.shape[1] // 2) / h.shape[1]
     past, future = max(0, -seen[0].item()) / fs, max(0, seen[-1].item()) / fs
-    wide = lambda s: 'all' if s > .45 * seconds else f'{1e3 * s:.0f} ms'
+    wide = lambda s: 'all' if s > 4.5 else f'{1e3 * s:.0f} ms'
     field = 'by attention, all' if encoder.config.backbone == 'beat' else f'{wide(past)} back, {wide(future)} ahead'
     encoder.train()
-    times = []
-    for _ in range(4):
-        began = time.perf_counter()
-        pool(*encoder(dict(x=x, peaks=peaks))).square().sum().backward()
-        times.append(time.perf_counter() - began)
-    return count / 2, h.shape[1], 1e3 * min(times[1:]) / batch, field
+    times = [seconds(lambda: pool(*encoder(dict(x=x, peaks=peaks))).square().sum().backward(), x.device) for _ in range(4)]
+    return count / 2, h.shape[1], 1e3 * min(times[1:]) / 4, field
 
 
 def time_convolutions(path, lengths=(75, 300, 1200, 7200), dim=512, tokens=9600, repeats=7):
@@ -802,11 +805,9 @@ def time_convolutions(path, lengths=(75, 300, 1200, 7200), dim=512, tokens=9600,
     device, rows, half = pick_device(), [], torch.Tensor.bfloat16
     print(f'{dim} channels, {device}, {torch.get_num_threads()} threads: milliseconds forward and backward, largest error')
 
-    def milliseconds(way, u):
-        x, began = u.detach().requires_grad_(), now(device)
-        y = way(x)
+    def both(way, u):
+        y = way(u.detach().requires_grad_())
         y.backward(torch.ones_like(y))
-        return 1e3 * (now(device) - began)
 
     for L, causal in itertools.product(lengths, (True, False)):
         torch.manual_seed(0)
@@ -820,11 +821,11 @@ def time_convolutions(path, lengths=(75, 300, 1200, 7200), dim=512, tokens=9600,
         if L <= 300 or device.type == 'cuda' and L <= 1200:      # beyond that the (L, L) matrices take gigabytes
             ways['toeplitz'] = lambda u: convolve_toeplitz(u, s4.kernel(L))
             ways['toeplitz bf16'] = lambda u: convolve_toeplitz(half(u), s4.kernel(L))
-        times = [[milliseconds(way, u) for way in ways.values()] for _ in range(repeats + 2)][2:]
+        times = [[seconds(lambda: both(way, u), device) for way in ways.values()] for _ in range(repeats + 2)][2:]
         found = []
-        for (name, way), ms in zip(ways.items(), map(statistics.median, zip(*times))):
+        for (name, way), each in zip(ways.items(), zip(*times)):
             error = ((way(u)[:8].detach() - exact).abs().max() / exact.abs().max()).item()
-            found.append(dict(device=str(device), tokens=L, causal=causal, way=name, ms=round(ms, 2), error=f'{error:.1e}'))
+            found.append(dict(device=str(device), tokens=L, causal=causal, way=name, ms=round(1e3 * statistics.median(each), 2), error=f'{error:.1e}'))
         print(f'{L:6d} tokens, {"causal" if causal else "bidirectional":13s}  '
               + ', '.join(f'{r["way"]} {r["ms"]:.1f} ms {r["error"]}' for r in found), flush=True)
         rows += found

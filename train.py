@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_leaves
 
 from data import Contract, Dataset, Stop, figure, peak_memory, script
 from evaluate import auroc, embed, first_task, linear_probe, macro, write_csv
-from models import SIZES, Config, Encoder, flops, groups, keep_heap, learning_rate, load, parameters, pick_device, precision, save, see_data, sized, to_device
+from models import (SIZES, Config, Encoder, flops, groups, keep_heap, learning_rate, load, now, parameters, pick_device, precision, save, seconds,
+                    see_data, sized, to_device)
 from objectives import OBJECTIVES, VQBeat, health, released_input
 
 
@@ -168,21 +169,26 @@ def resume(out, a, given):
     return checkpoint
 
 
+def yes_no(y):
+    """Which columns of labels y (n, K) hold 0, 1 and NaN, and not NaN alone: (K,) bool."""
+    answer = np.isin(y, (0, 1))
+    return answer.any(0) & (answer | np.isnan(y)).all(0)
+
+
 def online_probe(encoder, ds, samples, device, most):
     """Macro AUROC of a linear probe fitted on up to `most` training records and scored on half as many validation records, first crops.
     A rough gauge of progress; NaN where there are no labels."""
     train, val, _ = ds.split()
     columns = next((c for t, c in ds.tasks.items() if t != 'tail'), [])
     rows = []
-    for part, count in ((train, most), (val, most // 2)):
+    for part, count in (train, most), (val, most // 2):
         part = part[ds.length[part] >= samples]
         rows.append(part[np.isfinite(np.array(ds.labels[part][:, columns])).any(1)][:count])
-    train, val = rows
-    if len(train) < 20 or len(val) < 20:
+    if min(map(len, rows)) < 20:
         return math.nan
-    rows, n = np.concatenate(rows), len(train)
+    n, rows = len(rows[0]), np.concatenate(rows)
     y = np.array(ds.labels[rows][:, columns])
-    y = y[:, np.isin(y, (0, 1)).any(0) & (np.isin(y, (0, 1)) | np.isnan(y)).all(0)]          # yes/no labels only
+    y = y[:, yes_no(y)]
     if not y.shape[1]:
         return math.nan
     X, at = embed(encoder, ds, rows, samples, device, 'probe', first=True), np.arange(len(rows))
@@ -351,9 +357,7 @@ def label_columns(a, ds, rows):
     """Columns of the labels that supervised learns. Stops where they are not yes or no, or there are none for some class."""
     a.task = a.task or first_task(ds)
     columns = ds.columns(a.task)
-    y = np.array(ds.labels[:, columns])[rows]
-    binary = np.isin(y, (0, 1))
-    if not binary.any(0).all() or (np.isfinite(y) & ~binary).any():
+    if not yes_no(np.array(ds.labels[:, columns])[rows]).all():
         raise Stop(f'task {a.task} of {a.data}: supervised training needs yes/no labels, some for every class')
     return columns
 
@@ -421,11 +425,11 @@ def train(a, out, checkpoint=None, until=None):
         raise Stop(f'{a.window} s at {ds.contract.fs} Hz are no more tokens than the horizon, {objective.horizon}: lower --horizon or raise --window')
     encoder, learned = objective.encoder, [p for p in objective.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(optimiser_groups(objective, a), lr=a.lr, fused=device.type == 'cuda')
-    first, log, seconds = 0, [], 0.
+    first, log, before = 0, [], 0.
     if checkpoint:
         objective.load_state_dict(checkpoint['state'], strict=True)
         optimiser.load_state_dict(checkpoint['optimiser'])
-        first, log, seconds = checkpoint['step'], checkpoint['log'], checkpoint['seconds']
+        first, log, before = checkpoint['step'], checkpoint['log'], checkpoint['seconds']
         if checkpoint.get('world', 1) != world:                  # each draws its own negatives, masks and dropout
             raise Stop(f'{out} was begun with {checkpoint.get("world", 1)} processes, not {world}: go on with as many')
         if checkpoint['dataset'] != ds.hash:
@@ -442,7 +446,7 @@ def train(a, out, checkpoint=None, until=None):
             optimiser=optimiser.state_dict(), step=step, seed=a.seed, world=world, contract=asdict(replace(ds.contract, window=seen)), data=a.data,
             dataset=ds.hash, patients=sorted(patients), command=' '.join(sys.argv), log=log,
             args={k: v for k, v in vars(a).items() if k not in ('out', 'resume', 'force', 'benchmark', 'device', 'compile')},
-            seconds=seconds + time.time() - began))
+            seconds=before + time.time() - began))
 
     began = time.time()
     if not checkpoint and not rank:
@@ -470,8 +474,9 @@ def train(a, out, checkpoint=None, until=None):
         if (device.type == 'cpu' or logging or saving) and broken >= 0:                      # on a GPU to ask is to wait
             if not rank:
                 torch.save(fetch(broken.item(), share=(0, 1)), out / 'bad_batch.pt')
-            raise Stop(f'at step {broken.item()} the loss or its gradient was not finite, or the norm of the gradient above {EXPLODED:g} (at step {step}: loss '
-                       f'{loss.item():g}, norm {norm.item():g}): its batch is in {out}/bad_batch.pt, the last good state in ckpt.pt; lower --lr and start again')
+            raise Stop(f'at step {broken.item()} the loss or its gradient was not finite, or the norm of the gradient above {EXPLODED:g} '
+                       f'(at step {step}: loss {loss.item():g}, norm {norm.item():g}): its batch is in {out}/bad_batch.pt, '
+                       'the last good state in ckpt.pt; lower --lr and start again')
         optimiser.step()
         optimiser.zero_grad()
         objective.after_step(step)
@@ -481,13 +486,13 @@ def train(a, out, checkpoint=None, until=None):
             probe = online_probe(encoder, ds, round(seen * ds.contract.fs), device, a.probe_records) if probing else ''
             spent, (state, alarm) = time.time() - began, health(logs)
             log.append(dict(step=step, lr=optimiser.param_groups[0]['lr'], loss=loss.item(), gradient=norm.item(), **state, alarm=alarm, probe=probe,
-                            seconds=round(seconds + spent, 2), crops_per_second=round((step + 1 - first) * a.batch / spent, 1), device=str(device)))
+                            seconds=round(before + spent, 2), crops_per_second=round((step + 1 - first) * a.batch / spent, 1), device=str(device)))
             notes = [' '.join(f'{k} {v:.3g}' for k, v in state.items())]
             if probing:
                 notes.append(f'probe AUROC {probe:.3f}' if math.isfinite(probe) else 'no probe: too few labelled records')
             if alarm:
                 notes.append(f'! {alarm}')
-            print(f'{step:7,d} {seconds + spent:8.1f} {loss.item():8.4f} {norm.item():8.3f}', *notes, sep='  ', flush=True)
+            print(f'{step:7,d} {before + spent:8.1f} {loss.item():8.4f} {norm.item():8.3f}', *notes, sep='  ', flush=True)
         if saving and not rank:
             keep(step + 1)
             write_csv(out / 'log.csv', log)
@@ -515,6 +520,24 @@ class Traffic(TorchDispatchMode):
         return out
 
 
+def reference(device):
+    """What the machine can do: a large product, the FLOPs of it, a large copy, the bytes it reads and writes."""
+    size = dict(device=device, dtype=torch.bfloat16 if device.type == 'cuda' else torch.float32)
+    left, right, result = torch.randn(9600, 512, **size), torch.randn(512, 1024, **size), torch.empty(9600, 1024, **size)
+    here, there = torch.empty(2, 2 ** 26, dtype=torch.uint8, device=device)                  # 64 MiB each: more than a cache holds
+    times = 50 if device.type == 'cuda' else 1                   # on a GPU one is over before it is launched
+
+    def product():
+        for _ in range(times):
+            torch.mm(left, right, out=result)
+
+    def copy():
+        for _ in range(times):
+            here.copy_(there)
+
+    return product, times * 2 * 9600 * 512 * 1024, copy, times * 2 * here.nbytes
+
+
 PARTS = ('data', 'stem', 'backbone', 'teacher', 'objective', 'backward', 'optimiser')
 
 
@@ -523,28 +546,24 @@ def bench(a, repeats=7):
     products at the product's rate; its traffic, what all other operations read and write, at the copy's."""
     device = pick_device(a.device)
     ds = Dataset(a.data, device)
-    T, rows, columns = round(a.window * ds.contract.fs), ds.split()[0], range(min(24, len(ds.label_names)))
-    if not len(rows := rows[ds.length[rows] >= T]):
-        raise Stop(f'no training record of {a.data} lasts {a.window} s')
+    rows, _ = trainable(a, ds)
     torch.manual_seed(0)
     tokenizer = VQBeat(Encoder(sized('beat', a.size, fs=ds.contract.fs))) if a.objective == 'beats' else None
-    objective = build(a, ds.contract.fs, columns, tokenizer).to(device)
+    objective = build(a, ds.contract.fs, range(min(24, len(ds.label_names))), tokenizer).to(device)
     optimiser = torch.optim.AdamW(optimiser_groups(objective, a), fused=device.type == 'cuda')
-    encoder, learned = objective.encoder, [p for p in objective.parameters() if p.requires_grad]
-
-    def now():
-        torch.cuda.synchronize(device) if device.type == 'cuda' else None
-        return time.perf_counter()
-
-    spent = dict.fromkeys(PARTS, 0.)
+    learned, spent = [p for p in objective.parameters() if p.requires_grad], {}
 
     def timed(part, work):
+        """The same work, whose time is added to that of the part."""
         def run(*args):
-            began = now()
+            began = now(device)
             out = work(*args)
-            spent[part] += now() - began
+            spent[part] += now(device) - began
             return out
         return run
+
+    def fetch():
+        return to_device(ds.batch(rows, round(a.window * ds.contract.fs), a.batch, 0, 0), device)
 
     def forward(batch):
         with precision(device):
@@ -556,40 +575,33 @@ def bench(a, repeats=7):
         optimiser.zero_grad()
         objective.after_step(0)
 
-    fetch = lambda: to_device(ds.batch(rows, T, a.batch, 0, 0), device)
-
     def step(watch=lambda part, work: work, batch=None):
-        loss = watch('objective', forward)(batch or watch('data', fetch)())
+        batch = batch or watch('data', fetch)()
+        loss = watch('objective', forward)(batch)
         watch('backward', loss.backward)()
         watch('optimiser', update)()
 
-    def watched():                                               # to wait between the parts costs a GPU time: a step of its own
+    inner = {'stem': (objective.encoder, 'tokens'), 'backbone': (objective.encoder, 'backbone')}
+    if hasattr(objective, 'teacher'):
+        inner['teacher'] = objective.teacher, 'forward'
+
+    def watched():                                               # a step of its own, since to wait between the parts costs a GPU time
         spent.update(dict.fromkeys(PARTS, 0.))
-        inner = [(encoder, 'tokens', 'stem'), (encoder, 'backbone', 'backbone'), *([(objective.teacher, 'forward', 'teacher')] if hasattr(objective, 'teacher') else ())]
-        for owner, name, part in inner:
+        for part, (owner, name) in inner.items():
             setattr(owner, name, timed(part, getattr(owner, name)))
         step(timed)
-        for owner, name, _ in inner:
+        for owner, name in inner.values():
             delattr(owner, name)
         spent['objective'] -= spent['stem'] + spent['backbone'] + spent['teacher']           # which ran inside
         return [spent[part] for part in PARTS]
 
-    def seconds(work):
-        began = now()
-        work()
-        return now() - began
-
     for _ in range(2):                                           # the first one may also seed a codebook, and grows the heap
         step()
     memory = torch.cuda.max_memory_allocated(device) / 2 ** 20 if device.type == 'cuda' else peak_memory()
-    size = dict(device=device, dtype=torch.bfloat16 if device.type == 'cuda' else torch.float32)
-    left, right, product_ = torch.randn(9600, 512, **size), torch.randn(512, 1024, **size), torch.empty(9600, 1024, **size)
-    here, there = torch.empty(2, 2 ** 26, dtype=torch.uint8, device=device)                  # 64 MiB each: more than a cache holds
-    many = range(50 if device.type == 'cuda' else 1)             # on a GPU one is over before it is launched
-    tries = [step, lambda: [torch.mm(left, right, out=product_) for _ in many], lambda: [here.copy_(there) for _ in many]]
-    whole, product, copy, *parts = np.median([[*map(seconds, tries), *watched()] for _ in range(repeats)], 0)
-    rate, width = len(many) * 2 * 9600 * 512 * 1024 / product, len(many) * 2 * here.nbytes / copy
-    count, batch = flops(step), fetch()
+    product, product_flops, copy, copy_bytes = reference(device)
+    tries = [[seconds(step, device), seconds(product, device), seconds(copy, device), *watched()] for _ in range(repeats)]
+    whole, product_s, copy_s, *parts = np.median(tries, 0)
+    rate, width, count, batch = product_flops / product_s, copy_bytes / copy_s, flops(step), fetch()
     with Traffic() as traffic:
         step(batch=batch)
     floor, moved = count / rate, traffic.bytes / width
@@ -597,6 +609,17 @@ def bench(a, repeats=7):
                 crops_per_second=a.batch / whole, step_ms=1e3 * whole, **{f'{part}_ms': 1e3 * t for part, t in zip(PARTS, parts)}, memory_mb=memory,
                 gflop=count / 1e9, gflop_per_s=rate / 1e9, copy_gb_per_s=width / 1e9, products_ms=1e3 * floor, times_products=whole / floor,
                 traffic_ms=1e3 * moved, of_roofline=(floor + moved) / whole)
+
+
+def alone(work, *arguments):
+    """work(*arguments) in a process of its own, whose peak of memory is its own too."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), keep_heap) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def rounded(row):
+    """A row whose floats are text of four digits."""
+    return {k: f'{v:.4g}' if isinstance(v, float) else v for k, v in row.items()}
 
 
 def benchmark(a):
@@ -607,12 +630,15 @@ def benchmark(a):
             a = argparse.Namespace(**{**vars(a), 'objective': name, 'backbone': None, 'lr': None, 'window': None})
             settle(a)
         r = alone(bench, a)
-        rows.append({k: f'{v:.4g}' if isinstance(v, float) else v for k, v in r.items()})
+        rows.append(rounded(r))
         if len(rows) == 1:
-            print(f'{a.size}, batch {a.batch}, {r["device"]}, {r["threads"]} threads; large product {r["gflop_per_s"]:.0f} GFLOP/s, copy {r["copy_gb_per_s"]:.1f} GB/s, '
-                  f'each measured in turn with the steps\n{"objective, backbone":24s} crops/s  step ms  ' + ' '.join(f'{p:>9s}' for p in PARTS) + '   products  x   traffic  of roofline  memory')
-        print(f'{name + ", " + a.backbone:24s} {r["crops_per_second"]:7.0f} {r["step_ms"]:8.1f}  ' + ' '.join(f'{r[p + "_ms"]:9.1f}' for p in PARTS)
-              + f'  {r["products_ms"]:7.1f} {r["times_products"]:5.2f} {r["traffic_ms"]:7.1f} {r["of_roofline"]:8.0%} {r["memory_mb"]:9.0f} MB', flush=True)
+            print(f'{a.size}, batch {a.batch}, {r["device"]}, {r["threads"]} threads; large product {r["gflop_per_s"]:.0f} GFLOP/s, '
+                  f'copy {r["copy_gb_per_s"]:.1f} GB/s, each measured in turn with the steps')
+            heads = ' '.join(f'{part:>9s}' for part in PARTS)
+            print(f'{"objective, backbone":24s} crops/s  step ms  {heads}   products  x   traffic  of roofline  memory')
+        parts = ' '.join(f'{r[f"{part}_ms"]:9.1f}' for part in PARTS)
+        print(f'{name + ", " + a.backbone:24s} {r["crops_per_second"]:7.0f} {r["step_ms"]:8.1f}  {parts}  {r["products_ms"]:7.1f} '
+              f'{r["times_products"]:5.2f} {r["traffic_ms"]:7.1f} {r["of_roofline"]:8.0%} {r["memory_mb"]:9.0f} MB', flush=True)
         path.parent.mkdir(exist_ok=True)
         write_csv(path, rows)
     print(path)
@@ -629,7 +655,9 @@ def growth_point(axis, value, a, folder):
         before, began = peak_memory(), time.perf_counter()
         ds = Dataset('many')
         opened, rows = time.perf_counter() - began, ds.split()[0]
-        work = lambda: ds.batch(rows, 600, 32, 0, 0)
+
+        def work():
+            ds.batch(rows, 600, 32, 0, 0)
     else:
         torch.manual_seed(0)
         a = argparse.Namespace(**{**vars(a), 'size': f'4x{value if axis == "width" else 88}', 'objective': 'cpc', 'backbone': 's4'})
@@ -640,21 +668,17 @@ def growth_point(axis, value, a, folder):
         def work():
             with precision(device):
                 objective(dict(x=x))[0].backward()
-            torch.cuda.synchronize(device) if device.type == 'cuda' else None
 
-    times = []
-    for _ in range(7):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    memory = torch.cuda.max_memory_allocated(device) / 2 ** 20 if device.type == 'cuda' and axis != 'records' else peak_memory() - before
+    times = [seconds(work, device) for _ in range(7)]
+    on_gpu = device.type == 'cuda' and axis != 'records'
+    memory = torch.cuda.max_memory_allocated(device) / 2 ** 20 if on_gpu else peak_memory() - before
     return dict(axis=axis, value=value, device=str(device), ms=1e3 * np.median(times[2:]), memory_mb=memory, open_s=opened)
 
 
-def many_records(folder, count, seconds=10, labels=246):
+def many_records(folder, count, labels=246):
     """A prepared dataset of `count` records in folder/datasets/many: index and labels in full length, the signals a file whose contents are a
     hole, so that a million records fit on any disk."""
-    home, T, number = Path(folder, 'datasets/many'), 240 * seconds, np.arange(count)
+    home, T, number = Path(folder, 'datasets/many'), 2400, np.arange(count)
     home.mkdir(parents=True)
     with open(home / 'signals.i16', 'wb') as f:
         f.truncate(count * T * 12 * 2)
@@ -663,28 +687,25 @@ def many_records(folder, count, seconds=10, labels=246):
     np.savez(home / 'index.npz', offset=number * T, length=np.full(count, T), id=np.char.add('synthetic0/', number.astype(str)), fold=number % 10 + 1,
              patient=np.char.add('synthetic0/patient', (number * 10 // 16).astype(str)), age=number % 90 * 1., sex=number % 2 * 1.,
              peaks=np.tile(peaks, count), peak_start=np.arange(count + 1) * len(peaks))
-    (home / 'meta.json').write_text(json.dumps(dict(contract=asdict(Contract()), labels=[f'label/{k}' for k in range(labels)], tasks={'label': [*range(labels)]},
-                                                    records=count, hash='many')))
-
-
-def alone(work, *arguments):
-    """work(*arguments) in a process of its own, whose peak of memory is its own too."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), keep_heap) as pool:
-        return pool.submit(work, *arguments).result()
+    meta = dict(contract=asdict(Contract()), labels=[f'label/{k}' for k in range(labels)], tasks={'label': [*range(labels)]}, records=count, hash='many')
+    (home / 'meta.json').write_text(json.dumps(meta))
 
 
 def growth(a):
     """Time and memory of a CPC step on S4 4x88 (16 crops of 2.5 s) as batch, length or width grows, and of drawing a batch as the records do:
     out/growth.csv, .png."""
     rows = []
-    for axis, value in ((axis, value) for axis, values in GROWTH.items() for value in values):
-        with tempfile.TemporaryDirectory() as folder:
-            if axis == 'records':
-                alone(many_records, folder, value)
-            rows.append(r := alone(growth_point, axis, value, a, folder))
-        Path('out').mkdir(exist_ok=True)
-        write_csv('out/growth.csv', [{k: f'{v:.4g}' if isinstance(v, float) else v for k, v in r.items()} for r in rows])
-        print(f'{axis:8s} {value:9g}  {r["ms"]:9.2f} ms  {r["memory_mb"]:8.0f} MB' + (f'  opened in {r["open_s"]:.2f} s' if r['open_s'] else ''), flush=True)
+    Path('out').mkdir(exist_ok=True)
+    for axis, values in GROWTH.items():
+        for value in values:
+            with tempfile.TemporaryDirectory() as folder:
+                if axis == 'records':
+                    alone(many_records, folder, value)
+                r = alone(growth_point, axis, value, a, folder)
+            rows.append(r)
+            write_csv('out/growth.csv', [rounded(row) for row in rows])
+            opened = f'  opened in {r["open_s"]:.2f} s' if r['open_s'] else ''
+            print(f'{axis:8s} {value:9g}  {r["ms"]:9.2f} ms  {r["memory_mb"]:8.0f} MB{opened}', flush=True)
     draw_growth(rows, 'out/growth.png')
     print('out/growth.csv, out/growth.png')
 
@@ -735,6 +756,6 @@ def main(argv=None):
 
 if __name__ == '__main__':
     script(main, 'stopped')
-    if 'RANK' in os.environ:                                     # gloo's threads that still let go of tensors abort if the interpreter is taken down around them
+    if 'RANK' in os.environ:                                     # gloo's threads, still letting go of tensors, abort if the interpreter goes first
         sys.stdout.flush()
         os._exit(0)
