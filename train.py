@@ -395,6 +395,10 @@ def train(a, out, checkpoint=None, until=None):
     ds = Dataset(a.data, device)
     if world > 1 and not rank:
         dist.barrier()
+    if checkpoint and checkpoint.get('world', 1) != world:       # each draws its own negatives, masks and dropout
+        raise Stop(f'{out} was begun with {checkpoint.get("world", 1)} processes, not {world}: go on with as many')
+    if checkpoint and checkpoint['dataset'] != ds.hash:
+        raise Stop(f'{a.data} has been prepared anew since this run began: prepare it as it was, or start again')
 
     # what it learns from
     samples, seen = round(a.window * ds.contract.fs), a.window / getattr(OBJECTIVES[a.objective], 'views', 1)
@@ -430,10 +434,6 @@ def train(a, out, checkpoint=None, until=None):
         objective.load_state_dict(checkpoint['state'], strict=True)
         optimiser.load_state_dict(checkpoint['optimiser'])
         first, log, before = checkpoint['step'], checkpoint['log'], checkpoint['seconds']
-        if checkpoint.get('world', 1) != world:                  # each draws its own negatives, masks and dropout
-            raise Stop(f'{out} was begun with {checkpoint.get("world", 1)} processes, not {world}: go on with as many')
-        if checkpoint['dataset'] != ds.hash:
-            raise Stop(f'{a.data} has been prepared anew since this run began: prepare it as it was, or start again')
     describe(a, ds, device, objective, len(rows), short, out)
     if checkpoint:
         print(f'resuming at step {first:,}' if first < a.steps else f'already finished: all {first:,} steps were done')
