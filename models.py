@@ -664,7 +664,8 @@ def pick_device(name=None):
         device = torch.device(name) if name else device
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise SystemExit(f'device {name} cannot be used here ({str(e).splitlines()[0]}): leave --device out, or take cpu')
+        way_out = 'leave --device out, or take cpu' if name else 'take --device cpu'
+        raise SystemExit(f'device {name or device} cannot be used here ({str(e).splitlines()[0]}): {way_out}')
     return device
 
 
