@@ -51,7 +51,7 @@ class Teacher(nn.Module):
         if self.momentum == 1:
             return
         for (name, t), s in zip(self.net.state_dict().items(), student.state_dict().values()):
-            if name.endswith('log_dt'):                          # S4's frozen dynamics: equal from the start
+            if name.endswith('log_dt'):                          # equal for good; to touch it would void what S4 derived from it
                 continue
             if t.is_floating_point():
                 t.lerp_(s, 1 - self.momentum)
@@ -159,8 +159,9 @@ def health(logs):
     features (..., D), the student's: rank (effective) and std (`variety`); target (..., D), the teacher's features before they are
     standardised: target_std (`variety`); hits (books, K), how often each code was the target: codes used and perplexity, means over
     codebooks, and chance, the share of the commonest; single numbers (accuracy, chance, hidden) as they are."""
-    few = lambda x: x.float().flatten(0, -2)[:: max(1, x[..., 0].numel() // 2048)]           # some 2048 rows are enough
-    out, least = {k: float(v) for k, v in logs.items() if k not in ('features', 'target', 'hits')}, dict(rank=1.5, std=.05, target_std=.05)
+    few = lambda x: x.float().flatten(0, -2)[:: max(1, x[..., 0].numel() // 2048)]           # 4095 rows at most
+    out = {k: float(v) for k, v in logs.items() if k not in ('features', 'target', 'hits')}
+    least = dict(rank=1.5, std=.05, target_std=.05)
     x = few(logs['features'])
     out |= dict(rank=effective_rank(x).item(), std=variety(x).item())
     if 'target' in logs:

@@ -201,7 +201,6 @@ def draw_loss(rows, path):
     state = list(rows[0])[4:-5]                                  # after step, lr, loss, gradient; before alarm, probe, seconds, speed, device
     panels = ['loss', *(name for name in state if name != 'chance'), 'probe']
     fig, axes = figure(2, -(-len(panels) // 2), figsize=(2.1 * len(panels), 6), layout='constrained')
-
     points = lambda name: [(r['step'], r[name]) for r in rows if r[name] != '' and math.isfinite(r[name])]
     for ax, name in zip(axes.flat, panels):
         if points(name):
