@@ -64,23 +64,28 @@ class Stem(nn.Sequential):
 def legs(state):
     """HiPPO-LegS matrices A (N, N) and B (N,) in float64; the eigenvalues of A are -1 ... -N. (Gu et al. 2020, 2008.07669)"""
     n = torch.arange(state, dtype=torch.float64)
-    A = -torch.tril(torch.outer((2 * n + 1).sqrt(), (2 * n + 1).sqrt()), -1) - torch.diag(n + 1)
-    return A, (2 * n + 1).sqrt()
+    B = (2 * n + 1).sqrt()
+    A = -torch.tril(torch.outer(B, B), -1) - torch.diag(n + 1)
+    return A, B
 
 
 def discretise(log_dt, state):
     """Bilinear rule, one step size per channel: Abar (H, N, N) and Bbar (H, N) in float64."""
-    A, B = legs(state)
-    A, B, I = A.to(log_dt.device), B.to(log_dt.device), torch.eye(state, dtype=torch.float64, device=log_dt.device)
-    dt = log_dt.double().exp()[:, None, None]
+    A, B = (t.to(log_dt.device) for t in legs(state))
+    dt, I = log_dt.double().exp()[:, None, None], torch.eye(state).to(A)
     Abar = torch.linalg.solve(I - dt / 2 * A, I + dt / 2 * A)
     Bbar = torch.linalg.solve(I - dt / 2 * A, dt * B[:, None])[..., 0]
     return Abar, Bbar
 
 
+def ring(k):
+    """Kernels k (1 or 2, H, L) as one (H, 2 L) over the lags 0 ... L - 1, -L ... -1, which has room for what would wrap around."""
+    return F.pad(k[0], (0, k.shape[2])) if len(k) == 1 else torch.cat([k[0], k[1].flip(1)], 1)
+
+
 class Circular(torch.autograd.Function):
-    """u (H, B, L) with a kernel (H, 2L) that has room for what would wrap around: (H, B, L). Backward by real FFTs like forward,
-    where autograd would take complex ones of twice the work; not differentiable a second time."""
+    """u (H, B, L) with the `ring` of a kernel (H, 2 L): (H, B, L). Backward by real FFTs like forward, where autograd would take complex
+    ones of twice the work; not differentiable a second time."""
 
     @staticmethod
     def forward(ctx, u, kernel):
@@ -102,23 +107,18 @@ def convolve(u, k):
     k (1, H, L): y_t = sum_j k[0]_j u_{t-j}, which never looks ahead;
     k (2, H, L): plus sum_j k[1]_j u_{t+1+j}, the same looking back from the future, shifted by one so that lag 0 counts once.
     """
-    return Circular.apply(u, circular(k))
-
-
-def circular(k):
-    """Kernels k (1 or 2, H, L) as one (H, 2 L) over the lags 0 ... L - 1, -L ... -1, which has room for what would wrap around."""
-    return F.pad(k[0], (0, k.shape[2])) if len(k) == 1 else torch.cat([k[0], k[1].flip(1)], 1)
+    return Circular.apply(u, ring(k))
 
 
 def convolve_toeplitz(u, k):
     """The same convolution as one (L, L) matrix product a channel, in the dtype of u: L^2 work, all of it matrix products. u and result
     (H, B, L); k (1 or 2, H, L) as for `convolve`."""
     H, _, L = u.shape
-    turned = circular(k).to(u).repeat(1, L)[:, :L * (2 * L - 1)].view(H, L, 2 * L - 1)       # row j is turned by j: lag t - j in column t
+    turned = ring(k).to(u).repeat(1, L)[:, :L * (2 * L - 1)].view(H, L, 2 * L - 1)       # row j is turned by j: lag t - j in column t
     return u @ turned[..., :L]
 
 
-CHUNK = 25
+CHUNK = 25                                                       # tokens
 
 
 def convolve_chunks(u, C, parts):
@@ -149,9 +149,7 @@ def tied_dropout(x, p, training, dim):
     """Dropout with one decision per record and channel, shared by all tokens, which lie along `dim`."""
     if not training or not p:
         return x
-    shape = list(x.shape)
-    shape[dim] = 1
-    return x * F.dropout(x.new_ones(shape), p)
+    return x * F.dropout(x.new_ones(x.narrow(dim, 0, 1).shape), p)
 
 
 def drop_path(branch, p, training):
@@ -198,9 +196,9 @@ class S4(nn.Module):
         while len(powers) <= CHUNK:
             powers.append(Abar @ powers[-1])
         powers, basis = torch.stack(powers, -1), self.basis(CHUNK)[0]                        # (H, N, N, c + 1), (H, N, c)
-        lag = torch.arange(CHUNK, device=Abar.device) - torch.arange(CHUNK, device=Abar.device)[:, None]      # to l from j
+        token, ways = torch.arange(CHUNK, device=Abar.device), len(self.C)
+        lag = token - token[:, None]                             # (c, c): to a token (column) from another (row)
         pick = lambda lag: (basis[:, :, lag.clamp(min=0)] * (lag >= 0)).flatten(2)
-        ways = len(self.C)
         within = torch.stack([pick(lag), pick(-lag - 1)][:ways])
         into = torch.cat([basis.flip(2), basis][:ways], 1).transpose(1, 2)
         out_of = torch.stack([powers[..., 1:].flatten(2), powers[..., :-1].flip(3).flatten(2)][:ways])
@@ -276,8 +274,9 @@ def rotate(x):
 
 class TransformerBlock(nn.Module):
     """Pre-norm block: x + drop(attention(norm x)), then x + drop(ffn(norm x)), GELU. Its branch is the second one, the last before a
-    residual sum. 2605.12241: rotary positions. Beats and patches have learned ones; beats also heads of 64 and no bias in q, k, v. No dropout on the
-    attention weights (the papers' code has it): torch's fast kernel for the CPU has none, and the slow one takes four times as long."""
+    residual sum. 2605.12241: rotary positions. Beats and patches have learned ones; beats also heads of 64 and no bias in q, k, v. No
+    dropout on the attention weights (the papers' code has it): torch's fast kernel for the CPU has none, and the slow one takes four
+    times as long."""
 
     path = 0.
 
@@ -289,7 +288,8 @@ class TransformerBlock(nn.Module):
         self.out, self.wide, self.narrow = nn.Linear(wide, dim), nn.Linear(dim, ffn), nn.Linear(ffn, dim)
         for linear in (self.q, self.k, self.v, self.out, self.wide, self.narrow):
             nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias) if linear.bias is not None else None
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
 
     def attention(self, x, pad=None):
         split = lambda y: y.unflatten(2, (self.heads, -1)).transpose(1, 2)                   # (B, heads, L, size)
@@ -435,10 +435,10 @@ def cut_beats(x, peaks, length):
 class BeatStem(nn.Module):
     """One token per lead and heartbeat, lead by lead, after a CLS token: (B, leads, T) and R-peaks -> (B, 1 + leads P, dim).
 
-    A beat of .96 s is embedded by a convolution over three neighbouring beats of its lead (HeartLang's runs on into the next lead, so there a
-    record's tokens depend on the batch it comes in), then where (lead), when (second) and which (position)
-    are added. Up to 21 beats a record, the rest are left out (HeartLang leaves out trailing leads instead). keep (B, leads P) False: the
-    beat is zeroed before the convolution mixes neighbours, and a learned vector stands for it. pad: where a record has fewer beats."""
+    A beat of .96 s is embedded by a convolution over three neighbouring beats of its lead (HeartLang's runs on into the next lead, so
+    there a record's tokens depend on the batch it comes in), then where (lead), when (second) and which (position) are added. Up to 21
+    beats a record, the rest are left out (HeartLang leaves out trailing leads instead). keep (B, leads P) False: the beat is zeroed
+    before the convolution mixes neighbours, and a learned vector stands for it. pad: where a record has fewer beats."""
     most = 21
 
     def __init__(self, leads, dim, fs, dropout):
@@ -544,23 +544,27 @@ class Encoder(nn.Module):
         self.config, c = config, config
         self.dim, self.causal = c.dim, c.causal
         attention = lambda **how: [TransformerBlock(c.dim, c.ffn, c.heads, c.causal, c.dropout, **how) for _ in range(c.layers)]
-        if c.backbone == 'resnet':
+        if c.backbone in ('s4', 's4d'):
+            blocks = [S4Block(c.dim, c.state, c.causal, c.dropout, S4 if c.backbone == 's4' else S4D) for _ in range(c.layers)]
+            stem, rate, norm = Stem(c.leads, c.dim), c.fs / 2, nn.Identity()
+        elif c.backbone == 'transformer':
+            blocks = attention()
+            stem, rate, norm = Stem(c.leads, c.dim), c.fs / 2, nn.LayerNorm(c.dim)
+        elif c.backbone == 'net1d':
+            blocks = net1d(c.dim, c.layers, c.causal)
+            stem, rate, norm = Stem(c.leads, c.dim), c.fs / 2, nn.Identity()
+        elif c.backbone == 'resnet':
             blocks = resnet(c.dim, c.layers, c.dropout)
-            self.stem, self.tokens_per_second = ResNetStem(c.leads, blocks[0].conv1.in_channels), c.fs / 4 ** (min(c.layers, 5) - 1)
+            stem, rate, norm = ResNetStem(c.leads, blocks[0].conv1.in_channels), c.fs / 4 ** (min(c.layers, 5) - 1), Activate(c.dim, c.dropout)
         elif c.backbone == 'beat':
             blocks = attention(rotary=False, head=64, bias=False)
-            self.stem, self.tokens_per_second = BeatStem(c.leads, c.dim, c.fs, c.dropout), None
+            stem, rate, norm = BeatStem(c.leads, c.dim, c.fs, c.dropout), None, nn.LayerNorm(c.dim)
         elif c.backbone == 'vit':
             blocks = attention(rotary=False)
-            self.stem, self.tokens_per_second = PatchStem(c.leads, c.dim, c.fs), c.fs / round(.05 * c.fs)
+            stem, rate, norm = PatchStem(c.leads, c.dim, c.fs), c.fs / round(.05 * c.fs), nn.LayerNorm(c.dim)
         else:
-            blocks = {'s4': lambda: [S4Block(c.dim, c.state, c.causal, c.dropout) for _ in range(c.layers)],
-                      's4d': lambda: [S4Block(c.dim, c.state, c.causal, c.dropout, S4D) for _ in range(c.layers)],
-                      'transformer': attention, 'net1d': lambda: net1d(c.dim, c.layers, c.causal)}[c.backbone]()
-            self.stem, self.tokens_per_second = Stem(c.leads, c.dim), c.fs / 2
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = {'resnet': lambda: Activate(c.dim, c.dropout), 's4': nn.Identity, 's4d': nn.Identity,
-                     'net1d': nn.Identity}.get(c.backbone, lambda: nn.LayerNorm(c.dim))()
+            raise KeyError(c.backbone)
+        self.stem, self.tokens_per_second, self.blocks, self.norm = stem, rate, nn.ModuleList(blocks), norm
 
     def tokens(self, batch, keep=None):
         return self.stem(batch, keep)
@@ -595,12 +599,14 @@ def see_data(encoder, batches):
 def regularise(encoder, path=None, dropout=None):
     """Set an encoder's stochastic depth, which grows linearly from 0 at the first residual block to `path` at the last, and its dropout;
     None leaves what is there."""
-    blocks = [b for b in encoder.blocks if hasattr(b, 'path')]
-    for i, block in enumerate(blocks):
-        block.path = block.path if path is None else path * i / max(1, len(blocks) - 1)
-    for m in encoder.modules():
-        if dropout is not None and hasattr(m, 'p'):
-            m.p = dropout
+    if path is not None:
+        blocks = [b for b in encoder.blocks if hasattr(b, 'path')]
+        for i, block in enumerate(blocks):
+            block.path = path * i / max(1, len(blocks) - 1)
+    if dropout is not None:
+        for m in encoder.modules():
+            if hasattr(m, 'p'):
+                m.p = dropout
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -658,8 +664,23 @@ def pick_device(name=None):
         device = torch.device(name) if name else device
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise SystemExit(f'device {name} cannot be used here ({str(e).splitlines()[0]}): leave --device out, or take cpu')
+        way_out = 'leave --device out, or take cpu' if name else 'take --device cpu'
+        raise SystemExit(f'device {name or device} cannot be used here ({str(e).splitlines()[0]}): {way_out}')
     return device
+
+
+def now(device):
+    """The clock in s, read once the device has done what it was given."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds(work, device):
+    """How long work() takes on the device."""
+    began = now(device)
+    work()
+    return now(device) - began
 
 
 def keep_heap():
@@ -720,7 +741,8 @@ def save(path, checkpoint):
         temporary.unlink(missing_ok=True)
         if isinstance(e, RuntimeError) and 'inline_container' not in str(e):                 # torch's writer, cut short, says so
             raise
-        raise SystemExit(f'{path} cannot be written ({getattr(e, "strerror", None) or "is the disk full?"}): make room; the one saved before, if any, is intact')
+        why = getattr(e, 'strerror', None) or 'is the disk full?'
+        raise SystemExit(f'{path} cannot be written ({why}): make room; the one saved before, if any, is intact')
 
 
 def load(path, device='cpu'):
@@ -756,13 +778,13 @@ def flops(work, fft=False):
     return counter.get_total_flops()
 
 
-def measure(encoder, seconds=10., batch=4):
-    """What an encoder costs and sees: forward MACs per record, tokens, milliseconds of a training step per record, receptive field as
-    text. MACs are matrix products and convolutions as torch counts them; FFTs and what is done element by element are left out."""
-    fs = encoder.config.fs
-    T = round(seconds * fs)
-    x = torch.randn(batch, encoder.config.leads, T)
-    peaks = torch.arange(round(fs), T - round(fs), round(.8 * fs)).repeat(batch, 1)          # 75 beats a minute
+def measure(encoder):
+    """What an encoder costs and sees, on records of 10 s: forward MACs per record, tokens, milliseconds of a training step per record,
+    receptive field as text. MACs are matrix products and convolutions as torch counts them; FFTs and what is done element by element are
+    left out."""
+    fs, T = encoder.config.fs, round(10 * encoder.config.fs)
+    x = torch.randn(4, encoder.config.leads, T)
+    peaks = torch.arange(round(fs), T - round(fs), round(.8 * fs)).repeat(4, 1)              # 75 beats a minute
     encoder.eval()
     with torch.no_grad():
         count = flops(lambda: encoder(dict(x=x[:1], peaks=peaks[:1])))
@@ -771,53 +793,84 @@ def measure(encoder, seconds=10., batch=4):
     h[0, h.shape[1] // 2].square().sum().backward()
     seen = torch.nonzero(one.grad[0].abs().amax(0) > 0)[:, 0] - T * (h.shape[1] // 2) / h.shape[1]
     past, future = max(0, -seen[0].item()) / fs, max(0, seen[-1].item()) / fs
-    wide = lambda s: 'all' if s > .45 * seconds else f'{1e3 * s:.0f} ms'
+    wide = lambda s: 'all' if s > 4.5 else f'{1e3 * s:.0f} ms'
     field = 'by attention, all' if encoder.config.backbone == 'beat' else f'{wide(past)} back, {wide(future)} ahead'
     encoder.train()
-    times = []
-    for _ in range(4):
-        began = time.perf_counter()
-        pool(*encoder(dict(x=x, peaks=peaks))).square().sum().backward()
-        times.append(time.perf_counter() - began)
-    return count / 2, h.shape[1], 1e3 * min(times[1:]) / batch, field
+    times = [seconds(lambda: pool(*encoder(dict(x=x, peaks=peaks))).square().sum().backward(), x.device) for _ in range(4)]
+    return count / 2, h.shape[1], 1e3 * min(times[1:]) / 4, field
 
 
-def time_convolutions(out, lengths=(75, 300, 1200, 7200), dim=512, tokens=9600, repeats=7):
+def time_convolutions(path, lengths=(75, 300, 1200, 7200), dim=512, tokens=9600, repeats=7):
     """Every way to convolve, forward and backward, measured in turn, medians; and its error, largest difference from float64 over the largest
-    value. `tokens` in all: 32 crops of 300. Printed, and written to `out`."""
-    device, rows = pick_device(), []
+    value. `tokens` in all: 32 crops of 300. Printed, and written to `path`."""
+    device, rows, half = pick_device(), [], torch.Tensor.bfloat16
     print(f'{dim} channels, {device}, {torch.get_num_threads()} threads: milliseconds forward and backward, largest error')
+
+    def both(way, u):
+        y = way(u.detach().requires_grad_())
+        y.backward(torch.ones_like(y))
+
     for L, causal in itertools.product(lengths, (True, False)):
         torch.manual_seed(0)
         s4, u = S4(dim, causal=causal).to(device), torch.randn(dim, max(1, tokens // L), L, device=device)
         exact = convolve(u[:8].double(), s4.double().kernel(L)[:, :8]).detach()
         s4.float()
         parts = s4.dynamics(s4.chunk_parts)
-        half = lambda y: y.bfloat16()
-        ways = {'fft': lambda u: convolve(u, s4.kernel(L)), 'chunks': lambda u: convolve_chunks(u, s4.C, parts),
+        ways = {'fft': lambda u: convolve(u, s4.kernel(L)),
+                'chunks': lambda u: convolve_chunks(u, s4.C, parts),
                 'chunks bf16': lambda u: convolve_chunks(half(u), half(s4.C), [half(part) for part in parts])}
         if L <= 300 or device.type == 'cuda' and L <= 1200:      # beyond that the (L, L) matrices take gigabytes
-            ways |= {'toeplitz': lambda u: convolve_toeplitz(u, s4.kernel(L)), 'toeplitz bf16': lambda u: convolve_toeplitz(half(u), s4.kernel(L))}
-
-        def step(way):
-            x = u.detach().requires_grad_()
-            began = time.perf_counter()
-            y = way(x)
-            y.backward(torch.ones_like(y))
-            torch.cuda.synchronize(device) if device.type == 'cuda' else None
-            return 1e3 * (time.perf_counter() - began)
-
-        times = [[step(way) for way in ways.values()] for _ in range(repeats + 2)][2:]
-        for name, way, ms in zip(ways, ways.values(), map(statistics.median, zip(*times))):
+            ways['toeplitz'] = lambda u: convolve_toeplitz(u, s4.kernel(L))
+            ways['toeplitz bf16'] = lambda u: convolve_toeplitz(half(u), s4.kernel(L))
+        times = [[seconds(lambda: both(way, u), device) for way in ways.values()] for _ in range(repeats + 2)][2:]
+        found = []
+        for (name, way), each in zip(ways.items(), zip(*times)):
             error = ((way(u)[:8].detach() - exact).abs().max() / exact.abs().max()).item()
-            rows.append(dict(device=str(device), tokens=L, causal=causal, way=name, ms=round(ms, 2), error=f'{error:.1e}'))
-        print(f'{L:6d} tokens, {"causal       " if causal else "bidirectional"}  ' + ', '.join(f'{r["way"]} {r["ms"]:.1f} ms {r["error"]}' for r in rows[-len(ways):]), flush=True)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    with open(out, 'w', newline='') as f:
+            found.append(dict(device=str(device), tokens=L, causal=causal, way=name, ms=round(1e3 * statistics.median(each), 2), error=f'{error:.1e}'))
+        print(f'{L:6d} tokens, {"causal" if causal else "bidirectional":13s}  '
+              + ', '.join(f'{r["way"]} {r["ms"]:.1f} ms {r["error"]}' for r in found), flush=True)
+        rows += found
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'w', newline='') as f:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    print(out)
+    print(path)
+
+
+def print_encoders(size):
+    """A line for every encoder of that size, both ways where it can be causal: what `measure` finds."""
+    print('backbone     D x layers     stem    backbone    together     MMAC  tokens     step  receptive field of a token')
+    print('MACs, tokens and time of one training step (forward, backward) are per record of 10 s')
+    for backbone in [b for b, sizes in SIZES.items() if size in sizes]:
+        for causal in (True, False) if backbone in ('s4', 's4d', 'transformer', 'net1d') else (False,):
+            torch.manual_seed(0)
+            e = Encoder(sized(backbone, size, causal))
+            macs, tokens, ms, field = measure(e)
+            stem, both = parameters(e.stem), parameters(e)
+            print(f'{backbone:12s} {e.dim:5d} x {e.config.layers:2d} {stem:8,d} {both - stem:11,d} {both:11,d} {macs / 1e6:8.1f} {tokens:7,d} '
+                  f'{ms:5.1f} ms  {field}{", causal" if causal else ""}', flush=True)
+
+
+def draw_s4(path):
+    """Basis and kernels of three S4 channels, whose time scales lie a factor of 7 apart."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    torch.manual_seed(0)
+    layer = S4(8)
+    layer.log_dt.copy_(torch.linspace(math.log(1e-3), math.log(1e-1), 8))
+    basis, k = layer.basis(300)[0], layer.kernel(300)[0].detach()                            # (H, N, L), (H, L)
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout='constrained')
+    for h in (1, 4, 7):
+        axes[0].plot(basis[h].T, lw=.8, color=f'C{h}')
+        axes[1].plot(k[h] / k[h].abs().max(), color=f'C{h}', label=f'dt {layer.log_dt[h].exp():.3f}')
+    axes[0].set(title='basis: 8 filters per channel, three time scales', xlabel='lag in tokens (8.3 ms)')
+    axes[1].set(title='kernels: random mixes of them, scaled', xlabel='lag in tokens (8.3 ms)')
+    axes[1].legend()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=120)
+    print(path)
 
 
 def main():
@@ -832,35 +885,8 @@ def main():
         return time_convolutions('out/convolutions.csv')
     if not any(a.size in sizes for sizes in SIZES.values()):
         raise SystemExit(f'no backbone has size {a.size}: take ' + ', '.join(dict.fromkeys(s for sizes in SIZES.values() for s in sizes)))
-    print(f'{"backbone":12s} {"D x layers":>10s} {"stem":>8s} {"backbone":>11s} {"together":>11s} {"MMAC":>8s} {"tokens":>7s} {"step":>8s}  receptive field of a token'
-          '\nMACs, tokens and time of one training step (forward, backward) are per record of 10 s')
-    for backbone in SIZES:
-        for causal in (True, False) if backbone in ('s4', 's4d', 'transformer', 'net1d') else (False,):
-            if a.size not in SIZES[backbone]:
-                continue
-            torch.manual_seed(0)
-            e = Encoder(sized(backbone, a.size, causal))
-            macs, tokens, ms, field = measure(e)
-            stem, both = parameters(e.stem), parameters(e)
-            print(f'{backbone:12s} {e.dim:5d} x {e.config.layers:2d} {stem:8,d} {both - stem:11,d} {both:11,d} {macs / 1e6:8.1f} {tokens:7,d} '
-                  f'{ms:5.1f} ms  {field}{", causal" if causal else ""}', flush=True)
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    torch.manual_seed(0)
-    layer = S4(8)
-    layer.log_dt.copy_(torch.linspace(math.log(1e-3), math.log(1e-1), 8))
-    fig, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout='constrained')
-    k = layer.kernel(300)[0].detach()
-    for h in (1, 4, 7):
-        axes[0].plot(layer.basis(300)[0][h].T, lw=.8, color=f'C{h}')
-        axes[1].plot(k[h] / k[h].abs().max(), color=f'C{h}', label=f'dt {layer.log_dt[h].exp():.3f}')
-    axes[0].set(title='basis: 8 filters per channel, three time scales', xlabel='lag in tokens (8.3 ms)')
-    axes[1].set(title='kernels: random mixes of them, scaled', xlabel='lag in tokens (8.3 ms)')
-    axes[1].legend()
-    Path(a.out).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(a.out, dpi=120)
-    print(a.out)
+    print_encoders(a.size)
+    draw_s4(a.out)
 
 
 if __name__ == '__main__':

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import S4D, Encoder, MeanPool, S4Block, TransformerBlock, cut_beats, pool, sized
+from models import S4, S4D, Encoder, MeanPool, S4Block, TransformerBlock, cut_beats, pool, sized
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -31,10 +31,11 @@ class Teacher(nn.Module):
 
     def __init__(self, encoder, steps, half_life=.05, momentum=None, teacher_mode='eval', released=()):
         super().__init__()
-        own = 'ema' in released
-        self.net = (Encoder(encoder.config) if own else copy.deepcopy(encoder)).requires_grad_(False)
-        self.momentum = 1. if own else momentum or .5 ** (1 / max(1, half_life * steps))
-        self.mode = 'train' if own else teacher_mode
+        if 'ema' in released:
+            net, self.momentum, self.mode = Encoder(encoder.config), 1., 'train'
+        else:
+            net, self.momentum, self.mode = copy.deepcopy(encoder), momentum or .5 ** (1 / max(1, half_life * steps)), teacher_mode
+        self.net = net.requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, batch):
@@ -47,10 +48,15 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def follow(self, student):
         """One step of the moving average, of every float entry; others are copied."""
+        if self.momentum == 1:
+            return
         for (name, t), s in zip(self.net.state_dict().items(), student.state_dict().values()):
-            if name.endswith('log_dt') or self.momentum == 1:    # S4's frozen dynamics: equal from the start
+            if name.endswith('log_dt'):                          # equal for good; to touch it would void what S4 derived from it
                 continue
-            t.lerp_(s, 1 - self.momentum) if t.is_floating_point() else t.copy_(s)
+            if t.is_floating_point():
+                t.lerp_(s, 1 - self.momentum)
+            else:
+                t.copy_(s)
 
 
 def span_mask(B, L, span, hide=.49, released=False, device='cpu'):
@@ -117,7 +123,7 @@ class Head(nn.Module):
     def __init__(self, c, out):
         super().__init__()
         if c.backbone in ('s4', 's4d'):
-            self.block = S4Block(c.dim, 64, False, c.dropout, *[S4D] * (c.backbone == 's4d'))
+            self.block = S4Block(c.dim, 64, False, c.dropout, S4 if c.backbone == 's4' else S4D)
         else:
             self.block = Encoder(replace(c, causal=False)).blocks[-1]
         self.out = nn.Linear(c.dim, out)
@@ -142,6 +148,10 @@ def variety(x):
     return F.normalize(x, dim=1).std(0).square().sum().sqrt()
 
 
+ALARMS = {'rank': 'features lie in one direction', 'std': 'features are all the same', 'target_std': 'targets hardly vary',
+          'perplexity': 'hardly any code in use'}
+
+
 @torch.no_grad()
 def health(logs):
     """What an objective's logs say of its health, in this batch: a dict of floats, and an alarm, '' where there is none.
@@ -149,9 +159,10 @@ def health(logs):
     features (..., D), the student's: rank (effective) and std (`variety`); target (..., D), the teacher's features before they are
     standardised: target_std (`variety`); hits (books, K), how often each code was the target: codes used and perplexity, means over
     codebooks, and chance, the share of the commonest; single numbers (accuracy, chance, hidden) as they are."""
-    few = lambda x: x.float().flatten(0, -2)[:: max(1, x[..., 0].numel() // 2048)]
+    few = lambda x: x.float().flatten(0, -2)[:: max(1, x[..., 0].numel() // 2048)]           # 4095 rows at most
     out = {k: float(v) for k, v in logs.items() if k not in ('features', 'target', 'hits')}
-    x, least = few(logs['features']), dict(rank=1.5, std=.05, target_std=.05)
+    least = dict(rank=1.5, std=.05, target_std=.05)
+    x = few(logs['features'])
     out |= dict(rank=effective_rank(x).item(), std=variety(x).item())
     if 'target' in logs:
         out['target_std'] = variety(few(logs['target'])).item()
@@ -160,11 +171,7 @@ def health(logs):
         out |= dict(codes=(share > 0).sum(1).float().mean().item(), chance=share.amax(1).mean().item(),
                     perplexity=torch.special.entr(share).sum(1).exp().mean().item())
         least['perplexity'] = .02 * min(share.shape[1], logs['hits'].sum(1).mean().item())   # of the codes that could be in use
-    return out, '; '.join(f'{k} {out[k]:.2g}: {ALARMS[k]}' for k, low in least.items() if out.get(k, math.inf) < low)
-
-
-ALARMS = {'rank': 'features lie in one direction', 'std': 'features are all the same', 'target_std': 'targets hardly vary',
-          'perplexity': 'hardly any code in use'}
+    return out, '; '.join(f'{k} {out[k]:.2g}: {ALARMS[k]}' for k, low in least.items() if k in out and out[k] < low)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,10 +292,10 @@ class DinoSR(nn.Module):
     window, causal, backbones = 2.5, False, {'s4': 1e-3, 's4d': 1e-3, 'transformer': 3e-4, 'net1d': 1e-2}
     options, released = ('span_ms', 'hide', 'target_norm', 'half_life', 'momentum', 'teacher_mode'), ('ema', 'mask', 'lr', 'codebook', 'norm')
 
-    def __init__(self, encoder, steps=800, span_ms=83, hide=.49, codes=256, decay=.9, target_norm='instance', released=(), **teacher):
+    def __init__(self, encoder, steps=800, span_ms=83, hide=.49, codes=256, target_norm='instance', released=(), **teacher):
         super().__init__()
         self.encoder, self.teacher, self.as_released = encoder, Teacher(encoder, steps, released=released, **teacher), 'mask' in released
-        self.span, self.hide, self.decay = max(1, round(span_ms / 1000 * encoder.tokens_per_second)), hide, decay
+        self.span, self.hide = max(1, round(span_ms / 1000 * encoder.tokens_per_second)), hide
         self.books = 1 if 'codebook' in released else 2
         self.hidden, self.how = nn.Parameter(torch.randn(encoder.dim)), target_norm
         self.head = Head(encoder.config, 2 * codes)
@@ -324,8 +331,8 @@ class DinoSR(nn.Module):
         x, code, hits = self.seen
         sums = torch.zeros_like(self.sums).scatter_add_(1, code[..., None].expand_as(x), x)
         moved = (hits > 0) | (self.books == 1)                   # as released, unassigned codes fade too, after 175 steps to the origin
-        self.counts.copy_(torch.where(moved, self.counts.lerp(hits, 1 - self.decay), self.counts))
-        self.sums.copy_(torch.where(moved[..., None], self.sums.lerp(sums, 1 - self.decay), self.sums))
+        self.counts.copy_(torch.where(moved, self.counts.lerp(hits, .1), self.counts))
+        self.sums.copy_(torch.where(moved[..., None], self.sums.lerp(sums, .1), self.sums))
         self.teacher.follow(self.encoder)
 
 
@@ -362,11 +369,11 @@ class HuBERT(nn.Module):
     options, released = ('span_ms', 'hide', 'target_norm', 'half_life', 'momentum', 'teacher_mode'), ('ema', 'mask', 'lr', 'norm')
     sizes = (128, 256)
 
-    def __init__(self, encoder, steps=800, span_ms=83, hide=.49, alpha=.75, target_norm='instance', released=(), **teacher):
+    def __init__(self, encoder, steps=800, span_ms=83, hide=.49, target_norm='instance', released=(), **teacher):
         super().__init__()
         self.encoder, self.teacher, self.as_released = encoder, Teacher(encoder, steps, released=released, **teacher), 'mask' in released
-        self.span, self.hide, self.alpha, dim = max(1, round(span_ms / 1000 * encoder.tokens_per_second)), hide, alpha, encoder.dim
-        self.hidden, self.how = nn.Parameter(torch.randn(dim)), target_norm
+        self.span, self.hide = max(1, round(span_ms / 1000 * encoder.tokens_per_second)), hide
+        self.hidden, self.how, dim = nn.Parameter(torch.randn(encoder.dim)), target_norm, encoder.dim
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, sum(self.sizes)))
         self.register_buffer('prototypes', torch.zeros(sum(self.sizes), dim))
         self.register_buffer('age', torch.zeros((), dtype=torch.long))
@@ -392,13 +399,13 @@ class HuBERT(nn.Module):
         targets = [sinkhorn(products(x, p) / self.temperature(.15, .07)) for p in self.prototypes.split(self.sizes)]
         self.seen = (x, targets) if self.training else None
         # loss and health
-        loss, right, hits = 0., 0., x.new_zeros(2, max(self.sizes))
+        loss, right, hits = 0., 0., x.new_zeros(len(self.sizes), max(self.sizes))
         for i, (q, s) in enumerate(zip(targets, logits)):
             kl = (q * (q.clamp(min=1e-12).log() - (s / self.temperature(.5, .1)).log_softmax(1))).sum(1)
             entropy = -(s.softmax(1) * (s.softmax(1) + 1e-8).log()).sum(1).mean()
-            loss = loss + self.alpha * masked_mean(kl, hidden) + (1 - self.alpha) * masked_mean(kl, ~hidden) + .001 * entropy
+            loss = loss + .75 * masked_mean(kl, hidden) + .25 * masked_mean(kl, ~hidden) + .001 * entropy
             code = q.argmax(1)
-            right = right + masked_mean((s.argmax(1) == code).float(), hidden) / 2
+            right = right + masked_mean((s.argmax(1) == code).float(), hidden) / len(self.sizes)
             hits[i].scatter_add_(0, code, torch.ones_like(code, dtype=hits.dtype))
         return loss, {'features': h, 'target': f, 'hits': hits, 'accuracy': right, 'hidden': mask.float().mean()}
 
@@ -427,9 +434,9 @@ class CMSC(nn.Module):
     window, views, causal, backbones = 10, 2, False, {'resnet': 1e-3, 'beat': 1e-3, 's4': 3e-3, 's4d': 1e-2, 'transformer': 1e-3, 'net1d': 1e-2}
     options, released = (), ()
 
-    def __init__(self, encoder, steps=800, temperature=.1):
+    def __init__(self, encoder, steps=800):
         super().__init__()
-        self.encoder, self.temperature = encoder, temperature
+        self.encoder = encoder
         self.head = nn.Sequential(nn.Linear(encoder.dim, encoder.dim), nn.ReLU(), nn.Linear(encoder.dim, 128))
 
     def forward(self, batch):
@@ -442,7 +449,7 @@ class CMSC(nn.Module):
         self_ = torch.eye(len(z), dtype=torch.bool, device=z.device)
         positive = (who == who[:, None]) & ~self_
         # loss and health
-        s = (products(z, z) / self.temperature).masked_fill(self_, -1e9)
+        s = (products(z, z) / .1).masked_fill(self_, -1e9)
         log_p = s.log_softmax(1)
         loss = -((log_p * positive).sum(1) / positive.sum(1)).mean()
         accuracy = positive[torch.arange(len(z), device=z.device), s.argmax(1)].float().mean()
@@ -462,9 +469,9 @@ class VQBeat(nn.Module):
     window, causal, backbones = 10, False, {'beat': 3e-3}
     options, released = ('codes',), ()
 
-    def __init__(self, encoder, steps=800, codes=8192, decay=.99):
+    def __init__(self, encoder, steps=800, codes=8192):
         super().__init__()
-        self.encoder, self.decay, c = encoder, decay, encoder.config
+        self.encoder, c = encoder, encoder.config
         self.to_code = nn.Sequential(nn.Linear(c.dim, c.dim), nn.Tanh(), nn.Linear(c.dim, 128))
         self.from_code = nn.Linear(128, c.dim)
         self.decoder = nn.ModuleList(TransformerBlock(c.dim, c.ffn, c.heads, dropout=0., rotary=False, head=64, bias=False) for _ in range(2))
@@ -512,7 +519,8 @@ class VQBeat(nn.Module):
         x, code = self.seen
         hits = torch.bincount(code, minlength=len(self.codebook))[:, None]
         means = torch.zeros_like(self.codebook).index_add_(0, code, x) / hits.clamp(min=1)
-        self.codebook.copy_(torch.where(hits > 0, F.normalize(self.decay * self.codebook + (1 - self.decay) * F.normalize(means, dim=1), dim=1), self.codebook))
+        moved = F.normalize(.99 * self.codebook + .01 * F.normalize(means, dim=1), dim=1)
+        self.codebook.copy_(torch.where(hits > 0, moved, self.codebook))
 
 
 @torch.no_grad()
@@ -660,9 +668,12 @@ def released_input(x):
 
 
 def draw(row, path):
-    """What each objective sees (white), hides (grey) and predicts (red), on lead II of a real record: masks come from the objectives' own code."""
-    from data import Dataset, figure
+    """What each objective sees (white), hides (grey) and predicts (red), on lead II of record `row` of the sample, as a figure at `path`. Masks
+    of blocks and spans come from the objectives' own code."""
+    from data import Dataset, Stop, figure
     ds = Dataset('sample')
+    if not 0 <= row < len(ds):
+        raise Stop(f'--record {row}: the sample has records 0 to {len(ds) - 1}')
     torch.manual_seed(0)
     long, short = ds.collate([row], [0], 2400), ds.collate([row], [0], 600)
     encoder = Encoder(sized('s4', 'tiny'))
@@ -678,29 +689,33 @@ def draw(row, path):
 
     def runs(mask, width):
         """Stretches (from, to) in s where a mask of tokens `width` s wide is True."""
-        edges = torch.diff(F.pad(mask.int(), (1, 1)))
-        return [(a * width, b * width) for a, b in zip(torch.nonzero(edges == 1)[:, 0].tolist(), torch.nonzero(edges == -1)[:, 0].tolist())]
+        edges = torch.diff(F.pad(mask.int(), (1, 1)))            # where it turns: from and to in turn
+        return [(a * width, b * width) for a, b in edges.nonzero().view(-1, 2).tolist()]
 
     x, token = short['x'][0, 1], 1 / 120
     axes[0].axvspan(151 * token, L * token, color='.85')
-    panel(axes[0], 'cpc: from what is white, all up to token 150, tell token 164 (red), 117 ms ahead, from 128 others of the crop (blue ticks)', x, [(164 * token, 165 * token)])
+    panel(axes[0], 'cpc: from what is white, all up to token 150, tell token 164 (red), 117 ms ahead, from 128 others of the crop (blue ticks)', x,
+          [(164 * token, 165 * token)])
     axes[0].vlines(torch.randint(L, (128,)) * token, *axes[0].get_ylim(), color='C0', lw=.3)
     visible, cover = block_mask(1, L)
-    panel(axes[1], 'jepa: from what is white, predict the teacher\'s features in four blocks (red; darker where two overlap); grey is hidden, not predicted',
+    panel(axes[1], "jepa: from what is white, predict the teacher's features in four blocks (red; darker where two overlap); grey is hidden, not predicted",
           x, [r for n in range(1, 5) for r in runs(cover[0] >= n, token)])
     for a, b in runs(~visible[0] & (cover[0] == 0), token):
         axes[1].axvspan(a, b, color='.85')
     for ax, ms in zip(axes[2:4], (83, 250)):
         span = round(ms / 1000 * encoder.tokens_per_second)
-        panel(ax, f'data2vec, dinosr, hubert with spans of {ms} ms: hidden tokens (red); predicted are the teacher\'s top layers, its codes, its soft clusters',
+        panel(ax, f"data2vec, dinosr, hubert with spans of {ms} ms: hidden tokens (red); predicted are the teacher's top layers, its codes, its soft clusters",
               x, runs(span_mask(1, L, span)[0], token))
     x = long['x'][0, 1]
     panel(axes[4], 'cmsc: two halves of one record (orange, green) attract, those of other patients repel', x, [(0, 5)], 'C1')
     axes[4].axvspan(5, 10, color='C2', alpha=.35, lw=0)
     beats = cut_beats(long['x'][:, 1:2], long['peaks'], 230)[0, 0].ne(0)                     # (P, length)
-    half = torch.rand(len(beats)).argsort() < len(beats) // 2
-    panel(axes[5], 'beats: the codes of hidden beats (red), each token one lead of one beat', x,
-          [((p - 115 + b.nonzero()[0].item()) / 240, (p - 114 + b.nonzero()[-1].item()) / 240) for p, b, h in zip(long['peaks'][0].tolist(), beats, half) if h and b.any()])
+    half, hidden = torch.rand(len(beats)).argsort() < len(beats) // 2, []
+    for peak, beat, chosen in zip(long['peaks'][0].tolist(), beats, half):
+        if chosen and beat.any():
+            at = peak - 115 + beat.nonzero()[:, 0]               # the samples that it covers
+            hidden.append((at[0].item() / 240, (at[-1].item() + 1) / 240))
+    panel(axes[5], 'beats: the codes of hidden beats (red), each token one lead of one beat', x, hidden)
     mae = MAE(Encoder(sized('vit', 'tiny')))
     mask = torch.rand(200).argsort().argsort() < 100
     target = mae.target(long)[0].unflatten(1, (12, -1))[:, 1].flatten()

@@ -375,6 +375,17 @@ def test_random_encoder_has_seen_data():
     assert all(torch.equal(a, b) for a, b in zip(weights, encoder.parameters())) and not encoder.training
 
 
+def test_a_device_that_fails_is_named(monkeypatch):
+    def broken(*shape, device):
+        raise RuntimeError('no driver')
+
+    monkeypatch.setattr(torch, 'zeros', broken)
+    with pytest.raises(SystemExit, match=r'device (cpu|cuda) cannot be used here \(no driver\): take --device cpu'):
+        models.pick_device()
+    with pytest.raises(SystemExit, match='device cpu cannot be used here .*: leave --device out, or take cpu'):
+        models.pick_device('cpu')
+
+
 def test_checkpoint_round_trip(tmp_path):
     encoder = Encoder(Config(dim=8))
     save(tmp_path / 'c.pt', dict(config=vars(encoder.config), encoder=encoder.state_dict()))

@@ -643,6 +643,8 @@ def test_pairs_and_picture(tmp_path, here, capsys):
     assert all(name in text for name in OBJECTIVES)
     objectives.main(['--out', str(tmp_path / 'o.png')])
     assert (tmp_path / 'o.png').stat().st_size > 10_000
+    with pytest.raises(SystemExit, match='--record 500: the sample has records 0 to'):
+        objectives.main(['--record', '500'])
 
 
 def test_raw_target_is_millivolts():

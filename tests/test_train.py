@@ -135,6 +135,20 @@ def test_numeric_labels_do_not_disturb_pretraining(here):
     assert load(here / 'out/num/ckpt.pt')['step'] == 2
 
 
+def test_data_prepared_anew_with_other_labels_is_one_line(here):
+    """The number of labels decides the head's shape, so this must be asked before the weights are loaded."""
+    def prepare(names, answers):
+        Path('anew.csv').write_text(names + ''.join(answers.format(i % 2) for i in range(30)))
+        data.main('array --root anew.npy --fs-in 250 --labels anew.csv --out anew --workers 1 --no-peaks'.split())
+
+    np.save('anew.npy', np.random.default_rng(0).normal(0, .2, (30, 12, 800)).cumsum(2) * .05)
+    prepare('a,b\n', '{0},{0}\n')
+    train.main('--objective supervised --steps 1 --batch 4 --layers 1 --probe-every 0 --data anew --out out/anew'.split())
+    prepare('a\n', '{0}\n')
+    with pytest.raises(SystemExit, match='prepared anew'):
+        train.main('--resume --out out/anew'.split())
+
+
 def test_choices_that_do_not_exist_are_one_line(here):
     for flags, why in (('--objective cpc --backbone resnet', 'cpc does not run on resnet: take s4, s4d, transformer, net1d'),
                        ('--objective cpc --hide .3', 'cpc has no --hide: it takes --horizon, --negatives'),
