@@ -270,9 +270,9 @@ def cell(row, *words):
     return next((v or '' for k, v in row.items() if k and all(w in k.lower() for w in words)), '')
 
 
-def entries(text, separator=';'):
+def entries(text):
     """The entries of a cell such as 'C21';'D31', without quotes; none for Null."""
-    parts = [part.strip(' \'"') for part in (text or '').split(separator)]
+    parts = [part.strip(' \'"') for part in (text or '').split(';')]
     return [part for part in parts if part.lower() not in ('', 'null', 'nan', 'n/a')]
 
 
@@ -409,7 +409,6 @@ FEATURES = ('rr', 'qrs', 'qt', 'qtc', 'p_axis', 'qrs_axis', 't_axis')           
 MDS = {'biometrics': ('biometrics', 'height weight bmi'.split()), 'vitals': ('vitals', 'dbp heartrate o2sat resprate sbp temperature'.split()),
        'labs': ('labvalues', 'PT, Albumin, Anion Gap, Bicarbonate, Bilirubin Total, Calcium Total, Creatinine, Ferritin, Urea Nitrogen, '
                 'Hematocrit, Hemoglobin, Lymphocytes, MCHC, RDW, Red Blood Cells, RDW-SD, Creatine Kinase (CK), NTproBNP'.split(', '))}
-NUMERIC = ('target', 'age', 'features', *MDS)                    # namespaces of numbers to regress; all others hold yes and no
 
 
 def mimic(root, cardiac=2000, others=2000):
@@ -626,17 +625,17 @@ def synthetic(records, seed=0, seconds=10., shifts=(), prevalence=1.):
                          peaks=beats[(beats >= 0) & (beats < seconds)])
 
 
-def synthetic_in_memory(records, device, seconds=10., block=64):
-    """What preparing `records` synthetic records would write, as (meta, index, signals, labels) in memory, signals on `device`."""
-    T, block = round(240 * seconds), 16 * block if device.type == 'cuda' else block
+def synthetic_in_memory(records, device):
+    """What preparing `records` synthetic records of 10 s would write, as (meta, index, signals, labels) in memory, signals on `device`."""
+    T, block = 2400, 1024 if device.type == 'cuda' else 64
     signals, found = torch.empty(records * T, 12, dtype=torch.int16, device=device), []
     for start in tqdm(range(0, records, block), desc='making records', unit='block', disable=None):
-        s = synthesize(0, torch.arange(start, start + block), seconds, device=device)
-        most = min(block, records - start)
-        signals[start * T:(start + most) * T] = s['x'][:most].flatten(0, 1)
-        beats = s['beats'][:most]
-        found.append([t.cpu() for t in (s['patient'][:most], torch.cat([s['findings'], s['tail'], s['targets']], 1)[:most], s['female'][:most],
-                                        ((beats >= 0) & (beats < seconds)).sum(1), beats[(beats >= 0) & (beats < seconds)])])
+        s = synthesize(0, torch.arange(start, start + block), device=device)
+        s = {k: v[:records - start] for k, v in s.items()}       # the last block may hold more than is asked for
+        signals[start * T:(start + block) * T] = s['x'].flatten(0, 1)
+        inside = (s['beats'] >= 0) & (s['beats'] < 10)
+        labels = torch.cat([s['findings'], s['tail'], s['targets']], 1)
+        found.append([t.cpu() for t in (s['patient'], labels, s['female'], inside.sum(1), s['beats'][inside])])
     patient, labels, female, count, beats = (torch.cat(part).numpy() for part in zip(*found))
     folds = np.array([fold_of(f'synthetic0/patient{p}') for p in range(patient[-1] + 1)])
     name = lambda what, numbers: np.char.add(f'synthetic0/{what}', numbers.astype(str))
@@ -1441,12 +1440,12 @@ def figure(*args, **kwargs):
     return fig, axes
 
 
-def show(name, row, path=None):
+def show(name, row):
     """The classic paper picture of one record, 25 mm/s and 10 mm/mV: 2.5 s of each lead, 10 s of lead II below. Returns its path."""
     ds = Dataset(name)
     if not 0 <= row < len(ds):
         raise Stop(f'{name} has records 0 to {len(ds) - 1}')
-    fs, path = ds.contract.fs, Path(path or f'out/{name}_{row}.png')
+    fs = ds.contract.fs
     T = min(int(ds.length[row]), round(10 * fs))
     x = ds.crop(np.array([row]), np.array([0]), T)[0].numpy()    # (12, T)
     fig, ax = figure(figsize=(11, 4.9), layout='constrained')
@@ -1454,31 +1453,34 @@ def show(name, row, path=None):
         ax.axvline(k * .2, color='#f3b5b5' if k % 5 else '#e58a8a', lw=.5, zorder=0)
     for k in np.arange(-7.5, 2.01, .5):
         ax.axhline(k, color='#f3b5b5', lw=.5, zorder=0)
-    for i, lead in enumerate(LEADS):
-        start, height, part = i // 3 * T // 4, -2 * (i % 3), slice(i // 3 * T // 4, (i // 3 + 1) * T // 4)
-        ax.plot(np.arange(T)[part] / fs, np.clip(x[i, part], -1.8, 1.9) + height, 'k', lw=.7)
+    for i, lead in enumerate(LEADS):                             # four columns of three
+        start, end, height = i // 3 * T // 4, (i // 3 + 1) * T // 4, -2 * (i % 3)
+        ax.plot(np.arange(start, end) / fs, np.clip(x[i, start:end], -1.8, 1.9) + height, 'k', lw=.7)
         ax.text(start / fs + .05, height + .85, lead, weight='bold')
     ax.plot(np.arange(T) / fs, np.clip(x[1], -1.4, 1.9) - 6, 'k', lw=.7)
     ax.text(.05, -5.15, 'II', weight='bold')
     peaks = ds.peaks[ds.peak_start[row]:ds.peak_start[row + 1]]
     ax.plot(peaks[peaks < T] / fs, np.full((peaks < T).sum(), -7.3), 'k|', ms=5)
     labels = [n for n, v in zip(ds.label_names, ds.labels[row]) if v == 1 and not n.startswith('target/')]
+    said = ', '.join(labels) or 'no positive label'
+    age = '' if np.isnan(ds.age[row]) else f'{ds.age[row]:.0f} y'
     ax.set(xlim=(0, T / fs), ylim=(-7.5, 2), xticks=[], yticks=[], aspect=.4)
-    ax.set_title(f'{ds.id[row]}   {"" if np.isnan(ds.age[row]) else f"{ds.age[row]:.0f} y"}\n{", ".join(labels) or "no positive label"}', size=9, loc='left')
+    ax.set_title(f'{ds.id[row]}   {age}\n{said}', size=9, loc='left')
+    path = Path(f'out/{name}_{row}.png')
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=130)
-    print(f'{path}: record {row} of {name}, {", ".join(labels) or "no positive label"}')
+    print(f'{path}: record {row} of {name}, {said}')
     return path
 
 
-def check_peaks(root, extension='ii', path='out/peaks.png'):
+def check_peaks(root, extension='ii'):
     """R-peaks found against annotated ones (symbol N in WFDB annotation files, as LUDB has): prints counts, draws errors in time and the
     worst record. Between a record's first and last annotation only; a match is within .1 s. Returns (annotated, matched, extra)."""
     import wfdb
-    rows = []
     files = sorted(Path(root).rglob(f'*.{extension}'))
     if not files:
         raise Stop(f'no annotation files *.{extension} under {root}: name their extension with --annotation')
+    rows = []
     for file in tqdm(files, desc='R-peaks', disable=None):
         record, mark = Record(file.stem), wfdb.rdann(str(file.with_suffix('')), extension)
         try:
@@ -1493,32 +1495,36 @@ def check_peaks(root, extension='ii', path='out/peaks.png'):
         found = find_peaks(x, record.fs)
         found = found[(found > truth[0] - .15) & (found < truth[-1] + .15)]
         error = found[np.abs(found[:, None] - truth).argmin(0)] - truth if len(found) else np.full(len(truth), np.inf)
-        matched = np.abs(error) <= .1
-        rows.append((len(truth), matched.sum(), len(found) - matched.sum(), error[matched], file.stem, x[:, LEADS.index('II')], record.fs, truth, found))
+        near = error[np.abs(error) <= .1]
+        rows.append(dict(name=file.stem, x=x, fs=record.fs, truth=truth, found=found, error=near,
+                         missed=len(truth) - len(near), extra=len(found) - len(near)))
     if not rows:
         raise Stop(f'no usable record under {root} has beats annotated as N in *.{extension}')
-    annotated, matched, extra = (int(sum(r[i] for r in rows)) for i in range(3))
-    error = 1e3 * np.concatenate([r[3] for r in rows])
-    *_, name, x, fs, truth, found = max(rows, key=lambda r: (r[0] - r[1] + r[2], np.abs(r[3]).max(initial=0)))
+    annotated, extra = sum(len(r['truth']) for r in rows), sum(r['extra'] for r in rows)
+    matched = annotated - sum(r['missed'] for r in rows)
+    error = 1e3 * np.concatenate([r['error'] for r in rows])
+    worst = max(rows, key=lambda r: (r['missed'] + r['extra'], np.abs(r['error']).max(initial=0)))
+    x = worst['x'][:, LEADS.index('II')]
     fig, axes = figure(1, 2, figsize=(12, 3.2), layout='constrained', width_ratios=(1, 2.4))
     axes[0].hist(error, 40, color='C0')
     axes[0].set(xlabel='found - annotated, ms', ylabel='beats', title=f'{matched:,} of {annotated:,} beats, {extra} extra')
-    axes[1].plot(np.arange(len(x)) / fs, x, 'k', lw=.7)
-    for times, color, height, label in ((truth, 'C2', x.max() * 1.15, 'annotated'), (found, 'C3', x.max() * 1.3, 'found')):
-        axes[1].plot(times, np.full(len(times), height), '|', color=color, ms=10, mew=2, label=label)
-    axes[1].set(xlabel='s', ylabel='lead II, mV', title=f'the worst record, {name}')
+    axes[1].plot(np.arange(len(x)) / worst['fs'], x, 'k', lw=.7)
+    for times, color, height, label in ((worst['truth'], 'C2', 1.15, 'annotated'), (worst['found'], 'C3', 1.3, 'found')):
+        axes[1].plot(times, np.full(len(times), height * x.max()), '|', color=color, ms=10, mew=2, label=label)
+    axes[1].set(xlabel='s', ylabel='lead II, mV', title=f'the worst record, {worst["name"]}')
     axes[1].legend(loc='upper right', ncols=2)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path = Path('out/peaks.png')
+    path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110)
-    print(f'{path}: {len(rows)} records, {annotated:,} annotated beats, {matched:,} found within 100 ms (median error {np.median(error):+.1f} ms, 95 % within '
-          f'{np.percentile(np.abs(error), 95):.0f} ms), {extra} extra')
+    print(f'{path}: {len(rows)} records, {annotated:,} annotated beats, {matched:,} found within 100 ms (median error '
+          f'{np.median(error):+.1f} ms, 95 % within {np.percentile(np.abs(error), 95):.0f} ms), {extra} extra')
     return annotated, matched, extra
 
 
-def measure(x, peaks, fs=240):
+def measure(x, peaks, fs):
     """What calibration compares, of one record x (T, 12) in mV with R-peaks in samples: dict of numbers."""
-    m, eight = {}, x[:, [0, 1, 6, 7, 8, 9, 10, 11]]
-    names = [LEADS[i] for i in (0, 1, 6, 7, 8, 9, 10, 11)]
+    m, independent = {}, [0, 1, 6, 7, 8, 9, 10, 11]              # the other four leads follow from I and II
+    eight, names = x[:, independent], [LEADS[i] for i in independent]
     per_lead = lambda what, values, leads=names: m.update({f'{what} {n} (mV)': v for n, v in zip(leads, values)})
     per_lead('SD', x.std(0), LEADS)
     per_lead('1 %', np.percentile(eight, 1, axis=0))
@@ -1531,7 +1537,6 @@ def measure(x, peaks, fs=240):
     per_lead('QRS peak to peak', np.ptp(beat[at(-.07, .07)], axis=0))
     per_lead('T peak', np.take_along_axis(t, np.abs(t).argmax(0)[None], 0)[0])
     per_lead('P peak', beat[at(-.25, -.09)].max(0))
-    power, f = np.abs(np.fft.rfft(eight - eight.mean(0), axis=0)) ** 2, np.fft.rfftfreq(len(x), 1 / fs)
     m['mean abs correlation'] = np.abs(np.corrcoef(eight.T))[np.triu_indices(8, 1)].mean()
     band = scipy.signal.sosfiltfilt(scipy.signal.butter(2, (.5, 40), 'bandpass', fs=fs, output='sos'), eight, axis=0)
     for what, signal in (('raw', eight), ('.5-40 Hz', band)):
@@ -1543,6 +1548,7 @@ def measure(x, peaks, fs=240):
     rr = np.diff(peaks) / fs
     m['HR (/min)'] = 60 / rr.mean() if len(rr) else np.nan
     m['ln RMSSD (ms)'] = np.log(1000 * np.sqrt(np.mean(np.diff(rr) ** 2)) + 1) if len(rr) > 1 else np.nan
+    power, f = np.abs(np.fft.rfft(eight - eight.mean(0), axis=0)) ** 2, np.fft.rfftfreq(len(x), 1 / fs)
     total = power.sum(1)
     for a, b in ((0, .5), (.5, 5), (5, 15), (15, 40)):
         m[f'power {a}-{b} Hz'] = total[(f >= a) & (f < b)].sum() / total.sum()
@@ -1567,10 +1573,11 @@ def calibrate(real='sample', made='synthetic', records=512, path='out/calibratio
     print(f'{"measure":34s} {real:>17s} {made:>17s}  difference')
     for k in sets[0]:
         (a, sd), (b, sd_b) = ((np.nanmean(s[k]), np.nanstd(s[k])) for s in sets)
-        table[k] = (a, sd, b, (b - a) / sd)
-        print(f'{k:34s} {a:8.3f} +- {sd:5.3f} {b:8.3f} +- {sd_b:5.3f}  {(b - a) / sd:+5.2f} SD{"" if abs(b - a) <= .4 * sd else "  <- beyond .4"}')
+        d = (b - a) / sd
+        table[k] = (a, sd, b, d)
+        print(f'{k:34s} {a:8.3f} +- {sd:5.3f} {b:8.3f} +- {sd_b:5.3f}  {d:+5.2f} SD' + ('' if abs(d) <= .4 else '  <- beyond .4'))
     fig, ax = figure(figsize=(7, 12), layout='constrained')
-    for k, (a, sd, b, d) in enumerate(table.values()):
+    for k, (*_, d) in enumerate(table.values()):
         ax.plot(d, -k, 'o', color='C0' if abs(d) <= .4 else 'C3', ms=4)
     ax.axvspan(-.4, .4, color='C0', alpha=.12)
     ax.set(yticks=-np.arange(len(table)), xlim=(-1.2, 1.2), xlabel='difference of means, in SD of the real records')
