@@ -104,79 +104,85 @@ BITS = {'8': 8, '16': 16, '24': 24, '32': 32, '61': 16, '80': 8, '160': 16, '212
 MAX_SECONDS = 3600
 
 
+def signal_line(fields):
+    """(file, format, offset, gain, baseline, unit, name) of one signal of a WFDB header, from the words of its line. Raises Defect."""
+    form = re.fullmatch(r'(\d+)(?:x(\d+))?(?::\d+)?(?:\+(\d+))?', fields[1] if len(fields) > 1 else '')
+    if not form or os.path.basename(fields[0]) != fields[0] or form[2] not in (None, '1'):
+        raise Defect('unreadable header')
+    gain = re.fullmatch(r'([-+]?[\d.]+(?:[eE][-+]?\d+)?)(?:\(([-+]?\d+)\))?(?:/(\S+))?', fields[2] if len(fields) > 2 else '')
+    if not gain:
+        raise Defect('gain absent')
+    if not gain[3]:
+        raise Defect('unit absent')
+    if not 1e-3 <= abs(float(gain[1])) <= 1e9:
+        raise Defect('absurd gain')
+    if len(fields) < 9:
+        raise Defect('unnamed lead')
+    baseline = float(fields[4] if gain[2] is None else gain[2])  # absent: the ADC's zero
+    return fields[0], form[1], int(form[3] or 0), float(gain[1]), baseline, gain[3], ' '.join(fields[8:])
+
+
 def check_header(path):
     """Parse the text of a WFDB header and refuse what wfdb would forgive: an absent fs becomes 250 there, a gain of 0 becomes 200,
-    and memory for any promised length is taken. Returns a dict of fs, samples, comments and, per signal, file, format, offset, gain,
-    baseline, unit, name. Raises Defect."""
+    and memory for any promised length is taken. Returns a dict of fs, samples, comments and, one entry per signal, file, format, offset,
+    gain, baseline, unit, name. Raises Defect."""
     try:
         text = Path(f'{path}.hea').read_text(encoding='latin-1')
     except FileNotFoundError:
         raise Defect('file missing')
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    comments = dict(re.match(r'[#\s<]*([^:>]*)>?\s*:?(.*)', line).groups() for line in lines if line[0] == '#')
+    comments = [re.match(r'[#\s<]*([^:>]*)>?\s*:?(.*)', line) for line in lines if line[0] == '#']
     lines = [line.split() for line in lines if line[0] != '#']
     if not lines or len(lines[0]) < 2 or not lines[0][1].isdigit():
         raise Defect('unreadable header')
-    first, h = lines[0], {k: [] for k in ('file', 'format', 'offset', 'gain', 'baseline', 'unit', 'name')}
+    first, count = lines[0], int(lines[0][1])
     if '/' in first[0]:
         raise Defect('several segments')
     if len(first) < 3:
         raise Defect('fs absent')
     try:
-        h['fs'], h['samples'] = float(re.split('[/(]', first[2])[0]), int(first[3]) if len(first) > 3 else 0
+        fs, samples = float(re.split('[/(]', first[2])[0]), int(first[3]) if len(first) > 3 else 0
     except ValueError:
         raise Defect('unreadable header')
-    if not 50 <= h['fs'] <= 10000:
+    if not 50 <= fs <= 10000:
         raise Defect('absurd fs')
-    if not 0 <= h['samples'] <= MAX_SECONDS * h['fs']:
+    if not 0 <= samples <= MAX_SECONDS * fs:
         raise Defect('absurd length')
-    if len(lines) - 1 < int(first[1]) or int(first[1]) < 12:
+    if count < 12 or len(lines) - 1 < count:
         raise Defect('missing lead')
-    for fields in lines[1:int(first[1]) + 1]:
-        form = re.fullmatch(r'(\d+)(?:x(\d+))?(?::\d+)?(?:\+(\d+))?', fields[1] if len(fields) > 1 else '')
-        if not form or os.path.basename(fields[0]) != fields[0] or form[2] not in (None, '1'):
-            raise Defect('unreadable header')
-        gain = re.fullmatch(r'([-+]?[\d.]+(?:[eE][-+]?\d+)?)(?:\(([-+]?\d+)\))?(?:/(\S+))?', fields[2] if len(fields) > 2 else '')
-        if not gain:
-            raise Defect('gain absent')
-        if not gain[3]:
-            raise Defect('unit absent')
-        if not 1e-3 <= abs(float(gain[1])) <= 1e9:
-            raise Defect('absurd gain')
-        if len(fields) < 9:
-            raise Defect('unnamed lead')
-        baseline = float(gain[2] if gain[2] is not None else fields[4])                      # absent: the ADC's zero
-        for key, value in zip(list(h)[:7], (fields[0], form[1], int(form[3] or 0), float(gain[1]), baseline, gain[3], ' '.join(fields[8:]))):
-            h[key].append(value)
+    signals = zip(*(signal_line(fields) for fields in lines[1:count + 1]))
+    h = dict(zip(('file', 'format', 'offset', 'gain', 'baseline', 'unit', 'name'), signals))
     for name in set(h['file']):
-        file, bits = Path(path).parent / name, sum(BITS.get(f, 0) for f, n in zip(h['format'], h['file']) if n == name)
+        file = Path(path).parent / name
         if not file.is_file():
             raise Defect('file missing')
-        if file.stat().st_size < bits * h['samples'] / 8 + max(h['offset']):                 # compressed formats count as 0
+        bits = sum(BITS.get(form, 0) for form, owner in zip(h['format'], h['file']) if owner == name)        # compressed formats count as 0
+        if file.stat().st_size < bits * samples / 8 + max(h['offset']):
             raise Defect('truncated file')
     if len(set(h['unit'])) > 1:
         raise Defect('leads in different units')
-    return h | dict(comments={k.strip().lower(): v.strip() for k, v in comments.items()})
+    return h | dict(fs=fs, samples=samples, comments={c[1].strip().lower(): c[2].strip() for c in comments})
 
 
 def load_wfdb(record, path):
-    """Fill a Record from the WFDB record at `path` (no extension): signal in its own units, age and sex from the comments.
-    16-bit signals in one file, the usual case, are read straight into numpy (wfdb would take five times as long over the header);
-    every other format by wfdb."""
+    """Fill a Record from the WFDB record at `path` (no extension): signal in its own units, age and sex from the comments, which it
+    returns as a dict. 16-bit signals in one file, the usual case, are read straight into numpy (wfdb would take five times as long over
+    the header); every other format by wfdb."""
     h = check_header(path)
     if set(h['format']) == {'16'} and len(set(h['file'])) == len(set(h['offset'])) == 1:
-        raw = np.fromfile(Path(path).parent / h['file'][0], '<i2', h['samples'] * len(h['name']) or -1, offset=h['offset'][0])
-        x = raw[:len(raw) // len(h['name']) * len(h['name'])].reshape(-1, len(h['name'])).astype(float)
+        count = len(h['name'])
+        raw = np.fromfile(Path(path).parent / h['file'][0], '<i2', h['samples'] * count or -1, offset=h['offset'][0])
+        x = raw[:len(raw) // count * count].reshape(-1, count).astype(float)
         x[x == -32768] = np.nan                                  # WFDB's mark of a missing sample
         record.x = (x - h['baseline']) / h['gain']
     else:
         import wfdb
         record.x = wfdb.rdrecord(str(path)).p_signal
-    record.fs, record.leads, record.unit, comments = h['fs'], tuple(h['name']), h['unit'][0], h['comments']
+    record.fs, record.leads, record.unit, comments = h['fs'], h['name'], h['unit'][0], h['comments']
     if math.isnan(record.age) and re.fullmatch(r'\d{1,3}', comments.get('age', '')):
         record.age = float(comments['age'])
     if math.isnan(record.sex):
-        record.sex = {'f': 1., 'm': 0.}.get(comments.get('sex', ' ')[:1].lower(), math.nan)
+        record.sex = {'f': 1., 'm': 0.}.get(comments.get('sex', '')[:1].lower(), math.nan)
     return comments
 
 
@@ -225,14 +231,16 @@ def ptbxl(root, rate=100):
     root = Path(root)
     if not (root / f'records{rate}').is_dir() and (root / f'records{600 - rate}').is_dir():
         raise Stop(f'{root} has no records{rate}, but records{600 - rate}: add --rate {600 - rate}')
-    statements = {r['']: r for r in rows_of(root / 'scp_statements.csv', '', 'diagnostic', 'form', 'rhythm', 'diagnostic_class', 'diagnostic_subclass')}
-    sets = {c: [f'all/{c}'] + [f'{ns}/{c}' for ns, flag in (('diag', 'diagnostic'), ('form', 'form'), ('rhythm', 'rhythm'))
-                               if number(r[flag]) == 1] for c, r in statements.items()}
-    for c, r in statements.items():
+    sets = {}                                                    # code -> its labels
+    for r in rows_of(root / 'scp_statements.csv', '', 'diagnostic', 'form', 'rhythm', 'diagnostic_class', 'diagnostic_subclass'):
+        code = r['']
+        sets[code] = [f'all/{code}']
         if number(r['diagnostic']) == 1:
-            sets[c] += [f'sub/{r["diagnostic_subclass"]}', f'super/{r["diagnostic_class"]}']
-    vocabulary = dict.fromkeys(sorted(n for names in sets.values() for n in names), 0.)
-    for row in rows_of(root / 'ptbxl_database.csv', 'ecg_id', 'patient_id', 'age', 'sex', 'scp_codes', 'strat_fold', 'filename_lr', 'filename_hr'):
+            sets[code] += [f'diag/{code}', f'sub/{r["diagnostic_subclass"]}', f'super/{r["diagnostic_class"]}']
+        sets[code] += [f'{kind}/{code}' for kind in ('form', 'rhythm') if number(r[kind]) == 1]
+    vocabulary = dict.fromkeys(sorted(itertools.chain(*sets.values())), 0.)
+    for row in rows_of(root / 'ptbxl_database.csv', 'ecg_id', 'patient_id', 'age', 'sex', 'scp_codes', 'strat_fold',
+                       'filename_lr', 'filename_hr'):
         age = number(row['age'])                                 # 300 means over 89
         yield Record(f'ptbxl/{row["ecg_id"]}', f'ptbxl/patient{row["patient_id"]}' if row['patient_id'] else '', age=min(age, 90.),
                      sex=number(row['sex']), fold=int(number(row['strat_fold'], -1)), labels=vocabulary,
@@ -385,16 +393,19 @@ def echonext(root):
     root, fold, seen = Path(root), {'train': 0, 'val': 8, 'test': 9}, Tally()
     table = next(root.glob('[Ee]cho[Nn]ext_metadata_100k.csv'), root / 'echonext_metadata_100k.csv')
     for row in rows_of(table, 'ecg_key', 'patient_key', 'split', 'age_at_ecg', 'sex', *FLAGS):
-        if (split := row['split'].strip()) in fold:
-            labels = {f'echonext/{f[:-5]}': number(row[f]) for f in FLAGS}
-            labels |= {f'shd/{f[:-5]}': number(v) for f, v in row.items() if f.startswith('shd') and f.endswith('_flag')}
-            sex = female(row['sex'])
-            yield Record(f'echonext/{row["ecg_key"]}', f'echonext/{row["patient_key"]}', fs=250, leads=LEADS, unit='mV', labels=labels,
-                         age=number(row['age_at_ecg']), sex=number(row['sex']) if math.isnan(sex) else sex, fold=fold[split],
-                         load=functools.partial(load_echonext, path=root / f'EchoNext_{split}_waveforms.npy', row=seen[split]))
-            seen[split] += 1
+        split, sex = row['split'].strip(), female(row['sex'])
+        if split not in fold:
+            continue
+        labels = {f'echonext/{f[:-5]}': number(row[f]) for f in FLAGS}
+        labels |= {f'shd/{f[:-5]}': number(v) for f, v in row.items() if f.startswith('shd') and f.endswith('_flag')}
+        yield Record(f'echonext/{row["ecg_key"]}', f'echonext/{row["patient_key"]}', fs=250, leads=LEADS, unit='mV', labels=labels,
+                     age=number(row['age_at_ecg']), sex=number(row['sex']) if math.isnan(sex) else sex, fold=fold[split],
+                     load=functools.partial(load_echonext, path=root / f'EchoNext_{split}_waveforms.npy', row=seen[split]))
+        seen[split] += 1
     for split, n in seen.items():
-        if (file := root / f'EchoNext_{split}_waveforms.npy').is_file() and n != (there := len(np.load(file, mmap_mode='r'))):
+        file = root / f'EchoNext_{split}_waveforms.npy'
+        there = len(np.load(file, mmap_mode='r')) if file.is_file() else n       # one that is not there is counted record by record
+        if n != there:
             raise Stop(f'{file.name} has {there} records, but {table.name} has {n} of split {split}: they cannot be matched')
 
 
@@ -422,21 +433,24 @@ def mimic(root, cardiac=2000, others=2000):
     study = lambda text: (text or '').split('.')[0].strip()
     measured = {study(r['study_id']): typed('f', machine(r)) for r in rows_of(
         root / 'machine_measurements.csv', 'study_id', 'rr_interval', 'qrs_onset', 'qrs_end', 't_end', 'p_axis', 'qrs_axis', 't_axis')}
-    stays, common, outcomes, names = None, (), {}, ()
+    stays, common, names, outcomes = None, {}, (), {}
     if (root / 'records_w_diag_icd10.csv').is_file():
         stays, common = mimic_stays(root / 'records_w_diag_icd10.csv', study, cardiac, others)
-        known = {name.split('/')[0]: name for name in reversed(common.values())}   # the commonest of each namespace: its 0 makes the others known
     if (root / 'mds_ed.csv').is_file():
         names, outcomes = mds_outcomes(root / 'mds_ed.csv', study)
+    known = {name.split('/')[0]: name for name in reversed(common.values())}   # the commonest of each namespace: its 0 makes the others known
     for row in rows_of(root / 'record_list.csv', 'subject_id', 'study_id', 'path'):
         key = study(row['study_id'])
         if stays is not None and key not in stays:
             continue
-        labels = {f'features/{n}': v for n, v in zip(FEATURES, measured.get(key, [math.nan] * 7))} | dict(zip(names, outcomes.get(key, ())))
+        labels = {f'features/{n}': v for n, v in zip(FEATURES, measured.get(key, [math.nan] * 7))}
+        labels |= zip(names, outcomes.get(key, ()))
         fold, age, sex = -1, math.nan, math.nan
         if stays is not None:
             codes, fold, age, sex = stays[key]
-            labels |= dict.fromkeys(known.values(), 0.) | {common[c]: 1. for c in codes if c in common} | {'sex/female': sex, 'age/years': age}
+            labels |= dict.fromkeys(known.values(), 0.)
+            labels |= {common[c]: 1. for c in codes if c in common}
+            labels |= {'sex/female': sex, 'age/years': age}
         yield Record(f'mimic/{key}', f'mimic/{study(row["subject_id"])}', age=age, sex=sex, labels=labels, fold=fold,
                      load=functools.partial(load_mimic, path=root / row['path'].strip()))
 
@@ -472,7 +486,12 @@ def mimic_stays(path, study, cardiac, others):
         in_ed = row['ecg_taken_in_ed'].strip().lower() in ('true', '1', '1.0')
         if codes and in_ed and (fold < 18 or number(row['ecg_no_within_stay']) == 0):
             stays[study(row['study_id'])] = tuple(map(sys.intern, sorted(codes))), fold, number(row['age']), female(row['gender'])
-    return stays, {c: f'{"cardiac" if c[0] == "I" else "noncardiac"}/{c}' for c, n in count.most_common() if n >= (cardiac if c[0] == 'I' else others)}
+    common = {}
+    for code, n in count.most_common():
+        space, least = ('cardiac', cardiac) if code[0] == 'I' else ('noncardiac', others)
+        if n >= least:
+            common[code] = f'{space}/{code}'
+    return stays, common
 
 
 def mds_columns(columns):
@@ -554,56 +573,62 @@ def wfdb_folder(root):
         yield Record(p.relative_to(root).with_suffix('').as_posix(), load=functools.partial(load_wfdb, path=p.with_suffix('')))
 
 
-def array(path, fs, leads, unit, labels=None):
-    """Your own recordings: .npy or .npz (key x) of shape (N, 12, T) or (N, T, 12). An .npz may carry fs, leads and unit itself, but
-    is read whole, where an .npy streams.
-    labels: csv with one row per record, in order; columns id, patient, fold, age, sex are what they say, every other one a label,
-    blank where unknown."""
+def read_array(path, fs, leads, unit):
+    """(x (N, T, C), fs, leads, unit) of an .npy, which streams, or of an .npz (key x), which is read whole and may carry the others."""
     try:
         file = np.load(path, mmap_mode='r', allow_pickle=False)
-        file = {k: file[k] for k in ('x', 'fs', 'leads', 'unit') if k in file} if isinstance(file, np.lib.npyio.NpzFile) else file
+        if isinstance(file, np.lib.npyio.NpzFile):
+            file = {k: file[k] for k in ('x', 'fs', 'leads', 'unit') if k in file}
     except FileNotFoundError:
         raise Stop(f'no file {path}: --root must name a .npy or .npz file')
     except (ValueError, OSError, EOFError, MemoryError, OverflowError, RuntimeError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile,
             zlib.error) as e:
         raise Stop(f'{path} is no numeric .npy or .npz file ({e})')
     if isinstance(file, dict):
-        fs, leads, unit = (np.ravel(file[k]).tolist() if k in file else v for k, v in (('fs', [fs]), ('leads', leads), ('unit', [unit])))
-        fs, unit = fs[0], unit[0]
         if 'x' not in file:
             raise Stop(f'{path} has no array x; it has {", ".join(file)}')
-        file = file['x']
+        fs, unit = (np.ravel(file.get(k, given)).tolist()[0] for k, given in (('fs', fs), ('unit', unit)))
+        leads, file = np.ravel(file.get('leads', leads)).tolist(), file['x']
     if not fs:
         raise Stop(f'the sampling rate of {path} is unknown: add --fs-in HZ')
     axis = [a for a in (2, 1) if file.ndim == 3 and file.shape[a] == len(leads)]
     if not axis or file.dtype.kind not in 'iuf':
         raise Stop(f'{path} is {file.dtype} {file.shape}: numbers of shape (N, {len(leads)}, T) or (N, T, {len(leads)}) are needed')
+    return file if axis[0] == 2 else file.transpose(0, 2, 1), fs, tuple(leads), unit
+
+
+def array(path, fs, leads, unit, labels=None):
+    """Your own recordings: .npy or .npz (key x) of shape (N, 12, T) or (N, T, 12); an .npz may carry fs, leads and unit itself.
+    labels: csv with one row per record, in order; columns id, patient, fold, age, sex are what they say, every other one a label,
+    blank where unknown."""
+    recordings, fs, leads, unit = read_array(path, fs, leads, unit)
     if labels and not Path(labels).is_file():
         raise Stop(f'no file {labels}: --labels must name a csv file')
-    known = ('id', 'patient', 'fold', 'age', 'sex')
-    rows = [{k.lower() if k.lower() in known else k: v for k, v in r.items()} for r in rows_of(labels, ragged=False)] if labels else [{}] * len(file)
-    if len(rows) != len(file):
-        raise Stop(f'{labels} has {len(rows)} rows for {len(file)} records')
-    for name in [n for n in (rows[0] if rows else ()) if n not in known]:
-        if odd := next(((i, r[name]) for i, r in enumerate(rows) if number(r[name]) not in (0, 1) and math.isfinite(number(r[name]))), None):
-            print(f'{labels}: column {name} is a number, not yes or no (row {odd[0] + 1} has {odd[1]}): scored by MAE')
-    for i, row in enumerate(rows):
+    known, rows = ('id', 'patient', 'fold', 'age', 'sex'), [{}] * len(recordings)
+    if labels:
+        rows = [{k.lower() if k.lower() in known else k: v for k, v in r.items()} for r in rows_of(labels, ragged=False)]
+    if len(rows) != len(recordings):
+        raise Stop(f'{labels} has {len(rows)} rows for {len(recordings)} records')
+    names = [name for name in rows[0] if name not in known] if rows else []
+    for name in names:
+        odd = [i for i, row in enumerate(rows) if math.isfinite(number(row[name])) and number(row[name]) not in (0, 1)]
+        if odd:
+            print(f'{labels}: column {name} is a number, not yes or no (row {odd[0] + 1} has {rows[odd[0]][name]}): scored by MAE')
+    for i, (x, row) in enumerate(zip(recordings, rows)):
         if row.get('age') and math.isnan(number(row['age'])):
             raise Stop(f'{labels}, row {i + 1}: age {row["age"]!r} is no number of years')
-        x = file[i] if axis[0] == 2 else file[i].T
         sex = {'f': 1., 'm': 0.}.get((row.get('sex') or ' ')[0].lower(), number(row.get('sex')))
         fold = int(row['fold']) if re.fullmatch(r'\d{1,4}', row.get('fold') or '') else -1
         if fold < 0 and row.get('fold'):
             raise Stop(f'{labels}, row {i + 1}: fold {row["fold"]!r} is no whole number')
-        for name, cell in row.items():
-            if name not in known and cell and not math.isfinite(number(cell)):
-                raise Stop(f'{labels}, row {i + 1}, column {name}: {str(cell)[:40]!r} is no number; use 1, 0, or blank for unknown')
+        for name in names:
+            if row[name] and not math.isfinite(number(row[name])):
+                raise Stop(f'{labels}, row {i + 1}, column {name}: {row[name][:40]!r} is no number; use 1, 0, or blank for unknown')
         patient = row.get('patient') or ''
         if math.isfinite(number(patient)):                       # a patient's number is no record's number, which `overlap` looks for too
             patient = f'patient {patient}'
-        yield Record(row.get('id') or f'{Path(path).stem}/{i}', patient, np.array(x, float), fs, tuple(leads), unit,
-                     number(row.get('age')), sex, {f'label/{k}': number(v) for k, v in row.items() if k not in known} if labels else None,
-                     fold)
+        yield Record(row.get('id') or f'{Path(path).stem}/{i}', patient, np.array(x, float), fs, leads, unit, number(row.get('age')), sex,
+                     {f'label/{name}': number(row[name]) for name in names} if labels else None, fold)
 
 
 def synthetic_labels():
