@@ -16,7 +16,7 @@ index.npz and meta.json. The signal contract follows arXiv 2605.12241 (12 leads,
 --contract sc gives the setting of arXiv 2605.17276 (100 Hz, 10 s, high-pass and mains notch). TASKS lists the tasks of both papers,
 each with the command that prepares its data.
 """
-import argparse, ast, csv, functools, hashlib, itertools, json, math, os, re, shutil, sys, time, tokenize, warnings, zipfile, zlib
+import argparse, ast, contextlib, csv, functools, hashlib, itertools, json, math, os, re, shutil, sys, time, tokenize, warnings, zipfile, zlib
 from array import array as typed
 from collections import Counter as Tally
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -668,8 +668,7 @@ def synthetic_in_memory(records, device):
                  fold=folds[patient], age=labels[:, -1].astype(float), sex=female.astype(float),
                  peaks=np.rint(beats.astype(float) * 240).astype(np.int32), peak_start=np.r_[0, np.cumsum(count)])
     names = synthetic_labels()
-    tasks = {space: [k for k, n in enumerate(names) if n.split('/')[0] == space] for space in ('findings', 'tail', 'target')}
-    tasks |= {task: [names.index(n) for n in members] for task, members in SYNTHETIC_TASKS}
+    tasks = namespaces(names) | {task: [names.index(n) for n in members] for task, members in SYNTHETIC_TASKS}
     first = hashlib.blake2b(signals[:T].cpu().numpy().tobytes(), digest_size=8).hexdigest()                # another generator, another hash
     return dict(contract=asdict(Contract()), labels=names, tasks=tasks, hash=f'{records}@{first}'), index, signals, labels.astype(np.float32)
 
@@ -705,7 +704,8 @@ def conform(x, fs, leads, unit, contract):
         missing = [name for name in contract.leads if name.upper() not in names]
         raise Defect(f'missing lead {", ".join(missing)}' if missing else 'lead named twice')
     x = np.asarray(x, float)[:, [names.index(name.upper()) for name in contract.leads]] * factor
-    if len(x) < round(contract.window * fs):
+    window = round(contract.window * fs)
+    if len(x) < window:
         raise Defect('shorter than a window')
     bad = ~np.isfinite(x)
     if bad.any():
@@ -714,26 +714,29 @@ def conform(x, fs, leads, unit, contract):
             raise Defect('NaN or inf beyond a short gap')
         for c in np.flatnonzero(bad.any(0)):
             x[bad[:, c], c] = np.interp(np.flatnonzero(bad[:, c]), np.flatnonzero(~bad[:, c]), x[~bad[:, c], c])
-    window = round(contract.window * fs)
     parts = x[:len(x) // window * window].reshape(-1, window, x.shape[1])
     if ((np.ptp(parts, axis=1) < 2e-3).mean(0) > .5).sum() > 2:  # flat in most of its windows
         raise Defect('more than two flat leads')
     if np.abs(x).max() > 32.767:
         raise Defect('beyond 32.767 mV: wrong gain or unit?')
-    y = x
-    for step in contract.filter.split('+') if contract.filter != 'none' else ():
+    y = resample(filtered(x, fs, contract.filter), fs, contract.fs)
+    if contract.norm == 'record':
+        y = (y - y.mean(0)) / (y.std(0) + 1e-6)
+    return y, int(bad.sum()), x
+
+
+def filtered(x, fs, steps):
+    """x (T, C) at `fs` Hz after a contract's filter: second-order Butterworth steps and notches of Q 30, forwards and backwards."""
+    for step in steps.split('+') if steps != 'none' else ():
         kind, hz = re.fullmatch(r'(hp|lp|notch)([\d.]+)', step).groups()
         hz = float(hz)
         if hz >= fs / 2:                                         # nothing there to remove
             continue
         if kind == 'notch':
-            y = scipy.signal.filtfilt(*scipy.signal.iirnotch(hz, 30, fs), y, axis=0)
+            x = scipy.signal.filtfilt(*scipy.signal.iirnotch(hz, 30, fs), x, axis=0)
         else:
-            y = scipy.signal.sosfiltfilt(scipy.signal.butter(2, hz, kind, fs=fs, output='sos'), y, axis=0)
-    y = resample(y, fs, contract.fs)
-    if contract.norm == 'record':
-        y = (y - y.mean(0)) / (y.std(0) + 1e-6)
-    return y, int(bad.sum()), x
+            x = scipy.signal.sosfiltfilt(scipy.signal.butter(2, hz, kind, fs=fs, output='sos'), x, axis=0)
+    return x
 
 
 def resample(x, fs, to):
@@ -773,16 +776,33 @@ def finish(record, contract, peaks=True):
         I, II = raw[:, 0], raw[:, 1]
         derived = np.stack([II - I, -(I + II) / 2, I - II / 2, II - I / 2], 1)               # III, aVR, aVL, aVF by Einthoven and Goldberger
         ecg = record.peaks is None or len(record.peaks) > 0      # what is known to have no R-peaks owes Einthoven nothing
+        facts = dict(repaired=repaired, einthoven=ecg and bool((np.std(raw[:, 2:6] - derived, 0) > .1 * np.std(II) + .02).any()))
         if record.peaks is None:
             record.peaks = find_peaks(raw, record.fs) if peaks else np.zeros(0)
-        facts = dict(repaired=repaired, einthoven=ecg and bool((np.std(raw[:, 2:6] - derived, 0) > .1 * np.std(II) + .02).any()))
         record.peaks = np.rint(np.asarray(record.peaks) * contract.fs).astype(np.int32)
-        result = replace(record, x=None, load=None), counts, facts
     except Defect as e:
-        result = replace(record, x=None, load=None), None, str(e)
+        counts, facts = None, str(e)
     except Exception as e:                                       # whatever a damaged file makes a library raise
-        result = replace(record, x=None, load=None), None, f'unreadable ({type(e).__name__})'
-    return result
+        counts, facts = None, f'unreadable ({type(e).__name__})'
+    return replace(record, x=None, load=None), counts, facts
+
+
+BLOCK = 256                                                      # records under way at a time
+
+
+def finish_all(records, contract, peaks, workers):
+    """What `finish` makes of each record, in order, in `workers` processes; None: one per core, 1: in this one."""
+    work = functools.partial(finish, contract=contract, peaks=peaks)
+    pool = ProcessPoolExecutor(workers) if workers != 1 else None
+    records = iter(records)
+    try:
+        while block := list(itertools.islice(records, BLOCK)):   # bounded, so that a fast reader cannot fill the memory
+            yield from pool.map(work, block, chunksize=4) if pool else map(work, block)
+    except BrokenExecutor:
+        raise Stop('a worker process died, perhaps for lack of memory: try again with fewer --workers')
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
 
 
 def fold_of(patient):
@@ -848,6 +868,14 @@ def prepare(name, records, contract=Contract(), source='', extra_tasks=(), worke
     return meta
 
 
+def namespaces(names):
+    """{namespace: columns} of label names, such as {'super': [0, 1, ...]}."""
+    tasks = {}
+    for column, name in enumerate(names):
+        tasks.setdefault(name.split('/')[0], []).append(column)
+    return tasks
+
+
 def peak_memory(workers=False):
     """Peak resident memory of this process, or of its largest finished worker, in MB; NaN where the system does not tell (Windows)."""
     try:
@@ -860,56 +888,47 @@ def peak_memory(workers=False):
 
 def write_dataset(folder, records, contract, workers, peaks, strict, total, name, folds):
     """The files of a prepared dataset but for meta.json, whose content it returns."""
-    began, early = time.time(), 0
+    began, early = time.time(), None
     dropped, index, spaces, balanced, names, fold_by, ids = Tally(), [], [], [], {}, {}, set()
     peaks_so_far, peak_start = typed('i'), typed('q', [0])       # typed arrays: small objects here would fragment the heap
-    rates, sizes = typed('f'), typed('f')                        # of each record: beats a minute, its middle lead from trough to crest
+    sizes = typed('f')                                           # of each record: its middle lead from trough to crest
     cells = typed('q'), typed('i'), typed('f')                   # row, column, value of each label that is not 0
     digest, offset, repaired, odd = hashlib.blake2b(digest_size=8), 0, 0, 0
-    records = iter(records)
-    pool = ProcessPoolExecutor(workers) if workers != 1 else None
-    work = functools.partial(finish, contract=contract, peaks=peaks)
-    try:
-        with open(folder / 'signals.i16', 'wb') as signals, tqdm(total=total, desc=f'preparing {name}', unit='rec', disable=None) as bar:
-            while block := list(itertools.islice(records, 256)):     # bounded, so that a fast reader cannot fill the memory
-                for record, counts, facts in pool.map(work, block, chunksize=4) if pool else map(work, block):
-                    bar.update()
-                    if record.id in ids:
-                        raise Stop(f'record id {record.id} appears twice: make the ids unique and prepare again')
-                    ids.add(record.id)
-                    if counts is None:
-                        dropped[facts] += 1
-                        if strict:
-                            raise Stop(f'record {record.id}: {facts} (--strict stops at the first defect)')
-                        continue
-                    patient = record.patient or record.id
-                    fold = record.fold if record.fold >= 0 or folds == 'stratified' else fold_of(patient)
-                    if fold_by.setdefault(patient, fold) != fold:
-                        raise Stop(f'patient {patient} is in folds {fold_by[patient]} and {fold}: a patient must stay in one fold')
-                    for key, value in (record.labels or {}).items():
-                        column = names.setdefault(key, len(names))
-                        if value:
-                            for cell, v in zip(cells, (len(index), column, value)):
-                                cell.append(v)
-                    index.append((offset, len(counts), record.id, patient, fold, record.age, record.sex))
-                    spaces.append(frozenset(key.split('/')[0] for key in record.labels or ()))
-                    if folds == 'stratified':
-                        balanced.append([k for k, v in (record.labels or {}).items() if v > 0] if record.strata is None else record.strata)
-                    peaks_so_far.extend(record.peaks.tolist())
-                    peak_start.append(len(peaks_so_far))
-                    rates.append(60 * contract.fs * len(record.peaks) / len(counts))
-                    sizes.append(contract.scale * np.median(np.ptp(counts, 0)))
-                    data = counts.tobytes()
-                    signals.write(data)
-                    digest.update(data)
-                    offset, repaired, odd = offset + len(counts), repaired + (facts['repaired'] > 0), odd + facts['einthoven']
-                early = early or peak_memory()
-    except BrokenExecutor:
-        raise Stop('a worker process died, perhaps for lack of memory: try again with fewer --workers')
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
-    seen = len(index) + sum(dropped.values())
+    with open(folder / 'signals.i16', 'wb') as signals, contextlib.closing(finish_all(records, contract, peaks, workers)) as finished, \
+            tqdm(finished, total=total, desc=f'preparing {name}', unit='rec', disable=None) as bar:
+        for record, counts, facts in bar:
+            if record.id in ids:
+                raise Stop(f'record id {record.id} appears twice: make the ids unique and prepare again')
+            ids.add(record.id)
+            if len(ids) == BLOCK:
+                early = peak_memory()
+            if counts is None:
+                dropped[facts] += 1
+                if strict:
+                    raise Stop(f'record {record.id}: {facts} (--strict stops at the first defect)')
+                continue
+            patient, labels = record.patient or record.id, record.labels or {}
+            fold = record.fold if record.fold >= 0 or folds == 'stratified' else fold_of(patient)
+            if fold_by.setdefault(patient, fold) != fold:
+                raise Stop(f'patient {patient} is in folds {fold_by[patient]} and {fold}: a patient must stay in one fold')
+            for key, value in labels.items():
+                column = names.setdefault(key, len(names))
+                if value:
+                    for cell, v in zip(cells, (len(index), column, value)):
+                        cell.append(v)
+            index.append((offset, len(counts), record.id, patient, fold, record.age, record.sex))
+            spaces.append(frozenset(key.split('/')[0] for key in labels))
+            if folds == 'stratified':
+                balanced.append([k for k, v in labels.items() if v > 0] if record.strata is None else record.strata)
+            peaks_so_far.extend(record.peaks.tolist())
+            peak_start.append(len(peaks_so_far))
+            sizes.append(contract.scale * np.median(np.ptp(counts, 0)))
+            data = counts.tobytes()
+            signals.write(data)
+            digest.update(data)
+            offset += len(counts)
+            repaired += facts['repaired'] > 0
+            odd += facts['einthoven']
     if not index:
         why = '; '.join(f'{n} {reason}' for reason, n in dropped.most_common()) or 'the source holds no records'
         raise Stop(f'nothing left to prepare: {why}')
@@ -927,31 +946,63 @@ def write_dataset(folder, records, contract, workers, peaks, strict, total, name
         for row, what in zip(Y, balanced):
             row[[column[w] for w in what]] = True
         columns['fold'] = np.where(columns['fold'] >= 0, columns['fold'], stratify(Y, columns['patient']))
-    np.savez(folder / 'index.npz', **columns, peaks=np.array(peaks_so_far), peak_start=np.array(peak_start))
-    tasks = {}
-    for label, column in names.items():
-        tasks.setdefault(label.split('/')[0], []).append(column)
-    seconds = time.time() - began
-    print(f'{name}: {len(index):,} of {seen:,} records kept, {len(fold_by):,} patients, {offset / contract.fs / 3600:.1f} h of signal, '
-          f'{len(names)} labels, {len(peaks_so_far):,} R-peaks; {seconds:.1f} s ({seen / seconds:.0f} records/s)')
-    for reason, n in dropped.most_common():
+    columns |= dict(peaks=np.array(peaks_so_far), peak_start=np.array(peak_start))
+    np.savez(folder / 'index.npz', **columns)
+    meta = dict(contract=asdict(contract), labels=list(names), tasks=namespaces(names), records=len(index), seen=len(ids),
+                dropped=dict(dropped), repaired=repaired, einthoven=odd, folds=folds, hash=digest.hexdigest())
+    summarise(name, meta, columns, np.median(sizes), time.time() - began)
+    now = peak_memory()
+    print(f'  peak memory {now:.0f} MB, {now - (early or now):.0f} MB of it since the first {min(len(ids), BLOCK)} records'
+          + (f'; largest worker {peak_memory(workers=True):.0f} MB' if workers != 1 else ''))
+    return meta
+
+
+def summarise(name, meta, index, size, seconds):
+    """Print what has been prepared, and what about it looks wrong. size: mV from trough to crest of a usual lead."""
+    fs, seen, kept = meta['contract']['fs'], meta['seen'], meta['records']
+    print(f'{name}: {kept:,} of {seen:,} records kept, {len(set(index["patient"])):,} patients, {index["length"].sum() / fs / 3600:.1f} h of '
+          f'signal, {len(meta["labels"])} labels, {len(index["peaks"]):,} R-peaks; {seconds:.1f} s ({seen / seconds:.0f} records/s)')
+    for reason, n in Tally(meta['dropped']).most_common():
         print(f'  {n:,} dropped: {reason}')
-    rate, size = np.median(rates), np.median(sizes)
-    if contract.norm == 'none' and peaks_so_far:
+    rate = np.median(60 * fs * np.diff(index['peak_start']) / index['length'])
+    if meta['contract']['norm'] == 'none' and len(index['peaks']):
         print(f'  half of them have {rate:.0f} or more beats a minute, and {size:.2g} mV or more from trough to crest'
               + ('' if 40 < rate < 140 and .3 < size < 5 else ': no usual ECG, or is the rate or the gain another than was said?'))
-    if repaired:
-        print(f'  {repaired:,} with short gaps interpolated')
-    if odd:
-        print(f'  {odd:,} whose limb leads do not fit together (III = II - I, aVR = -(I + II) / 2 and so on): swapped, mislabelled or scaled one by one?')
-    print(f'  peak memory {peak_memory():.0f} MB, {peak_memory() - early:.0f} MB of it since the first {min(seen, 256)} records'
-          + (f'; largest worker {peak_memory(workers=True):.0f} MB' if pool else ''))
-    return dict(contract=asdict(contract), labels=list(names), tasks=tasks, records=len(index), seen=seen, dropped=dict(dropped),
-                repaired=repaired, einthoven=odd, folds=folds, hash=digest.hexdigest())
+    if meta['repaired']:
+        print(f'  {meta["repaired"]:,} with short gaps interpolated')
+    if meta['einthoven']:
+        print(f'  {meta["einthoven"]:,} whose limb leads do not fit together (III = II - I, aVR = -(I + II) / 2 and so on): swapped, '
+              'mislabelled or scaled one by one?')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # prepared datasets, splits, batches
+
+def open_prepared(name):
+    """(meta, index, signals, labels) of datasets/NAME, signals (samples, 12) int16 on disk; one that can prepare itself does so when
+    missing. Raises Stop where it is missing or damaged."""
+    folder, _ = mended(name)
+    if not folder.exists() and name in DEFAULTS:
+        DEFAULTS[name]()
+    try:
+        meta = json.loads((folder / 'meta.json').read_text())
+        index = dict(np.load(folder / 'index.npz'))
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='The given NumPy array is not writable')     # nor is it written to
+            signals = torch.from_numpy(np.memmap(folder / 'signals.i16', np.int16, 'r').reshape(-1, 12))
+        labels = np.load(folder / 'labels.npy', mmap_mode='r')
+        whole = len(signals) == index['offset'][-1] + index['length'][-1] and len(labels) == len(index['id']) == meta['records']
+    except FileNotFoundError as e:
+        if folder.exists():
+            raise Stop(f'datasets/{name} is damaged (no {Path(e.filename).name}): prepare it again')
+        there = ', '.join(sorted(p.parent.name for p in Path('datasets').glob('[!.]*/meta.json'))) or 'none'
+        raise Stop(f'no dataset {name!r} in datasets/ (there: {there}): prepare it with python data.py, see its --help')
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        raise Stop(f'datasets/{name} is damaged ({type(e).__name__}: {e}): prepare it again')
+    if not whole:
+        raise Stop(f'datasets/{name} is damaged (files of different lengths): prepare it again')
+    return meta, index, signals, labels
+
 
 class Dataset:
     """One or more prepared datasets ('ptbxl' or 'ptbxl,georgia') as one, signals on disk, everything else in memory.
@@ -963,32 +1014,11 @@ class Dataset:
     """
 
     def __init__(self, names, device='cpu'):
-        self.name, self.device, parts = names, torch.empty(0, device=device).device, []      # cuda:0, where only cuda was said
+        self.name, self.device = names, torch.empty(0, device=device).device                 # cuda:0, where only cuda was said
+        parts = []                                               # (meta, index, signals, labels) of each
         for name in names.split(','):
-            if made := re.fullmatch(r'synthetic@([1-9]\d{0,7})', name):
-                parts.append(synthetic_in_memory(int(made[1]), self.device))
-                continue
-            folder, _ = mended(name)
-            if not folder.exists() and name in DEFAULTS:
-                DEFAULTS[name]()
-            try:
-                meta = json.loads((folder / 'meta.json').read_text())
-                index = dict(np.load(folder / 'index.npz'))
-                with warnings.catch_warnings():
-                    warnings.filterwarnings('ignore', message='The given NumPy array is not writable')     # nor is it written to
-                    signals = torch.from_numpy(np.memmap(folder / 'signals.i16', np.int16, 'r').reshape(-1, 12))
-                labels = np.load(folder / 'labels.npy', mmap_mode='r')
-                whole = len(signals) == index['offset'][-1] + index['length'][-1] and len(labels) == len(index['id']) == meta['records']
-            except FileNotFoundError as e:
-                if folder.exists():
-                    raise Stop(f'datasets/{name} is damaged (no {Path(e.filename).name}): prepare it again')
-                there = ', '.join(sorted(p.parent.name for p in Path('datasets').glob('[!.]*/meta.json'))) or 'none'
-                raise Stop(f'no dataset {name!r} in datasets/ (there: {there}): prepare it with python data.py, see its --help')
-            except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-                raise Stop(f'datasets/{name} is damaged ({type(e).__name__}: {e}): prepare it again')
-            if not whole:
-                raise Stop(f'datasets/{name} is damaged (files of different lengths): prepare it again')
-            parts.append((meta, index, signals, labels))
+            made = re.fullmatch(r'synthetic@([1-9]\d{0,7})', name)
+            parts.append(synthetic_in_memory(int(made[1]), self.device) if made else open_prepared(name))
         self.contract = Contract.read(parts[0][0]['contract'])
         for name, (meta, *_) in zip(names.split(','), parts):
             if differs := Contract.read(meta['contract']).differs(self.contract):
@@ -1014,10 +1044,10 @@ class Dataset:
         self.tasks = {}
         for meta, *_ in parts:
             for task, columns in meta['tasks'].items():
-                names = [self.label_names.index(meta['labels'][c]) for c in columns]
-                self.tasks[task] = list(dict.fromkeys(self.tasks.get(task, []) + names))
+                found = [self.label_names.index(meta['labels'][c]) for c in columns]
+                self.tasks[task] = list(dict.fromkeys(self.tasks.get(task, []) + found))
         self.hash = '+'.join(p[0]['hash'] for p in parts)
-        self.order = functools.lru_cache(2)(self.order)
+        self.order = functools.lru_cache(2)(self.order)          # every step of an epoch asks for it
 
     def __len__(self):
         return len(self.id)
