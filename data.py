@@ -631,14 +631,8 @@ def array(path, fs, leads, unit, labels=None):
                      {f'label/{name}': number(row[name]) for name in names} if labels else None, fold)
 
 
-def synthetic_labels():
-    """Names of the 246 labels of a synthetic record."""
-    return [f'findings/{n}' for n in FINDINGS] + [f'tail/{n}' for n in TAIL] + [f'target/{n}' for n in TARGETS]
-
-
 def synthetic(records, seed=0, seconds=10., shifts=(), prevalence=1.):
     """Synthetic records 0 ... records - 1, always computed in whole blocks of 64, so that a larger set begins with a smaller one."""
-    names = synthetic_labels()
     cohort = f'synthetic{seed}' + ''.join(f'-{s}' for s in sorted(shifts))
     for start in range(0, records, 64):
         s = synthesize(seed, torch.arange(start, start + 64), seconds, shifts=shifts, prevalence=prevalence)
@@ -646,7 +640,7 @@ def synthetic(records, seed=0, seconds=10., shifts=(), prevalence=1.):
         for i in range(min(64, records - start)):
             beats = s['beats'][i].double().numpy()
             yield Record(f'{cohort}/{start + i}', f'{cohort}/patient{s["patient"][i]}', s['x'][i].numpy(), 240, LEADS, 'uV',
-                         float(s['targets'][i, -1]), float(s['female'][i]), dict(zip(names, values[i])),
+                         float(s['targets'][i, -1]), float(s['female'][i]), dict(zip(SYNTHETIC_LABELS, values[i])),
                          peaks=beats[(beats >= 0) & (beats < seconds)])
 
 
@@ -667,7 +661,7 @@ def synthetic_in_memory(records, device):
     index = dict(offset=np.arange(records) * T, length=np.full(records, T), id=name('', np.arange(records)), patient=name('patient', patient),
                  fold=folds[patient], age=labels[:, -1].astype(float), sex=female.astype(float),
                  peaks=np.rint(beats.astype(float) * 240).astype(np.int32), peak_start=np.r_[0, np.cumsum(count)])
-    names = synthetic_labels()
+    names = SYNTHETIC_LABELS
     tasks = namespaces(names) | {task: [names.index(n) for n in members] for task, members in SYNTHETIC_TASKS}
     first = hashlib.blake2b(signals[:T].cpu().numpy().tobytes(), digest_size=8).hexdigest()                # another generator, another hash
     return dict(contract=asdict(Contract()), labels=names, tasks=tasks, hash=f'{records}@{first}'), index, signals, labels.astype(np.float32)
@@ -1089,6 +1083,7 @@ class Dataset:
         return x.view(-1, samples, 12).transpose(1, 2).float().mul_(self.contract.scale)
 
     def order(self, seed, epoch, n):
+        """In which order an epoch visits n records."""
         return np.random.default_rng([seed, epoch, 1]).permutation(n)
 
     def batch(self, rows, samples, size, seed, step, share=(0, 1)):
@@ -1127,8 +1122,8 @@ class Dataset:
 FINDINGS = ('1dAVb RBBB LBBB SB AF ST IRBBB AFL PVC PAC SARR LAFB LVH RVH IMI AMI LMI STD STE TINV LQT LVOLT PACE '
             'WPW').split()                                       # CODE's six come first
 TARGETS = ['hr', 'pr', 'qrs', 'qt', 'axis', 'age']               # beats/min, ms, ms, ms, degrees, years
-KERNELS = 'P1 P2 Q R1 R2 S X J T1 T2 U SP F1 F2'.split()         # X: late or delta wave, SP: pacing spike, F: notches
-_P, _QRS, _T = [0, 1], [2, 3, 4, 5, 12, 13], [8, 9]
+P1, P2, Q, R1, R2, S, X, J, T1, T2, U, SP, F1, F2 = range(14)    # a beat's Gaussians. X: late or delta wave, SP: pacing spike, F: notches
+_P, _QRS, _T = [P1, P2], [Q, R1, R2, S, F1, F2], [T1, T2]
 # mean and between-patient SD of each kernel's dipole (x left, y down, z back; mV), fitted to 297 normal PTB-XL records
 _MU = np.array([[.037, .063, -.022], [.060, .074, .003], [-.100, -.068, -.275], [.85, .436, .16], [.676, .382, .539],
                 [-.24, -.042, .391], [0, 0, 0], [0, .002, -.047], [.12, .045, -.18], [.216, .133, -.063],
@@ -1142,10 +1137,10 @@ _FIELD = np.array([[.638, -.142, -.029], [.252, 1.057, -.148], [-.508, .302, -.7
 _FIELD *= np.array([1.04, 1, .96, 1.2, 1.28, 1.2, 1.12, 1.08])[:, None]
 _FIELD_SD = np.linalg.norm(_FIELD, axis=1) * np.array([.26, .05, .13, .11, .11, .09, .09, .13])
 # leads I, II, V1-V6 of what no dipole explains; V3-V6 of P2 lowered until the P waves met the calibration
-_RESIDUAL = {1: [.053, .015, -.013, .019, -.006, -.032, -.034, -.023], 5: [.056, .023, -.074, .053, .022, -.05, -.041, .006],
-             8: [.026, .007, -.029, .045, -.013, -.026, -.005, .016], 9: [.034, .008, -.02, .044, -.016, -.028, -.003, .018]}
-_LBBB = {2: [.25, .1, .25], 3: [.7, .3, .8], 4: [.9, .2, 1], 5: [.8, .1, .6], 6: [.4, .05, .3], 7: [-.12, -.02, -.25],
-         8: [-.16, -.04, -.3], 9: [-.2, -.05, -.15]}
+_RESIDUAL = {P2: [.053, .015, -.013, .019, -.006, -.032, -.034, -.023], S: [.056, .023, -.074, .053, .022, -.05, -.041, .006],
+             T1: [.026, .007, -.029, .045, -.013, -.026, -.005, .016], T2: [.034, .008, -.02, .044, -.016, -.028, -.003, .018]}
+_LBBB = {Q: [.25, .1, .25], R1: [.7, .3, .8], R2: [.9, .2, 1], S: [.8, .1, .6], X: [.4, .05, .3], J: [-.12, -.02, -.25],
+         T1: [-.16, -.04, -.3], T2: [-.2, -.05, -.15]}
 _PVC = [0, 0, .4, .8, 1, .6, .3, -.1, -.3, -.35, 0, 0, 0, 0]
 _CHRONIC = {'1dAVb': (.05, .45), 'RBBB': (.045, .4), 'IRBBB': (.05, 0), 'LBBB': (.035, .45), 'AF': (.05, .55), 'AFL': (.02, .4),
             'LAFB': (.06, .35), 'LVH': (.08, .2), 'RVH': (.025, 0), 'IMI': (.07, .4), 'AMI': (.06, .4), 'LMI': (.03, .4),
@@ -1153,11 +1148,13 @@ _CHRONIC = {'1dAVb': (.05, .45), 'RBBB': (.045, .4), 'IRBBB': (.05, 0), 'LBBB': 
 _ACUTE = {'PVC': (.05, .3), 'PAC': (.04, .3), 'STD': (.07, .3), 'STE': (.03, 0), 'TINV': (.06, .1), 'LQT': (.04, .1)}
 _TERRITORY = np.array([[0, 1, 0], [-.2, 0, -1], [.4, 0, -.9], [1, 0, .1], [.8, -.6, 0], [.7, .7, .1], [0, 0, 1], [-1, .3, -.3]])
 _TERRITORY /= np.linalg.norm(_TERRITORY, axis=1, keepdims=True)
-_TAIL = ['STdown', 'STup', 'Tinverted', 'Ttall', 'Tflat', 'Q', 'notch', 'Rloss', 'U']
-_TAIL_GAIN = np.zeros((9, 14))                                   # mV along the territory, per unit of severity
-for _m, _k, _g in [(0, 7, -.16), (1, 7, .22), (2, 9, -.38), (3, 9, .42), (5, 2, -.42), (5, 3, -.3), (6, 12, .8), (6, 13, -.8), (8, 10, .14)]:
-    _TAIL_GAIN[_m, _k] = _g
+# morphologies of the long tail: mV along the territory, per unit of severity; those without a number shrink waves instead
+_TAIL = {'STdown': {J: -.16}, 'STup': {J: .22}, 'Tinverted': {T2: -.38}, 'Ttall': {T2: .42}, 'Tflat': {}, 'Q': {Q: -.42, R1: -.3},
+         'notch': {F1: .8, F2: -.8}, 'Rloss': {}, 'U': {U: .14}}
+_TAIL_GAIN = np.array([[gains.get(k, 0.) for k in range(14)] for gains in _TAIL.values()])   # (9, 14)
 TAIL = [f'{m}-{t}-{s}' for t in range(8) for m in _TAIL for s in ('mild', 'moderate', 'severe')]
+SYNTHETIC_LABELS = [f'findings/{n}' for n in FINDINGS] + [f'tail/{n}' for n in TAIL] + [f'target/{n}' for n in TARGETS]
+SYNTHETIC_TASKS = [('code', [f'findings/{n}' for n in FINDINGS[:6]]), ('unseen', [f'findings/{n}' for n in FINDINGS[6:]])]
 SHIFTS = {'age': dict(age=8., female=.6), 'prevalence': dict(prevalence=1.), 'field': dict(field=1.5, electrode=.5),
           'gain': dict(gain=.85, gain_sd=.15), 'noise': dict(mains=.015, muscle=2., baseline=1.6), 'device': dict(highpass=.5, lsb=5),
           'swap': dict(swap=.03), 'twave': dict(twave=.85)}
@@ -1211,7 +1208,7 @@ def synthesize(seed, index, seconds=10., fs=240, shifts=(), prevalence=1., noise
     key = seed * 1000003 + zlib.crc32(','.join(sorted(shifts)).encode())
     p, r = Draws(2 * key, patient), Draws(2 * key + 1, index)
     y = _findings(p, r, s, prevalence)
-    beats, kind, y = _rhythm(p, r, y, math.ceil(4.4 * seconds) + 2)
+    beats, kind = _rhythm(p, r, y, math.ceil(4.4 * seconds) + 2)
     x, axis = _leads(p, r, y, s, beats, kind, round(seconds * fs), fs)
     if noise:
         x = _add_noise(r, x, s, fs)
@@ -1240,12 +1237,14 @@ def _findings(p, r, s, prevalence):
     """Latent traits and the findings that they cause: dict of (B,) floats, findings 0 or 1, severities under 'g/NAME'."""
     y = {'age': (54 + s['age'] + 18 * p.n('age')).clamp(18, 95), 'female': (p.u('sex') < s['female']).float()}
     ag, sex = (y['age'] - 54) / 10, 2 * y['female'] - 1
-    drawn = {**{k: (v, p) for k, v in _CHRONIC.items()}, **{k: (v, r) for k, v in _ACUTE.items()}}
-    for name, ((p0, slope), who) in drawn.items():
-        p0 *= prevalence * ((1.5 if name in ('AF', 'LBBB', 'PACE') else .6) if s['prevalence'] else 1)
+    least = {'LAFB': .35, 'LVH': .25, 'IMI': .2, 'AMI': .2, 'LMI': .2, 'RBBB': 0, 'IRBBB': 0, 'LBBB': 0, 'PACE': 0}
+    for name, (p0, slope) in (_CHRONIC | _ACUTE).items():
+        who, low, scale = p if name in _CHRONIC else r, least.get(name, .3), prevalence     # what is chronic is drawn once a patient
+        if s['prevalence']:
+            scale *= 1.5 if name in ('AF', 'LBBB', 'PACE') else .6
+        p0 *= scale
         risk = math.log(p0 / (1 - p0)) + slope * ag - .24 * slope ** 2
         y[name] = (who.u('has ' + name) < torch.sigmoid(risk)).float()
-        low = {'LAFB': .35, 'LVH': .25, 'IMI': .2, 'AMI': .2, 'LMI': .2, 'RBBB': 0, 'IRBBB': 0, 'LBBB': 0, 'PACE': 0}.get(name, .3)
         y['g/' + name] = (low + (1 - low) * who.u('severity ' + name) + .1 * r.n('g ' + name)).clamp(low, 1)
 
     def bar(*names, by):                                         # a finding in `by` rules out those in names
@@ -1279,8 +1278,9 @@ def _intervals(p, r, y):
     u = lambda purpose, who=r: who.u(purpose)
     pick = lambda name, new, old: torch.where(y[name] > 0, new, old)
     hr = 71.2 + 1.25 * sex - .3 * ag + 9.5 * r.n('hr') + 4 * p.n('hr')
-    tachy, brady, rate = 104 + 36 * u('ta') ** 1.5 - 6 * u('tb'), 57 - 16 * u('ba') ** 1.3 + 4 * u('bb'), u('rate')
-    hr = torch.where(rate < .05, tachy, torch.where(rate < .10, brady, hr)).clamp(32, 180)
+    tachy = 104 + 36 * u('ta') ** 1.5 - 6 * u('tb')
+    brady = 57 - 16 * u('ba') ** 1.3 + 4 * u('bb')
+    hr = torch.where(u('rate') < .05, tachy, torch.where(u('rate') < .10, brady, hr)).clamp(32, 180)
     hr = pick('AF', 60 + 70 * u('af rate'), hr)
     flutter, ratio = 4.4 + 1.2 * u('flutter'), (2 + 3 * u('ratio')).floor()
     hr = pick('AFL', 60 * flutter / ratio, hr)
@@ -1295,11 +1295,12 @@ def _intervals(p, r, y):
     y['LQT'] = ((qtc > 465 + 5 * sex) & (y['PACE'] == 0)).float()
     rsa = .018 * torch.exp(-.30 * ag + .55 * p.n('rsa'))
     y['SARR'], y['SB'], y['ST'] = (rsa > .06) * sinus, (hr < 55) * sinus, (hr > 100) * sinus
-    y.update(hr=hr, pr=pr, d=d, qt=qtc - 154 * (1 - 60 / hr), rsa=rsa.clamp(max=.25), flutter=flutter, dp=(102 + 4 * ag + 8 * p.n('dp')).clamp(70, 140))
+    dp = (102 + 4 * ag + 8 * p.n('dp')).clamp(70, 140)
+    y.update(hr=hr, pr=pr, dp=dp, d=d, qt=qtc - 154 * (1 - 60 / hr), rsa=rsa.clamp(max=.25), flutter=flutter)
 
 
 def _rhythm(p, r, y, n):
-    """Beat times (B, n) in seconds, from just before 0, and their kind: 0 normal, 1 PVC or PAC."""
+    """Beat times (B, n) in seconds, from just before 0, and their kind: 0 normal, 1 PVC or PAC. Adds the breathing to y."""
     col = lambda v: v[:, None]
     k = torch.arange(n, device=y['hr'].device)
     rr = 60 / col(y['hr'])
@@ -1323,7 +1324,7 @@ def _rhythm(p, r, y, n):
     rr = rr * torch.where(ectopic, early, 1.)
     rr[:, 1:] = rr[:, 1:] * torch.where(ectopic[:, :-1], after[:, :-1], 1.)
     rr = rr.clamp(min=.24)
-    return rr.cumsum(1) - rr[:, :1] * (1 + r.u('phase', 1)), ectopic, y
+    return rr.cumsum(1) - rr[:, :1] * (1 + r.u('phase', 1)), ectopic
 
 
 def _kernels(p, r, y, s):
@@ -1343,43 +1344,9 @@ def _kernels(p, r, y, s):
     A[:, _P] *= col(torch.exp(.20 * p.n('P size')) * (1 - y['AF']) * (1 - y['AFL']) * (1 - y['PACE']))
     A[:, _QRS] *= col(torch.exp(.20 * p.n('QRS size') - .07 * ag - .05 * sex))
     A[:, _T] *= col(torch.exp(.18 * p.n('T size') + .08 * r.n('T size')) * (1 - .05 * ag - .12 * sex).clamp(min=.4) * s['twave'])
-    A[:, 7, 2] += .025 * sex
-
-    def add(name, k, direction, gain=1.):                        # along `direction`, in proportion to the severity
-        A[:, k] += (y[name] * y['g/' + name] * gain)[:, None] * A.new_tensor(direction)
-
-    def unit(purpose, who):
-        e = who.n(purpose, 3)
-        return e / e.norm(dim=1, keepdim=True)
-
-    A[:, 7] += (-.35 * (y['hr'] - 75).clamp(min=0) / 50)[:, None] * A.new_tensor([.06, .06, -.03])
-    late = y['RBBB'] * (.35 + .65 * y['g/RBBB']) + y['IRBBB'] * (.1 + .3 * y['g/IRBBB'])
-    A[:, 5] *= (1 - .6 * late)[:, None]
-    for k, direction in ((6, [-.55, 0, -.75]), (8, [.05, 0, .12]), (9, [.10, 0, .25])):
-        A[:, k] += late[:, None] * A.new_tensor(direction)
-    for name, up in (('LBBB', 1.), ('PACE', -2.5)):              # a paced beat spreads like LBBB, from below upwards
-        mix = col(y[name] * (.5 + .5 * y['g/' + name]))[:, 0]
-        for k, target in _LBBB.items():
-            A[:, k] += mix * (A.new_tensor(target) * A.new_tensor([1, up, 1]) - A[:, k])
-    A[:, 11] += (y['PACE'] * (.5 + 1.5 * p.u('spike')))[:, None] * unit('spike axis', p)
-    A[:, 6] += (y['WPW'] * y['g/WPW'] * .5)[:, None] * unit('delta axis', p)
-    for k, direction in ((3, [.1, -.25, 0]), (4, [.15, -.95, 0]), (5, [.2, -.6, .1])):
-        add('LAFB', k, direction)
-    A[:, 3:6] *= col(1 + .75 * y['LVH'] * y['g/LVH'])
-    for name, changes in {'LVH': {4: [.2, 0, .35], 7: [-.07, -.03, .05], 9: [-.26, -.1, .1]},
-                          'RVH': {4: [-.7, .3, -.9], 5: [-.5, .1, -.4], 9: [.1, -.1, .2]}}.items():
-        for k, direction in changes.items():
-            add(name, k, direction)
-    for name, u in (('IMI', [0, 1, 0]), ('AMI', [.15, 0, -1]), ('LMI', [1, -.2, 0])):
-        add(name, 2, u, -.38), add(name, 3, u, -.45), add(name, 9, u, -.2 * (p.u('T ' + name) < .6))
-    for name, u, j, t in (('STD', [1, .35, -.35], -.14, -.12), ('STE', [-.15, 1, 0], .22, .16)):
-        add(name, 7, u, j), add(name, 8, u, t)
-    add('TINV', 9, [-.35, -.05, 1], .34)
-    territory, severity = A.new_tensor(_TERRITORY), y['tail severity']                       # (8, 3), (B, 8, 9)
-    A += torch.einsum('btm,mk,tc->bkc', severity, A.new_tensor(_TAIL_GAIN), territory)
-    for m, ks in ((4, [8, 9]), (7, [3, 4])):                     # flat T and R loss shrink what lies along the territory
-        for k in ks:
-            A[:, k] -= ((1.2 * severity[:, :, m]).clamp(max=1) * (A[:, k] @ territory.T)) @ territory
+    A[:, J, 2] += .025 * sex
+    A[:, J] += (-.35 * (y['hr'] - 75).clamp(min=0) / 50)[:, None] * A.new_tensor([.06, .06, -.03])
+    _disease(p, y, A)
     A *= col(torch.where(y['LVOLT'] > 0, .3 + .3 * p.u('low voltage'), 1.))
     turn = math.pi / 180 * (A.new_tensor([11., 11, 14]) * p.n('rotation', 3) + 3 * r.n('rotation', 3))
     turn[:, 2] += math.pi / 180 * (4 * sex - 7 * ag)
@@ -1387,6 +1354,54 @@ def _kernels(p, r, y, s):
     for i, j, axis, sign in ((1, 2, 0, -1), (0, 2, 1, 1), (0, 1, 2, -1)):
         spin[:, i, j], spin[:, j, i] = sign * turn[:, axis], -sign * turn[:, axis]
     return A @ torch.matrix_exp(spin).transpose(1, 2), centre / 1000, width / 1000
+
+
+def _disease(p, y, A):
+    """What the findings and the long tail make of the dipoles A (B, 14, 3), in place."""
+    given = lambda name: y[name] * y['g/' + name]                # (B,) its severity, 0 where it is not found
+
+    def add(k, weight, direction):                               # (B,) times (3,)
+        A[:, k] += weight[:, None] * A.new_tensor(direction)
+
+    def axis(purpose):                                           # (B, 3), each patient's own, of length 1
+        e = p.n(purpose, 3)
+        return e / e.norm(dim=1, keepdim=True)
+
+    late = y['RBBB'] * (.35 + .65 * y['g/RBBB']) + y['IRBBB'] * (.1 + .3 * y['g/IRBBB'])
+    A[:, S] *= (1 - .6 * late)[:, None]
+    add(X, late, [-.55, 0, -.75])
+    add(T1, late, [.05, 0, .12])
+    add(T2, late, [.10, 0, .25])
+    for name, up in (('LBBB', 1.), ('PACE', -2.5)):              # a paced beat spreads like LBBB, from below upwards
+        mix = (y[name] * (.5 + .5 * y['g/' + name]))[:, None]
+        for k, target in _LBBB.items():
+            A[:, k] += mix * (A.new_tensor(target) * A.new_tensor([1, up, 1]) - A[:, k])
+    A[:, SP] += (y['PACE'] * (.5 + 1.5 * p.u('spike')))[:, None] * axis('spike axis')
+    A[:, X] += (given('WPW') * .5)[:, None] * axis('delta axis')
+    add(R1, given('LAFB'), [.1, -.25, 0])
+    add(R2, given('LAFB'), [.15, -.95, 0])
+    add(S, given('LAFB'), [.2, -.6, .1])
+    A[:, R1:S + 1] *= (1 + .75 * given('LVH'))[:, None, None]
+    add(R2, given('LVH'), [.2, 0, .35])
+    add(J, given('LVH'), [-.07, -.03, .05])
+    add(T2, given('LVH'), [-.26, -.1, .1])
+    add(R2, given('RVH'), [-.7, .3, -.9])
+    add(S, given('RVH'), [-.5, .1, -.4])
+    add(T2, given('RVH'), [.1, -.1, .2])
+    for name, direction in (('IMI', [0, 1, 0]), ('AMI', [.15, 0, -1]), ('LMI', [1, -.2, 0])):
+        add(Q, given(name) * -.38, direction)
+        add(R1, given(name) * -.45, direction)
+        add(T2, given(name) * -.2 * (p.u('T ' + name) < .6), direction)
+    for name, direction, st, t in (('STD', [1, .35, -.35], -.14, -.12), ('STE', [-.15, 1, 0], .22, .16)):
+        add(J, given(name) * st, direction)
+        add(T1, given(name) * t, direction)
+    add(T2, given('TINV') * .34, [-.35, -.05, 1])
+    territory, severity = A.new_tensor(_TERRITORY), y['tail severity']                       # (8, 3), (B, 8, 9)
+    A += torch.einsum('btm,mk,tc->bkc', severity, A.new_tensor(_TAIL_GAIN), territory)
+    for morphology, waves in (('Tflat', [T1, T2]), ('Rloss', [R1, R2])):                     # shrink what lies along the territory
+        share = (1.2 * severity[:, :, list(_TAIL).index(morphology)]).clamp(max=1)           # (B, 8)
+        for k in waves:
+            A[:, k] -= (share * (A[:, k] @ territory.T)) @ territory
 
 
 def _ectopic(r, y, odd, A, centre, width, M, field, local):
@@ -1397,8 +1412,8 @@ def _ectopic(r, y, odd, A, centre, width, M, field, local):
     e = e / e.norm(dim=1, keepdim=True) * (1.1 + .5 * r.n('PVC size', 1)[odd].abs())
     wide = .150 + .025 * r.u('PVC width', 1)[odd]
     stretch = 1000 * wide / y['d'][odd, None]
-    late = torch.cat([centre[:, :2], centre[:, 2:7] * stretch, centre[:, 7:] + wide / 3], 1)
-    broad = torch.cat([width[:, :2], width[:, 2:7] * stretch, width[:, 7:]], 1)
+    late = torch.cat([centre[:, :Q], centre[:, Q:J] * stretch, centre[:, J:] + wide / 3], 1)
+    broad = torch.cat([width[:, :Q], width[:, Q:J] * stretch, width[:, J:]], 1)
     own = M.new_tensor(_PVC)[:, None] * e[:, None]               # (O, 14, 3): all along one direction, no P wave
     own = own @ field.transpose(1, 2) + local * own.norm(dim=2, keepdim=True)
     shifted = M.clone()                                          # a PAC differs in its P wave alone, which starts elsewhere
@@ -1406,15 +1421,20 @@ def _ectopic(r, y, odd, A, centre, width, M, field, local):
     return torch.where(pvc, late, centre), torch.where(pvc, broad, width), torch.where(pvc[..., None], own, shifted)
 
 
+def _field(p, r, s):
+    """What leads I, II, V1-V6 see of a dipole (B, 8, 3): each patient's own, with chest electrodes slid along the row V1 ... V6."""
+    own = p.n('field', 8, 3)
+    field = own.new_tensor(_FIELD) + s['field'] * own.new_tensor(_FIELD_SD)[:, None] * own
+    moved = torch.arange(6, device=own.device) + s['electrode'] * p.n('electrode', 6) + .12 * r.n('electrode', 6)
+    low = moved.floor().clamp(0, 4).long()
+    at = lambda i: field[:, 2:].gather(1, i[..., None].expand(-1, -1, 3))
+    return torch.cat([field[:, :2], at(low) + (moved - low).clamp(-.5, 1.5)[..., None] * (at(low + 1) - at(low))], 1)
+
+
 def _leads(p, r, y, s, beats, kind, T, fs):
     """Noise-free leads I, II, V1-V6 (B, T, 8) in mV and the frontal axis (B,) in degrees."""
     A, centre, width = _kernels(p, r, y, s)
-    B, device = len(A), A.device
-    field = A.new_tensor(_FIELD) + s['field'] * A.new_tensor(_FIELD_SD)[:, None] * p.n('field', 8, 3)
-    moved = torch.arange(6, device=device) + s['electrode'] * p.n('electrode', 6) + .12 * r.n('electrode', 6)
-    low = moved.floor().clamp(0, 4).long()                       # chest electrodes slide along the row V1 ... V6
-    at = lambda i: field[:, 2:].gather(1, i[..., None].expand(-1, -1, 3))
-    field = torch.cat([field[:, :2], at(low) + (moved - low).clamp(-.5, 1.5)[..., None] * (at(low + 1) - at(low))], 1)
+    B, device, field = len(A), A.device, _field(p, r, s)
     gain = s['gain'] * torch.exp(s['gain_sd'] * p.n('gain', 1, 1))
     local = .16 * p.n('local', 14, 8) * A.new_tensor([.3, .3, 1, 1, 1, 1, 1, 1])             # what no dipole explains
     size, mean_size = A.norm(dim=2, keepdim=True), A.new_tensor(np.linalg.norm(_MU, axis=1))
@@ -1432,7 +1452,7 @@ def _leads(p, r, y, s, beats, kind, T, fs):
     odd = kind.any(1)                                            # records with a PVC or PAC need a second kind of beat
     if odd.any():
         c1, w1, M1 = _ectopic(r, y, odd, A, centre, width, M, gain * field, gain * local)
-    whole, t_wave = slice(0, 14), slice(7, 11)                   # a sample is reached by the beats on either side of it and,
+    whole, t_wave = slice(0, 14), slice(J, SP)                   # a sample is reached by the beats on either side of it and,
     for back, ks in ((1, t_wave), (0, whole), (-1, whole)):      # at short intervals, by the T wave of the one before
         j = before - back
         dt, ectopic = (t - beats.gather(1, j.clamp(min=0))).masked_fill(j < 0, 1e3), kind.gather(1, j.clamp(min=0))
@@ -1444,14 +1464,14 @@ def _leads(p, r, y, s, beats, kind, T, fs):
         x += G @ M[:, ks]                                        # (B, T, 8)
     breath = torch.sin(2 * math.pi * y['breath'][:, None] * t + y['breath phase'][:, None])
     x *= 1 + .025 * breath[..., None]
-    phase = 2 * math.pi * ((4.5 + 3.5 * r.u('f wave', 1)) * t + .6 * torch.sin(2 * math.pi * .31 * t + 6.28 * r.u('f drift', 1)) * .5
-                           + r.u('f phase', 1))
+    drift = .3 * torch.sin(2 * math.pi * .31 * t + 6.28 * r.u('f drift', 1))                 # fibrillation: waves whose rate drifts
+    phase = 2 * math.pi * ((4.5 + 3.5 * r.u('f wave', 1)) * t + drift + r.u('f phase', 1))
     f = (torch.sin(phase) + .4 * torch.sin(2 * phase + 1)) * ((.012 + .045 * r.u('f size', 1)) * y['AF'][:, None])
     x += f[..., None] * A.new_tensor([.3, .6, 1, .6, .35, .25, .2, .2])
-    phase = 2 * math.pi * (y['flutter'][:, None] * t + r.u('F phase', 1))
+    phase = 2 * math.pi * (y['flutter'][:, None] * t + r.u('F phase', 1))                   # flutter: a sawtooth
     saw = (torch.sin(phase) + .45 * torch.sin(2 * phase) + .2 * torch.sin(3 * phase)) * ((.05 + .08 * r.u('F size', 1)) * y['AFL'][:, None])
     x += saw[..., None] * A.new_tensor([.25, 1, -.6, -.3, .2, .25, .25, .25])
-    area = (M[:, 2:7, :2] * width[:, 2:7, None]).sum(1)          # of the QRS in I and II
+    area = (M[:, Q:J, :2] * width[:, Q:J, None]).sum(1)          # of the QRS in I and II
     axis = torch.rad2deg(torch.atan2((area[:, 1] - area[:, 0] / 2) * 2 / 3 ** .5, area[:, 0]))
     return x, axis
 
@@ -1462,7 +1482,7 @@ def _add_noise(r, x, s, fs):
     f = torch.fft.rfftfreq(T, 1 / fs, device=x.device)
     shape = torch.stack([torch.exp(-(f / .28) ** 2) * (f > 0), (f.clamp(min=.3)) ** -.9 / (1 + (f / 15) ** 2) * (f > .3),
                          f / (f + 12) / (1 + (f / 70) ** 2)])    # power spectra
-    limb = x.new_tensor([.55] * 3 + [.50] * 6)               # most of the chest's wander is common to V1-V6
+    limb = x.new_tensor([.55] * 3 + [.50] * 6)                   # most of the chest's wander is common to V1-V6
     rms = torch.stack([.034 * s['baseline'] * torch.exp(.75 * r.n('baseline', 1) + .45 * r.n('electrode baseline', 9)) * limb,
                        (.009 * torch.exp(.4 * r.n('pink', 1))).expand(-1, 9),
                        (.0045 * s['muscle'] * torch.exp(.65 * r.n('muscle', 1))).expand(-1, 9)], -1)   # (B, 9, 3)
@@ -1730,7 +1750,6 @@ TASKS = {name: Target(*row, prepare=f'python data.py {PREPARE[row[1]]}') for nam
 # ---------------------------------------------------------------------------------------------------------------------
 # command line
 
-SYNTHETIC_TASKS = [('code', [f'findings/{n}' for n in FINDINGS[:6]]), ('unseen', [f'findings/{n}' for n in FINDINGS[6:]])]
 DEFAULTS = {                                                     # these prepare themselves
     'sample': lambda: prepare('sample', ptbxl(HERE / 'sample/ptbxl'), source='sample', total=500),
     'synthetic': lambda: prepare('synthetic', synthetic(4000), source='synthetic --records 4000', extra_tasks=SYNTHETIC_TASKS,
