@@ -864,10 +864,8 @@ def prepare(name, records, contract=Contract(), source='', extra_tasks=(), worke
 
 def namespaces(names):
     """{namespace: columns} of label names, such as {'super': [0, 1, ...]}."""
-    tasks = {}
-    for column, name in enumerate(names):
-        tasks.setdefault(name.split('/')[0], []).append(column)
-    return tasks
+    spaces = [name.split('/')[0] for name in names]
+    return {space: [column for column, its in enumerate(spaces) if its == space] for space in dict.fromkeys(spaces)}
 
 
 def peak_memory(workers=False):
@@ -1369,25 +1367,21 @@ def _disease(p, y, A):
 
     late = y['RBBB'] * (.35 + .65 * y['g/RBBB']) + y['IRBBB'] * (.1 + .3 * y['g/IRBBB'])
     A[:, S] *= (1 - .6 * late)[:, None]
-    add(X, late, [-.55, 0, -.75])
-    add(T1, late, [.05, 0, .12])
-    add(T2, late, [.10, 0, .25])
+    for k, direction in ((X, [-.55, 0, -.75]), (T1, [.05, 0, .12]), (T2, [.10, 0, .25])):
+        add(k, late, direction)
     for name, up in (('LBBB', 1.), ('PACE', -2.5)):              # a paced beat spreads like LBBB, from below upwards
         mix = (y[name] * (.5 + .5 * y['g/' + name]))[:, None]
         for k, target in _LBBB.items():
             A[:, k] += mix * (A.new_tensor(target) * A.new_tensor([1, up, 1]) - A[:, k])
     A[:, SP] += (y['PACE'] * (.5 + 1.5 * p.u('spike')))[:, None] * axis('spike axis')
     A[:, X] += (given('WPW') * .5)[:, None] * axis('delta axis')
-    add(R1, given('LAFB'), [.1, -.25, 0])
-    add(R2, given('LAFB'), [.15, -.95, 0])
-    add(S, given('LAFB'), [.2, -.6, .1])
+    for k, direction in ((R1, [.1, -.25, 0]), (R2, [.15, -.95, 0]), (S, [.2, -.6, .1])):
+        add(k, given('LAFB'), direction)
     A[:, R1:S + 1] *= (1 + .75 * given('LVH'))[:, None, None]
-    add(R2, given('LVH'), [.2, 0, .35])
-    add(J, given('LVH'), [-.07, -.03, .05])
-    add(T2, given('LVH'), [-.26, -.1, .1])
-    add(R2, given('RVH'), [-.7, .3, -.9])
-    add(S, given('RVH'), [-.5, .1, -.4])
-    add(T2, given('RVH'), [.1, -.1, .2])
+    for k, direction in ((R2, [.2, 0, .35]), (J, [-.07, -.03, .05]), (T2, [-.26, -.1, .1])):
+        add(k, given('LVH'), direction)
+    for k, direction in ((R2, [-.7, .3, -.9]), (S, [-.5, .1, -.4]), (T2, [.1, -.1, .2])):
+        add(k, given('RVH'), direction)
     for name, direction in (('IMI', [0, 1, 0]), ('AMI', [.15, 0, -1]), ('LMI', [1, -.2, 0])):
         add(Q, given(name) * -.38, direction)
         add(R1, given(name) * -.45, direction)
@@ -1683,21 +1677,26 @@ class Target:
     prepare: str = ''                                            # command, ROOT standing for the folder of the source
 
 
-PREPARE = {                                                      # --window 10 keeps records of 5,000 samples at 500 Hz or more; challenge and
-                                                                 # ptbxl can add --download, the others' files come from figshare or PhysioNet
+# --window 10 keeps records of 5,000 samples at 500 Hz or more; challenge and ptbxl can add --download, the others' files come from
+# figshare or PhysioNet
+PREPARE = {
     'ningbo': 'challenge --root ROOT --cohort ningbo --out ningbo',
     'cpsc2018': 'challenge --root ROOT --cohort cpsc_2018 --window 10 --out cpsc2018',
     'cpsc_extra': 'challenge --root ROOT --cohort cpsc_2018_extra --window 10 --out cpsc_extra',
     'georgia': 'challenge --root ROOT --cohort georgia --window 10 --out georgia',
     'chapman': 'challenge --root ROOT --cohort chapman_shaoxing --out chapman',    # stands in for the original on figshare, an xlsx file
-    'sph': 'sph --root ROOT', 'ptbxl': 'ptbxl --root ROOT --rate 500', 'zzu': 'zzu --root ROOT --window 10', 'echonext': 'echonext --root ROOT',
+    'sph': 'sph --root ROOT',
+    'ptbxl': 'ptbxl --root ROOT --rate 500',
+    'zzu': 'zzu --root ROOT --window 10',
+    'echonext': 'echonext --root ROOT',
     'mimic': 'mimic --root ROOT',
     # the second paper standardises CPSC2018 and PTB-XL, normalises and band-passes CSN (Chapman, Shaoxing and Ningbo merged): cut-offs
     # .5 and 40 Hz, like those of --contract sc, are ours
     'sc_cpsc2018': 'challenge --root ROOT --cohort cpsc_2018 --contract sc --norm record --out sc_cpsc2018',
     'sc_csn': 'challenge --root ROOT --cohort chapman_shaoxing ningbo --contract sc --filter hp0.5+lp40 --norm record --out sc_csn',
     'sc_echonext': 'echonext --root ROOT --contract sc --out sc_echonext',
-    'sc_ptbxl': 'ptbxl --root ROOT --contract sc --norm record --out sc_ptbxl', 'sc_mimic': 'mimic --root ROOT --contract sc --out sc_mimic'}
+    'sc_ptbxl': 'ptbxl --root ROOT --contract sc --norm record --out sc_ptbxl',
+    'sc_mimic': 'mimic --root ROOT --contract sc --out sc_mimic'}
 # AF, AFIB, AT, AVNRT, SAAWR, SB, SR, ST, SVT: Chapman's rhythms that have a code in the Challenge
 RHYTHMS = '+'.join(f'snomed/{c}' for c in (164890007, 164889003, 713422000, 251166008, 17366009, 426177001, 426783006, 427084000, 426761007))
 ALL_MIMIC = 'cardiac+noncardiac+deterioration+mortality+icu+sex+age+biometrics+features+labs+vitals'
@@ -1707,41 +1706,41 @@ QUARTER = ((0, 1, 2, 3, 4), (17,), (18, 19))
 ADULT, ACUTE, PERSON = 'adult ECG interpretation', 'acute care', 'patient characteristics'
 TASKS = {name: Target(*row, prepare=f'python data.py {PREPARE[row[1]]}') for name, row in {
     # arXiv 2605.12241; MIMIC's codes must have 2,000 ECGs, which the reader sees to
-    'ningbo': (ADULT, 'ningbo', 'snomed', 'snomed', 10, 'AUROC', 68, None),
-    'cpsc2018': (ADULT, 'cpsc2018', 'snomed', 'snomed', 10, 'AUROC', 9, None),
-    'cpsc_extra': (ADULT, 'cpsc_extra', 'snomed', 'snomed', 10, 'AUROC', 33, None),
-    'georgia': (ADULT, 'georgia', 'snomed', 'snomed', 10, 'AUROC', 50, None),
-    'chapman': (ADULT, 'chapman', 'snomed', 'snomed', 10, 'AUROC', 42, None),
-    'chapman_rhythm': (ADULT, 'chapman', 'snomed', RHYTHMS, 10, 'AUROC', None, None),
-    'sph': (ADULT, 'sph', 'aha', 'aha', 10, 'AUROC', 35, None),
-    'ptbxl_all': (ADULT, 'ptbxl', 'all', 'all', 10, 'AUROC', 71, None),
-    'ptbxl_diag': (ADULT, 'ptbxl', 'all', 'diag', 10, 'AUROC', 44, None),
-    'ptbxl_form': (ADULT, 'ptbxl', 'all', 'form', 10, 'AUROC', 19, None),
-    'ptbxl_rhythm': (ADULT, 'ptbxl', 'all', 'rhythm', 10, 'AUROC', 12, None),
-    'ptbxl_sub': (ADULT, 'ptbxl', 'sub', 'sub', 10, 'AUROC', 23, None),
-    'ptbxl_super': (ADULT, 'ptbxl', 'super', 'super', 10, 'AUROC', 5, None),
-    'zzu': ('paediatric ECG interpretation', 'zzu', 'aha', 'aha', 10, 'AUROC', 58, None),
-    'echonext': ('cardiac structure and function', 'echonext', 'echonext', 'echonext', 10, 'AUROC', 11, None),
-    'mimic_cardiac': ('cardiac outcomes', 'mimic', ALL_MIMIC, 'cardiac', 1, 'AUROC', 158, None),
-    'mimic_noncardiac': ('non-cardiac outcomes', 'mimic', ALL_MIMIC, 'noncardiac', 1, 'AUROC', 918, None),
-    'mimic_deterioration': (ACUTE, 'mimic', ALL_MIMIC, 'deterioration', 1, 'AUROC', 6, None),
-    'mimic_mortality': (ACUTE, 'mimic', ALL_MIMIC, 'mortality', 1, 'AUROC', 7, None),
-    'mimic_icu': (ACUTE, 'mimic', ALL_MIMIC, 'icu', 1, 'AUROC', 2, None),
-    'mimic_sex': (PERSON, 'mimic', ALL_MIMIC, 'sex', 1, 'AUROC', 1, None),
-    'mimic_age': (PERSON, 'mimic', ALL_MIMIC, 'age', 1, 'MAE', 1, None),
-    'mimic_biometrics': (PERSON, 'mimic', ALL_MIMIC, 'biometrics', 1, 'MAE', 3, None),
-    'mimic_features': (PERSON, 'mimic', ALL_MIMIC, 'features', 1, 'MAE', 7, None),
-    'mimic_labs': (PERSON, 'mimic', ALL_MIMIC, 'labs', 1, 'MAE', 18, None),
-    'mimic_vitals': (PERSON, 'mimic', ALL_MIMIC, 'vitals', 1, 'MAE', 6, None),
+    'ningbo': (ADULT, 'ningbo', 'snomed', 'snomed', 10, 'AUROC', 68),
+    'cpsc2018': (ADULT, 'cpsc2018', 'snomed', 'snomed', 10, 'AUROC', 9),
+    'cpsc_extra': (ADULT, 'cpsc_extra', 'snomed', 'snomed', 10, 'AUROC', 33),
+    'georgia': (ADULT, 'georgia', 'snomed', 'snomed', 10, 'AUROC', 50),
+    'chapman': (ADULT, 'chapman', 'snomed', 'snomed', 10, 'AUROC', 42),
+    'chapman_rhythm': (ADULT, 'chapman', 'snomed', RHYTHMS, 10, 'AUROC', None),
+    'sph': (ADULT, 'sph', 'aha', 'aha', 10, 'AUROC', 35),
+    'ptbxl_all': (ADULT, 'ptbxl', 'all', 'all', 10, 'AUROC', 71),
+    'ptbxl_diag': (ADULT, 'ptbxl', 'all', 'diag', 10, 'AUROC', 44),
+    'ptbxl_form': (ADULT, 'ptbxl', 'all', 'form', 10, 'AUROC', 19),
+    'ptbxl_rhythm': (ADULT, 'ptbxl', 'all', 'rhythm', 10, 'AUROC', 12),
+    'ptbxl_sub': (ADULT, 'ptbxl', 'sub', 'sub', 10, 'AUROC', 23),
+    'ptbxl_super': (ADULT, 'ptbxl', 'super', 'super', 10, 'AUROC', 5),
+    'zzu': ('paediatric ECG interpretation', 'zzu', 'aha', 'aha', 10, 'AUROC', 58),
+    'echonext': ('cardiac structure and function', 'echonext', 'echonext', 'echonext', 10, 'AUROC', 11),
+    'mimic_cardiac': ('cardiac outcomes', 'mimic', ALL_MIMIC, 'cardiac', 1, 'AUROC', 158),
+    'mimic_noncardiac': ('non-cardiac outcomes', 'mimic', ALL_MIMIC, 'noncardiac', 1, 'AUROC', 918),
+    'mimic_deterioration': (ACUTE, 'mimic', ALL_MIMIC, 'deterioration', 1, 'AUROC', 6),
+    'mimic_mortality': (ACUTE, 'mimic', ALL_MIMIC, 'mortality', 1, 'AUROC', 7),
+    'mimic_icu': (ACUTE, 'mimic', ALL_MIMIC, 'icu', 1, 'AUROC', 2),
+    'mimic_sex': (PERSON, 'mimic', ALL_MIMIC, 'sex', 1, 'AUROC', 1),
+    'mimic_age': (PERSON, 'mimic', ALL_MIMIC, 'age', 1, 'MAE', 1),
+    'mimic_biometrics': (PERSON, 'mimic', ALL_MIMIC, 'biometrics', 1, 'MAE', 3),
+    'mimic_features': (PERSON, 'mimic', ALL_MIMIC, 'features', 1, 'MAE', 7),
+    'mimic_labs': (PERSON, 'mimic', ALL_MIMIC, 'labs', 1, 'MAE', 18),
+    'mimic_vitals': (PERSON, 'mimic', ALL_MIMIC, 'vitals', 1, 'MAE', 6),
     # arXiv 2605.17276, out of distribution
-    'sc_cpsc2018': (ADULT, 'sc_cpsc2018', 'snomed', 'snomed', 10, 'AUROC', 9, None),
-    'sc_csn': (ADULT, 'sc_csn', 'snomed', 'snomed', 10, 'AUROC', None, None),
-    'sc_echonext': ('cardiac structure and function', 'sc_echonext', 'shd', 'shd', 1, 'AUROC', 1, None),
-    'sc_ptbxl_diag': (ADULT, 'sc_ptbxl', 'diag', 'diag', 10, 'AUROC', 44, None),
-    'sc_ptbxl_form': (ADULT, 'sc_ptbxl', 'form', 'form', 10, 'AUROC', 19, None),
-    'sc_ptbxl_rhythm': (ADULT, 'sc_ptbxl', 'rhythm', 'rhythm', 10, 'AUROC', 12, None),
-    'sc_ptbxl_sub': (ADULT, 'sc_ptbxl', 'sub', 'sub', 10, 'AUROC', 23, None),
-    'sc_ptbxl_super': (ADULT, 'sc_ptbxl', 'super', 'super', 10, 'AUROC', 5, None),
+    'sc_cpsc2018': (ADULT, 'sc_cpsc2018', 'snomed', 'snomed', 10, 'AUROC', 9),
+    'sc_csn': (ADULT, 'sc_csn', 'snomed', 'snomed', 10, 'AUROC', None),
+    'sc_echonext': ('cardiac structure and function', 'sc_echonext', 'shd', 'shd', 1, 'AUROC', 1),
+    'sc_ptbxl_diag': (ADULT, 'sc_ptbxl', 'diag', 'diag', 10, 'AUROC', 44),
+    'sc_ptbxl_form': (ADULT, 'sc_ptbxl', 'form', 'form', 10, 'AUROC', 19),
+    'sc_ptbxl_rhythm': (ADULT, 'sc_ptbxl', 'rhythm', 'rhythm', 10, 'AUROC', 12),
+    'sc_ptbxl_sub': (ADULT, 'sc_ptbxl', 'sub', 'sub', 10, 'AUROC', 23),
+    'sc_ptbxl_super': (ADULT, 'sc_ptbxl', 'super', 'super', 10, 'AUROC', 5),
     'sc_mimic_sex': (PERSON, 'sc_mimic', 'sex', 'sex', 1, 'AUROC', 1, QUARTER),
     'sc_mimic_icu': (ACUTE, 'sc_mimic', 'icu', 'icu', 1, 'AUROC', 2, QUARTER),
     'sc_mimic_mortality': (ACUTE, 'sc_mimic', SIX_MORTALITIES, SIX_MORTALITIES, 1, 'AUROC', 6, QUARTER)}.items()}
@@ -1750,21 +1749,17 @@ TASKS = {name: Target(*row, prepare=f'python data.py {PREPARE[row[1]]}') for nam
 # ---------------------------------------------------------------------------------------------------------------------
 # command line
 
-DEFAULTS = {                                                     # these prepare themselves
-    'sample': lambda: prepare('sample', ptbxl(HERE / 'sample/ptbxl'), source='sample', total=500),
-    'synthetic': lambda: prepare('synthetic', synthetic(4000), source='synthetic --records 4000', extra_tasks=SYNTHETIC_TASKS,
-                                 workers=1, total=4000),
-    'shifted': lambda: prepare('shifted', synthetic(1000, 1, shifts=tuple(SHIFTS)), source='synthetic --records 1000 --seed 1 --shift all',
-                               extra_tasks=SYNTHETIC_TASKS, workers=1, total=1000)}
 MADE, READ = ('synthetic', 'sequences'), ('ptbxl', 'challenge', 'zzu', 'sph', 'code15', 'echonext', 'mimic', 'wfdb', 'array')
 TAKES = {'name': ('show',), 'record': ('show',), 'annotation': ('peaks',), 'root': (*READ, 'peaks'), 'no_peaks': (*READ, 'sample'),
          'download': ('ptbxl', 'challenge'), 'rate': ('ptbxl',), 'cohort': ('challenge',), 'least': ('mimic',),
-         'folds': ('challenge', 'sph', 'zzu', 'code15', 'array'), 'shift': ('synthetic',), 'prevalence_scale': ('synthetic',), **dict.fromkeys(('fs_in', 'leads', 'unit', 'labels'), ('array',)),
-         **dict.fromkeys(('records', 'seconds', 'seed'), MADE)}  # every other flag: whatever prepares a dataset
+         'folds': ('challenge', 'sph', 'zzu', 'code15', 'array'), 'fs_in': ('array',), 'leads': ('array',), 'unit': ('array',),
+         'labels': ('array',), 'records': MADE, 'seconds': MADE, 'seed': MADE, 'shift': ('synthetic',),
+         'prevalence_scale': ('synthetic',)}                     # every other flag: whatever prepares a dataset
+RATES = {'synthetic': 240, 'sequences': 240, 'sample': 100, 'code15': 400, 'echonext': 250, 'zzu': 500, 'sph': 500, 'mimic': 500}     # Hz
 
 
-def arguments(argv=None):
-    """(parsed command line, contract). Stops at what the source would ignore and at values out of range."""
+def parser():
+    """The command line's flags, in groups."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('source', nargs='?', choices=[*MADE, 'sample', *READ, 'show', 'calibrate', 'peaks'],
                    help='what to prepare, or show / calibrate / peaks; nothing: the sample and the synthetic set')
@@ -1801,8 +1796,15 @@ def arguments(argv=None):
     g.add_argument('--prevalence-scale', type=float, default=1., help='synthetic: .3 comes near the prevalences of CODE')
     g = p.add_argument_group('show')
     g.add_argument('--record', type=int, default=0, help='row of the prepared dataset')
+    return p
+
+
+def arguments(argv=None):
+    """(parsed command line, contract). Stops at what the source would ignore and at values out of range."""
+    p = parser()
     a = p.parse_args(argv)
-    ignored = [k for k, v in vars(a).items() if k != 'source' and v != p.get_default(k) and a.source not in TAKES.get(k, (*MADE, 'sample', *READ))]
+    given = [k for k, v in vars(a).items() if k != 'source' and v != p.get_default(k)]
+    ignored = [k for k in given if a.source not in TAKES.get(k, (*MADE, 'sample', *READ))]
     if ignored:
         named = ', '.join(repr(a.name) if k == 'name' else '--' + k.replace('_', '-') for k in ignored)
         raise Stop(f'{a.source or "data.py without a source"} makes no use of {named}: leave it out')
@@ -1810,13 +1812,15 @@ def arguments(argv=None):
     contract = replace(CONTRACTS[a.contract], **changes, unit='SD' if a.norm == 'record' else 'mV')
     if not 50 <= contract.fs <= 1000 or not .1 <= contract.window <= MAX_SECONDS:
         raise Stop('--fs must lie between 50 and 1000 Hz, --window between 0.1 and 3600 s')
-    steps = re.findall(r'(hp|lp|notch)(\d+(?:\.\d+)?)', contract.filter)
-    if contract.filter != 'none' and (not re.fullmatch(r'((hp|lp|notch)\d+(\.\d+)?(\+|$))+', contract.filter) or min(float(hz) for _, hz in steps) <= 0):
+    step = r'(hp|lp|notch)(\d+(?:\.\d+)?)'
+    steps = re.findall(step, contract.filter)
+    known = contract.filter == 'none' or re.fullmatch(rf'({step}(\+|$))+', contract.filter)
+    if not known or any(float(hz) == 0 for _, hz in steps):
         raise Stop(f'--filter {contract.filter}: none, or steps like hp0.5+lp40+notch60')
-    rate = {'synthetic': 240, 'sequences': 240, 'sample': 100, 'ptbxl': a.rate, 'array': a.fs_in, 'code15': 400, 'echonext': 250, 'zzu': 500,
-            'sph': 500, 'mimic': 500}.get(a.source) or math.inf
+    rate = (RATES | {'ptbxl': a.rate, 'array': a.fs_in}).get(a.source) or math.inf
     for kind, hz in steps:                                       # a notch may remove mains that the contract's rate would alias
-        if float(hz) >= (limit := contract.fs if kind == 'notch' else min(rate, contract.fs) / 2):
+        limit = contract.fs if kind == 'notch' else min(rate, contract.fs) / 2
+        if float(hz) >= limit:
             raise Stop(f'--filter {contract.filter}: {kind}{hz} must stay below {limit:g} Hz, with --fs {contract.fs}'
                        + (f' and a source of {rate:g} Hz' if rate < math.inf else ''))
     if a.seed < 0 or a.seed >= 2 ** 31 or (a.workers is not None and a.workers < 1) or a.least < 1:
@@ -1838,21 +1842,32 @@ def main(argv=None):
     if a.source == 'peaks':
         return check_peaks(a.root or '.', a.annotation)
     if a.source is None:
-        return DEFAULTS['sample'](), DEFAULTS['synthetic']()
+        DEFAULTS['sample']()
+        DEFAULTS['synthetic']()
+        return
     if a.download:
         download(a.source, a.root, a.rate, a.cohort)
     if a.root and not Path(a.root).exists():
         raise Stop(f'no such folder or file: {a.root}')
     shifts = tuple(SHIFTS) if 'all' in a.shift else tuple(a.shift)
     records = {                                                  # generators: only the one taken reads anything
-        'synthetic': synthetic(a.records, a.seed, a.seconds, shifts, a.prevalence_scale), 'sequences': sequences(a.records, a.seed, a.seconds),
-        'sample': ptbxl(HERE / 'sample/ptbxl'), 'ptbxl': ptbxl(a.root, a.rate), 'challenge': challenge(a.root, a.cohort), 'zzu': zzu(a.root),
-        'sph': sph(a.root), 'code15': code15(a.root), 'echonext': echonext(a.root), 'mimic': mimic(a.root, a.least), 'wfdb': wfdb_folder(a.root),
+        'synthetic': synthetic(a.records, a.seed, a.seconds, shifts, a.prevalence_scale),
+        'sequences': sequences(a.records, a.seed, a.seconds),
+        'sample': ptbxl(HERE / 'sample/ptbxl'),
+        'ptbxl': ptbxl(a.root, a.rate),
+        'challenge': challenge(a.root, a.cohort),
+        'zzu': zzu(a.root), 'sph': sph(a.root), 'code15': code15(a.root), 'echonext': echonext(a.root), 'wfdb': wfdb_folder(a.root),
+        'mimic': mimic(a.root, a.least),
         'array': array(a.root, a.fs_in, a.leads.split(','), a.unit, a.labels)}[a.source]
-    total, extra = a.records if a.source in MADE else 500 if a.source == 'sample' else None, SYNTHETIC_TASKS if a.source == 'synthetic' else ()
-    folds = a.folds or ('stratified' if a.source in ('challenge', 'sph', 'zzu') else 'hash')
-    prepare(a.out or a.source, records, contract, ' '.join(sys.argv[1:] if argv is None else argv), extra, a.workers or (1 if a.source in MADE else None),
-            not a.no_peaks, a.strict, total, folds)
+    made, totals = a.source in MADE, {'sample': 500} | dict.fromkeys(MADE, a.records)
+    prepare(a.out or a.source, records, contract, ' '.join(sys.argv[1:] if argv is None else argv),
+            extra_tasks=SYNTHETIC_TASKS if a.source == 'synthetic' else (), workers=a.workers or (1 if made else None),
+            peaks=not a.no_peaks, strict=a.strict, total=totals.get(a.source),
+            folds=a.folds or ('stratified' if a.source in ('challenge', 'sph', 'zzu') else 'hash'))
+
+
+DEFAULTS = {name: functools.partial(main, command.split()) for name, command in {                     # these prepare themselves
+    'sample': 'sample', 'synthetic': 'synthetic --records 4000', 'shifted': 'synthetic --records 1000 --seed 1 --shift all --out shifted'}.items()}
 
 
 if __name__ == '__main__':
