@@ -1814,7 +1814,7 @@ def arguments(argv=None):
         raise Stop('--fs must lie between 50 and 1000 Hz, --window between 0.1 and 3600 s')
     step = r'(hp|lp|notch)(\d+(?:\.\d+)?)'
     steps = re.findall(step, contract.filter)
-    known = contract.filter == 'none' or re.fullmatch(rf'({step}(\+|$))+', contract.filter)
+    known = contract.filter == 'none' or re.fullmatch(rf'{step}(\+{step})*', contract.filter)
     if not known or any(float(hz) == 0 for _, hz in steps):
         raise Stop(f'--filter {contract.filter}: none, or steps like hp0.5+lp40+notch60')
     rate = (RATES | {'ptbxl': a.rate, 'array': a.fs_in}).get(a.source) or math.inf

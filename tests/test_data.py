@@ -41,6 +41,8 @@ def test_filters_of_the_second_contract():
     assert out['ecg'].shape == (1000, 12) and contract.fs == 100 and contract.window == 10
     assert np.abs(out['wander'][middle]).max() < .05 and np.abs(out['mains'][middle]).max() < .05
     assert np.abs(out['ecg'][middle, 0] - np.sin(2 * np.pi * 10 * np.arange(1000) / 100)[middle]).max() < .02
+    with pytest.raises(Stop, match='none, or steps'):
+        data.arguments(['synthetic', '--filter', 'hp0.5+'])      # a step is missing
 
 
 def ecg(seconds=10, fs=500, seed=0):
