@@ -661,10 +661,9 @@ def synthetic_in_memory(records, device):
     index = dict(offset=np.arange(records) * T, length=np.full(records, T), id=name('', np.arange(records)), patient=name('patient', patient),
                  fold=folds[patient], age=labels[:, -1].astype(float), sex=female.astype(float),
                  peaks=np.rint(beats.astype(float) * 240).astype(np.int32), peak_start=np.r_[0, np.cumsum(count)])
-    names = SYNTHETIC_LABELS
-    tasks = namespaces(names) | {task: [names.index(n) for n in members] for task, members in SYNTHETIC_TASKS}
     first = hashlib.blake2b(signals[:T].cpu().numpy().tobytes(), digest_size=8).hexdigest()                # another generator, another hash
-    return dict(contract=asdict(Contract()), labels=names, tasks=tasks, hash=f'{records}@{first}'), index, signals, labels.astype(np.float32)
+    meta = dict(contract=asdict(Contract()), labels=SYNTHETIC_LABELS, tasks=tasks_of(SYNTHETIC_LABELS, SYNTHETIC_TASKS), hash=f'{records}@{first}')
+    return meta, index, signals, labels.astype(np.float32)
 
 
 def download(source, root, rate=100, cohorts=()):
@@ -811,10 +810,12 @@ def stratify(Y, groups=None, folds=10, seed=0):
     several to the one that lacks most of all its labels (our reading of the tie: sets of patients come out within 1 of even instead of
     within 36), then most records, then by lot."""
     group = np.arange(len(Y)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    count, size = np.zeros((group.max() + 1, Y.shape[1]), int), np.bincount(group)
+    count, size = np.zeros((group.max() + 1, Y.shape[1]), int), np.bincount(group)           # (groups, K) and (groups,), in records
     np.add.at(count, group, np.asarray(Y) > 0)
-    fold, tie = np.full(len(count), -1), np.random.default_rng(seed).random((len(count), folds))
-    lack, room = np.repeat(count.sum(0)[None], folds, 0), np.full(folds, size[count.any(1)].sum())      # times `folds`: whole numbers tie exactly
+    fold = np.full(len(count), -1)
+    tie = np.random.default_rng(seed).random((len(count), folds))
+    lack = np.repeat(count.sum(0)[None], folds, 0)               # (folds, K) times `folds`: whole numbers tie exactly
+    room = np.full(folds, size[count.any(1)].sum())
     left = (count > 0).sum(0)                                    # groups still to be placed, label by label
     while left.any():
         k = np.where(left > 0, left, left.max() + 1).argmin()
@@ -850,7 +851,7 @@ def prepare(name, records, contract=Contract(), source='', extra_tasks=(), worke
     temporary.mkdir(parents=True)
     try:
         meta = write_dataset(temporary, records, contract, workers, peaks, strict, total, name, folds)
-        meta |= dict(source=source, tasks={**meta['tasks'], **{t: [meta['labels'].index(n) for n in names] for t, names in extra_tasks}})
+        meta |= dict(source=source, tasks=tasks_of(meta['labels'], extra_tasks))
         (temporary / 'meta.json').write_text(json.dumps(meta, indent=1))
         if home.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -862,10 +863,11 @@ def prepare(name, records, contract=Contract(), source='', extra_tasks=(), worke
     return meta
 
 
-def namespaces(names):
-    """{namespace: columns} of label names, such as {'super': [0, 1, ...]}."""
+def tasks_of(names, extra=()):
+    """{task: columns} of label names: a task for each namespace, and the `extra` ones, pairs of a task and its names."""
     spaces = [name.split('/')[0] for name in names]
-    return {space: [column for column, its in enumerate(spaces) if its == space] for space in dict.fromkeys(spaces)}
+    tasks = {space: [column for column, its in enumerate(spaces) if its == space] for space in dict.fromkeys(spaces)}
+    return tasks | {task: [names.index(name) for name in its] for task, its in extra}
 
 
 def peak_memory(workers=False):
@@ -940,8 +942,8 @@ def write_dataset(folder, records, contract, workers, peaks, strict, total, name
         columns['fold'] = np.where(columns['fold'] >= 0, columns['fold'], stratify(Y, columns['patient']))
     columns |= dict(peaks=np.array(peaks_so_far), peak_start=np.array(peak_start))
     np.savez(folder / 'index.npz', **columns)
-    meta = dict(contract=asdict(contract), labels=list(names), tasks=namespaces(names), records=len(index), seen=len(ids),
-                dropped=dict(dropped), repaired=repaired, einthoven=odd, folds=folds, hash=digest.hexdigest())
+    meta = dict(contract=asdict(contract), labels=list(names), records=len(index), seen=len(ids), dropped=dict(dropped),
+                repaired=repaired, einthoven=odd, folds=folds, hash=digest.hexdigest())
     summarise(name, meta, columns, np.median(sizes), time.time() - began)
     now = peak_memory()
     print(f'  peak memory {now:.0f} MB, {now - (early or now):.0f} MB of it since the first {min(len(ids), BLOCK)} records'
@@ -1075,7 +1077,8 @@ class Dataset:
             signals = self.signals[i]
             windows = signals.as_strided((len(signals) - samples + 1, samples * 12), (12, 1))              # all crops there are, none copied
             pieces.append(windows.index_select(0, torch.from_numpy(at[part == i]).to(signals.device, non_blocking=True)))
-        x = pieces[0] if len(pieces) == 1 else torch.cat(pieces)[np.argsort(np.argsort(part, kind='stable'))]
+        back = np.argsort(np.argsort(part, kind='stable'))       # from dataset after dataset to the order of `rows`
+        x = pieces[0] if len(pieces) == 1 else torch.cat(pieces)[back]
         if self.device.type == 'cuda' and not x.is_cuda:         # as int16: half of what the floats would take
             x = x.pin_memory().to(self.device, non_blocking=True)
         return x.view(-1, samples, 12).transpose(1, 2).float().mul_(self.contract.scale)
@@ -1866,8 +1869,9 @@ def main(argv=None):
             folds=a.folds or ('stratified' if a.source in ('challenge', 'sph', 'zzu') else 'hash'))
 
 
-DEFAULTS = {name: functools.partial(main, command.split()) for name, command in {                     # these prepare themselves
-    'sample': 'sample', 'synthetic': 'synthetic --records 4000', 'shifted': 'synthetic --records 1000 --seed 1 --shift all --out shifted'}.items()}
+DEFAULTS = {name: functools.partial(main, command.split()) for name, command in (                     # these prepare themselves
+    ('sample', 'sample'), ('synthetic', 'synthetic --records 4000'),
+    ('shifted', 'synthetic --records 1000 --seed 1 --shift all --out shifted'))}
 
 
 if __name__ == '__main__':
