@@ -125,11 +125,8 @@ def signal_line(fields):
 def check_header(path):
     """Parse the text of a WFDB header and refuse what wfdb would forgive: an absent fs becomes 250 there, a gain of 0 becomes 200,
     and memory for any promised length is taken. Returns a dict of fs, samples, comments and, one entry per signal, file, format, offset,
-    gain, baseline, unit, name. Raises Defect."""
-    try:
-        text = Path(f'{path}.hea').read_text(encoding='latin-1')
-    except FileNotFoundError:
-        raise Defect('file missing')
+    gain, baseline, unit, name. Raises Defect, and FileNotFoundError where there is no header."""
+    text = Path(f'{path}.hea').read_text(encoding='latin-1')
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     comments = [re.match(r'[#\s<]*([^:>]*)>?\s*:?(.*)', line) for line in lines if line[0] == '#']
     lines = [line.split() for line in lines if line[0] != '#']
@@ -339,8 +336,6 @@ def sph(root):
 def load_sph(record, path):
     """Signal of one SPH record."""
     import h5py
-    if not path.is_file():
-        raise Defect('file missing')
     with h5py.File(path) as file:
         record.x = file['ecg'][:].T                              # (12, T) float16 in the file
 
@@ -369,8 +364,6 @@ def code15_part(path):
 
 def load_code15(record, path, exam):
     """The row of the part that holds the exam, without the zeros that pad it on both sides."""
-    if not path.is_file():
-        raise Defect('file missing')
     tracings, row = code15_part(path)
     if exam not in row:
         raise Defect('exam not in its file')
@@ -411,8 +404,6 @@ def echonext(root):
 
 def load_echonext(record, path, row):
     """Signal of one row of a split's waveforms."""
-    if not path.is_file():
-        raise Defect('file missing')
     record.x = np.load(path, mmap_mode='r')[row, 0]              # (N, 1, 2500, 12) in the file
 
 
@@ -775,6 +766,8 @@ def finish(record, contract, peaks=True):
         record.peaks = np.rint(np.asarray(record.peaks) * contract.fs).astype(np.int32)
     except Defect as e:
         counts, facts = None, str(e)
+    except (FileNotFoundError, IsADirectoryError):
+        counts, facts = None, 'file missing'
     except Exception as e:                                       # whatever a damaged file makes a library raise
         counts, facts = None, f'unreadable ({type(e).__name__})'
     return replace(record, x=None, load=None), counts, facts
@@ -1558,7 +1551,7 @@ def check_peaks(root, extension='ii'):
         try:
             load_wfdb(record, file.with_suffix(''))
             _, _, x = conform(record.x, record.fs, record.leads, record.unit, Contract())
-        except Defect as e:
+        except (Defect, FileNotFoundError) as e:
             print(f'{file.stem} is left out: {e}')
             continue
         truth = mark.sample[np.array(mark.symbol) == 'N'] / record.fs
