@@ -1353,13 +1353,10 @@ def _kernels(p, r, y, s):
 def _disease(p, y, A):
     """What the findings and the long tail make of the dipoles A (B, 14, 3), in place."""
     given = lambda name: y[name] * y['g/' + name]                # (B,) its severity, 0 where it is not found
+    axis = lambda purpose: torch.nn.functional.normalize(p.n(purpose, 3))                    # (B, 3), each patient's own, of length 1
 
     def add(k, weight, direction):                               # (B,) times (3,)
         A[:, k] += weight[:, None] * A.new_tensor(direction)
-
-    def axis(purpose):                                           # (B, 3), each patient's own, of length 1
-        e = p.n(purpose, 3)
-        return e / e.norm(dim=1, keepdim=True)
 
     late = y['RBBB'] * (.35 + .65 * y['g/RBBB']) + y['IRBBB'] * (.1 + .3 * y['g/IRBBB'])
     A[:, S] *= (1 - .6 * late)[:, None]
@@ -1398,8 +1395,7 @@ def _ectopic(r, y, odd, A, centre, width, M, field, local):
     """Centres, widths (O, 14) and matrices (O, 14, 8) of the ectopic beats of the O records in the mask `odd`."""
     A, centre, width, M, field, local = (v[odd] for v in (A, centre, width, M, field, local))
     pvc = y['PVC'][odd, None] > 0
-    e = r.n('PVC axis', 3)[odd]
-    e = e / e.norm(dim=1, keepdim=True) * (1.1 + .5 * r.n('PVC size', 1)[odd].abs())
+    e = torch.nn.functional.normalize(r.n('PVC axis', 3)[odd]) * (1.1 + .5 * r.n('PVC size', 1)[odd].abs())
     wide = .150 + .025 * r.u('PVC width', 1)[odd]
     stretch = 1000 * wide / y['d'][odd, None]
     late = torch.cat([centre[:, :Q], centre[:, Q:J] * stretch, centre[:, J:] + wide / 3], 1)
