@@ -16,7 +16,7 @@ index.npz and meta.json. The signal contract follows arXiv 2605.12241 (12 leads,
 --contract sc gives the setting of arXiv 2605.17276 (100 Hz, 10 s, high-pass and mains notch). TASKS lists the tasks of both papers,
 each with the command that prepares its data.
 """
-import argparse, ast, csv, functools, hashlib, itertools, json, math, os, re, shutil, sys, time, tokenize, warnings, zipfile, zlib
+import argparse, ast, contextlib, csv, functools, hashlib, itertools, json, math, os, re, shutil, sys, time, tokenize, warnings, zipfile, zlib
 from array import array as typed
 from collections import Counter as Tally
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -104,79 +104,82 @@ BITS = {'8': 8, '16': 16, '24': 24, '32': 32, '61': 16, '80': 8, '160': 16, '212
 MAX_SECONDS = 3600
 
 
+def signal_line(fields):
+    """(file, format, offset, gain, baseline, unit, name) of one signal of a WFDB header, from the words of its line. Raises Defect."""
+    form = re.fullmatch(r'(\d+)(?:x(\d+))?(?::\d+)?(?:\+(\d+))?', fields[1] if len(fields) > 1 else '')
+    if not form or os.path.basename(fields[0]) != fields[0] or form[2] not in (None, '1'):
+        raise Defect('unreadable header')
+    gain = re.fullmatch(r'([-+]?[\d.]+(?:[eE][-+]?\d+)?)(?:\(([-+]?\d+)\))?(?:/(\S+))?', fields[2] if len(fields) > 2 else '')
+    if not gain:
+        raise Defect('gain absent')
+    if not gain[3]:
+        raise Defect('unit absent')
+    if not 1e-3 <= abs(float(gain[1])) <= 1e9:
+        raise Defect('absurd gain')
+    if len(fields) < 9:
+        raise Defect('unnamed lead')
+    baseline = float(fields[4] if gain[2] is None else gain[2])  # absent: the ADC's zero
+    return fields[0], form[1], int(form[3] or 0), float(gain[1]), baseline, gain[3], ' '.join(fields[8:])
+
+
 def check_header(path):
     """Parse the text of a WFDB header and refuse what wfdb would forgive: an absent fs becomes 250 there, a gain of 0 becomes 200,
-    and memory for any promised length is taken. Returns a dict of fs, samples, comments and, per signal, file, format, offset, gain,
-    baseline, unit, name. Raises Defect."""
-    try:
-        text = Path(f'{path}.hea').read_text(encoding='latin-1')
-    except FileNotFoundError:
-        raise Defect('file missing')
+    and memory for any promised length is taken. Returns a dict of fs, samples, comments and, one entry per signal, file, format, offset,
+    gain, baseline, unit, name. Raises Defect, and FileNotFoundError where there is no header."""
+    text = Path(f'{path}.hea').read_text(encoding='latin-1')
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    comments = dict(re.match(r'[#\s<]*([^:>]*)>?\s*:?(.*)', line).groups() for line in lines if line[0] == '#')
+    comments = [re.match(r'[#\s<]*([^:>]*)>?\s*:?(.*)', line) for line in lines if line[0] == '#']
     lines = [line.split() for line in lines if line[0] != '#']
     if not lines or len(lines[0]) < 2 or not lines[0][1].isdigit():
         raise Defect('unreadable header')
-    first, h = lines[0], {k: [] for k in ('file', 'format', 'offset', 'gain', 'baseline', 'unit', 'name')}
+    first, count = lines[0], int(lines[0][1])
     if '/' in first[0]:
         raise Defect('several segments')
     if len(first) < 3:
         raise Defect('fs absent')
     try:
-        h['fs'], h['samples'] = float(re.split('[/(]', first[2])[0]), int(first[3]) if len(first) > 3 else 0
+        fs, samples = float(re.split('[/(]', first[2])[0]), int(first[3]) if len(first) > 3 else 0
     except ValueError:
         raise Defect('unreadable header')
-    if not 50 <= h['fs'] <= 10000:
+    if not 50 <= fs <= 10000:
         raise Defect('absurd fs')
-    if not 0 <= h['samples'] <= MAX_SECONDS * h['fs']:
+    if not 0 <= samples <= MAX_SECONDS * fs:
         raise Defect('absurd length')
-    if len(lines) - 1 < int(first[1]) or int(first[1]) < 12:
+    if count < 12 or len(lines) - 1 < count:
         raise Defect('missing lead')
-    for fields in lines[1:int(first[1]) + 1]:
-        form = re.fullmatch(r'(\d+)(?:x(\d+))?(?::\d+)?(?:\+(\d+))?', fields[1] if len(fields) > 1 else '')
-        if not form or os.path.basename(fields[0]) != fields[0] or form[2] not in (None, '1'):
-            raise Defect('unreadable header')
-        gain = re.fullmatch(r'([-+]?[\d.]+(?:[eE][-+]?\d+)?)(?:\(([-+]?\d+)\))?(?:/(\S+))?', fields[2] if len(fields) > 2 else '')
-        if not gain:
-            raise Defect('gain absent')
-        if not gain[3]:
-            raise Defect('unit absent')
-        if not 1e-3 <= abs(float(gain[1])) <= 1e9:
-            raise Defect('absurd gain')
-        if len(fields) < 9:
-            raise Defect('unnamed lead')
-        baseline = float(gain[2] if gain[2] is not None else fields[4])                      # absent: the ADC's zero
-        for key, value in zip(list(h)[:7], (fields[0], form[1], int(form[3] or 0), float(gain[1]), baseline, gain[3], ' '.join(fields[8:]))):
-            h[key].append(value)
+    signals = zip(*(signal_line(fields) for fields in lines[1:count + 1]))
+    h = dict(zip(('file', 'format', 'offset', 'gain', 'baseline', 'unit', 'name'), signals))
     for name in set(h['file']):
-        file, bits = Path(path).parent / name, sum(BITS.get(f, 0) for f, n in zip(h['format'], h['file']) if n == name)
+        file = Path(path).parent / name
         if not file.is_file():
             raise Defect('file missing')
-        if file.stat().st_size < bits * h['samples'] / 8 + max(h['offset']):                 # compressed formats count as 0
+        bits = sum(BITS.get(form, 0) for form, owner in zip(h['format'], h['file']) if owner == name)        # compressed formats count as 0
+        if file.stat().st_size < bits * samples / 8 + max(h['offset']):
             raise Defect('truncated file')
     if len(set(h['unit'])) > 1:
         raise Defect('leads in different units')
-    return h | dict(comments={k.strip().lower(): v.strip() for k, v in comments.items()})
+    return h | dict(fs=fs, samples=samples, comments={c[1].strip().lower(): c[2].strip() for c in comments})
 
 
 def load_wfdb(record, path):
-    """Fill a Record from the WFDB record at `path` (no extension): signal in its own units, age and sex from the comments.
-    16-bit signals in one file, the usual case, are read straight into numpy (wfdb would take five times as long over the header);
-    every other format by wfdb."""
+    """Fill a Record from the WFDB record at `path` (no extension): signal in its own units, age and sex from the comments, which it
+    returns as a dict. 16-bit signals in one file, the usual case, are read straight into numpy (wfdb would take five times as long over
+    the header); every other format by wfdb."""
     h = check_header(path)
     if set(h['format']) == {'16'} and len(set(h['file'])) == len(set(h['offset'])) == 1:
-        raw = np.fromfile(Path(path).parent / h['file'][0], '<i2', h['samples'] * len(h['name']) or -1, offset=h['offset'][0])
-        x = raw[:len(raw) // len(h['name']) * len(h['name'])].reshape(-1, len(h['name'])).astype(float)
+        count = len(h['name'])
+        raw = np.fromfile(Path(path).parent / h['file'][0], '<i2', h['samples'] * count or -1, offset=h['offset'][0])
+        x = raw[:len(raw) // count * count].reshape(-1, count).astype(float)
         x[x == -32768] = np.nan                                  # WFDB's mark of a missing sample
         record.x = (x - h['baseline']) / h['gain']
     else:
         import wfdb
         record.x = wfdb.rdrecord(str(path)).p_signal
-    record.fs, record.leads, record.unit, comments = h['fs'], tuple(h['name']), h['unit'][0], h['comments']
+    record.fs, record.leads, record.unit, comments = h['fs'], h['name'], h['unit'][0], h['comments']
     if math.isnan(record.age) and re.fullmatch(r'\d{1,3}', comments.get('age', '')):
         record.age = float(comments['age'])
     if math.isnan(record.sex):
-        record.sex = {'f': 1., 'm': 0.}.get(comments.get('sex', ' ')[:1].lower(), math.nan)
+        record.sex = {'f': 1., 'm': 0.}.get(comments.get('sex', '')[:1].lower(), math.nan)
     return comments
 
 
@@ -225,14 +228,16 @@ def ptbxl(root, rate=100):
     root = Path(root)
     if not (root / f'records{rate}').is_dir() and (root / f'records{600 - rate}').is_dir():
         raise Stop(f'{root} has no records{rate}, but records{600 - rate}: add --rate {600 - rate}')
-    statements = {r['']: r for r in rows_of(root / 'scp_statements.csv', '', 'diagnostic', 'form', 'rhythm', 'diagnostic_class', 'diagnostic_subclass')}
-    sets = {c: [f'all/{c}'] + [f'{ns}/{c}' for ns, flag in (('diag', 'diagnostic'), ('form', 'form'), ('rhythm', 'rhythm'))
-                               if number(r[flag]) == 1] for c, r in statements.items()}
-    for c, r in statements.items():
+    sets = {}                                                    # code -> its labels
+    for r in rows_of(root / 'scp_statements.csv', '', 'diagnostic', 'form', 'rhythm', 'diagnostic_class', 'diagnostic_subclass'):
+        code = r['']
+        sets[code] = [f'all/{code}']
         if number(r['diagnostic']) == 1:
-            sets[c] += [f'sub/{r["diagnostic_subclass"]}', f'super/{r["diagnostic_class"]}']
-    vocabulary = dict.fromkeys(sorted(n for names in sets.values() for n in names), 0.)
-    for row in rows_of(root / 'ptbxl_database.csv', 'ecg_id', 'patient_id', 'age', 'sex', 'scp_codes', 'strat_fold', 'filename_lr', 'filename_hr'):
+            sets[code] += [f'diag/{code}', f'sub/{r["diagnostic_subclass"]}', f'super/{r["diagnostic_class"]}']
+        sets[code] += [f'{kind}/{code}' for kind in ('form', 'rhythm') if number(r[kind]) == 1]
+    vocabulary = dict.fromkeys(sorted(itertools.chain(*sets.values())), 0.)
+    for row in rows_of(root / 'ptbxl_database.csv', 'ecg_id', 'patient_id', 'age', 'sex', 'scp_codes', 'strat_fold',
+                       'filename_lr', 'filename_hr'):
         age = number(row['age'])                                 # 300 means over 89
         yield Record(f'ptbxl/{row["ecg_id"]}', f'ptbxl/patient{row["patient_id"]}' if row['patient_id'] else '', age=min(age, 90.),
                      sex=number(row['sex']), fold=int(number(row['strat_fold'], -1)), labels=vocabulary,
@@ -270,9 +275,9 @@ def cell(row, *words):
     return next((v or '' for k, v in row.items() if k and all(w in k.lower() for w in words)), '')
 
 
-def entries(text, separator=';'):
+def entries(text):
     """The entries of a cell such as 'C21';'D31', without quotes; none for Null."""
-    parts = [part.strip(' \'"') for part in (text or '').split(separator)]
+    parts = [part.strip(' \'"') for part in (text or '').split(';')]
     return [part for part in parts if part.lower() not in ('', 'null', 'nan', 'n/a')]
 
 
@@ -331,8 +336,6 @@ def sph(root):
 def load_sph(record, path):
     """Signal of one SPH record."""
     import h5py
-    if not path.is_file():
-        raise Defect('file missing')
     with h5py.File(path) as file:
         record.x = file['ecg'][:].T                              # (12, T) float16 in the file
 
@@ -361,8 +364,6 @@ def code15_part(path):
 
 def load_code15(record, path, exam):
     """The row of the part that holds the exam, without the zeros that pad it on both sides."""
-    if not path.is_file():
-        raise Defect('file missing')
     tracings, row = code15_part(path)
     if exam not in row:
         raise Defect('exam not in its file')
@@ -385,23 +386,24 @@ def echonext(root):
     root, fold, seen = Path(root), {'train': 0, 'val': 8, 'test': 9}, Tally()
     table = next(root.glob('[Ee]cho[Nn]ext_metadata_100k.csv'), root / 'echonext_metadata_100k.csv')
     for row in rows_of(table, 'ecg_key', 'patient_key', 'split', 'age_at_ecg', 'sex', *FLAGS):
-        if (split := row['split'].strip()) in fold:
-            labels = {f'echonext/{f[:-5]}': number(row[f]) for f in FLAGS}
-            labels |= {f'shd/{f[:-5]}': number(v) for f, v in row.items() if f.startswith('shd') and f.endswith('_flag')}
-            sex = female(row['sex'])
-            yield Record(f'echonext/{row["ecg_key"]}', f'echonext/{row["patient_key"]}', fs=250, leads=LEADS, unit='mV', labels=labels,
-                         age=number(row['age_at_ecg']), sex=number(row['sex']) if math.isnan(sex) else sex, fold=fold[split],
-                         load=functools.partial(load_echonext, path=root / f'EchoNext_{split}_waveforms.npy', row=seen[split]))
-            seen[split] += 1
+        split, sex = row['split'].strip(), female(row['sex'])
+        if split not in fold:
+            continue
+        labels = {f'echonext/{f[:-5]}': number(row[f]) for f in FLAGS}
+        labels |= {f'shd/{f[:-5]}': number(v) for f, v in row.items() if f.startswith('shd') and f.endswith('_flag')}
+        yield Record(f'echonext/{row["ecg_key"]}', f'echonext/{row["patient_key"]}', fs=250, leads=LEADS, unit='mV', labels=labels,
+                     age=number(row['age_at_ecg']), sex=number(row['sex']) if math.isnan(sex) else sex, fold=fold[split],
+                     load=functools.partial(load_echonext, path=root / f'EchoNext_{split}_waveforms.npy', row=seen[split]))
+        seen[split] += 1
     for split, n in seen.items():
-        if (file := root / f'EchoNext_{split}_waveforms.npy').is_file() and n != (there := len(np.load(file, mmap_mode='r'))):
+        file = root / f'EchoNext_{split}_waveforms.npy'
+        there = len(np.load(file, mmap_mode='r')) if file.is_file() else n       # one that is not there is counted record by record
+        if n != there:
             raise Stop(f'{file.name} has {there} records, but {table.name} has {n} of split {split}: they cannot be matched')
 
 
 def load_echonext(record, path, row):
     """Signal of one row of a split's waveforms."""
-    if not path.is_file():
-        raise Defect('file missing')
     record.x = np.load(path, mmap_mode='r')[row, 0]              # (N, 1, 2500, 12) in the file
 
 
@@ -409,7 +411,6 @@ FEATURES = ('rr', 'qrs', 'qt', 'qtc', 'p_axis', 'qrs_axis', 't_axis')           
 MDS = {'biometrics': ('biometrics', 'height weight bmi'.split()), 'vitals': ('vitals', 'dbp heartrate o2sat resprate sbp temperature'.split()),
        'labs': ('labvalues', 'PT, Albumin, Anion Gap, Bicarbonate, Bilirubin Total, Calcium Total, Creatinine, Ferritin, Urea Nitrogen, '
                 'Hematocrit, Hemoglobin, Lymphocytes, MCHC, RDW, Red Blood Cells, RDW-SD, Creatine Kinase (CK), NTproBNP'.split(', '))}
-NUMERIC = ('target', 'age', 'features', *MDS)                    # namespaces of numbers to regress; all others hold yes and no
 
 
 def mimic(root, cardiac=2000, others=2000):
@@ -423,21 +424,24 @@ def mimic(root, cardiac=2000, others=2000):
     study = lambda text: (text or '').split('.')[0].strip()
     measured = {study(r['study_id']): typed('f', machine(r)) for r in rows_of(
         root / 'machine_measurements.csv', 'study_id', 'rr_interval', 'qrs_onset', 'qrs_end', 't_end', 'p_axis', 'qrs_axis', 't_axis')}
-    stays, common, outcomes, names = None, (), {}, ()
+    stays, common, names, outcomes = None, {}, (), {}
     if (root / 'records_w_diag_icd10.csv').is_file():
         stays, common = mimic_stays(root / 'records_w_diag_icd10.csv', study, cardiac, others)
-        known = {name.split('/')[0]: name for name in reversed(common.values())}   # the commonest of each namespace: its 0 makes the others known
     if (root / 'mds_ed.csv').is_file():
         names, outcomes = mds_outcomes(root / 'mds_ed.csv', study)
+    known = {name.split('/')[0]: name for name in reversed(common.values())}   # the commonest of each namespace: its 0 makes the others known
     for row in rows_of(root / 'record_list.csv', 'subject_id', 'study_id', 'path'):
         key = study(row['study_id'])
         if stays is not None and key not in stays:
             continue
-        labels = {f'features/{n}': v for n, v in zip(FEATURES, measured.get(key, [math.nan] * 7))} | dict(zip(names, outcomes.get(key, ())))
+        labels = {f'features/{n}': v for n, v in zip(FEATURES, measured.get(key, [math.nan] * 7))}
+        labels |= zip(names, outcomes.get(key, ()))
         fold, age, sex = -1, math.nan, math.nan
         if stays is not None:
             codes, fold, age, sex = stays[key]
-            labels |= dict.fromkeys(known.values(), 0.) | {common[c]: 1. for c in codes if c in common} | {'sex/female': sex, 'age/years': age}
+            labels |= dict.fromkeys(known.values(), 0.)
+            labels |= {common[c]: 1. for c in codes if c in common}
+            labels |= {'sex/female': sex, 'age/years': age}
         yield Record(f'mimic/{key}', f'mimic/{study(row["subject_id"])}', age=age, sex=sex, labels=labels, fold=fold,
                      load=functools.partial(load_mimic, path=root / row['path'].strip()))
 
@@ -473,7 +477,12 @@ def mimic_stays(path, study, cardiac, others):
         in_ed = row['ecg_taken_in_ed'].strip().lower() in ('true', '1', '1.0')
         if codes and in_ed and (fold < 18 or number(row['ecg_no_within_stay']) == 0):
             stays[study(row['study_id'])] = tuple(map(sys.intern, sorted(codes))), fold, number(row['age']), female(row['gender'])
-    return stays, {c: f'{"cardiac" if c[0] == "I" else "noncardiac"}/{c}' for c, n in count.most_common() if n >= (cardiac if c[0] == 'I' else others)}
+    common = {}
+    for code, n in count.most_common():
+        space, least = ('cardiac', cardiac) if code[0] == 'I' else ('noncardiac', others)
+        if n >= least:
+            common[code] = f'{space}/{code}'
+    return stays, common
 
 
 def mds_columns(columns):
@@ -555,66 +564,66 @@ def wfdb_folder(root):
         yield Record(p.relative_to(root).with_suffix('').as_posix(), load=functools.partial(load_wfdb, path=p.with_suffix('')))
 
 
-def array(path, fs, leads, unit, labels=None):
-    """Your own recordings: .npy or .npz (key x) of shape (N, 12, T) or (N, T, 12). An .npz may carry fs, leads and unit itself, but
-    is read whole, where an .npy streams.
-    labels: csv with one row per record, in order; columns id, patient, fold, age, sex are what they say, every other one a label,
-    blank where unknown."""
+def read_array(path, fs, leads, unit):
+    """(x (N, T, C), fs, leads, unit) of an .npy, which streams, or of an .npz (key x), which is read whole and may carry the others."""
     try:
         file = np.load(path, mmap_mode='r', allow_pickle=False)
-        file = {k: file[k] for k in ('x', 'fs', 'leads', 'unit') if k in file} if isinstance(file, np.lib.npyio.NpzFile) else file
+        if isinstance(file, np.lib.npyio.NpzFile):
+            file = {k: file[k] for k in ('x', 'fs', 'leads', 'unit') if k in file}
     except FileNotFoundError:
         raise Stop(f'no file {path}: --root must name a .npy or .npz file')
     except (ValueError, OSError, EOFError, MemoryError, OverflowError, RuntimeError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile,
             zlib.error) as e:
         raise Stop(f'{path} is no numeric .npy or .npz file ({e})')
     if isinstance(file, dict):
-        fs, leads, unit = (np.ravel(file[k]).tolist() if k in file else v for k, v in (('fs', [fs]), ('leads', leads), ('unit', [unit])))
-        fs, unit = fs[0], unit[0]
         if 'x' not in file:
             raise Stop(f'{path} has no array x; it has {", ".join(file)}')
-        file = file['x']
+        fs, unit = (np.ravel(file.get(k, given)).tolist()[0] for k, given in (('fs', fs), ('unit', unit)))
+        leads, file = np.ravel(file.get('leads', leads)).tolist(), file['x']
     if not fs:
         raise Stop(f'the sampling rate of {path} is unknown: add --fs-in HZ')
     axis = [a for a in (2, 1) if file.ndim == 3 and file.shape[a] == len(leads)]
     if not axis or file.dtype.kind not in 'iuf':
         raise Stop(f'{path} is {file.dtype} {file.shape}: numbers of shape (N, {len(leads)}, T) or (N, T, {len(leads)}) are needed')
+    return file if axis[0] == 2 else file.transpose(0, 2, 1), fs, tuple(leads), unit
+
+
+def array(path, fs, leads, unit, labels=None):
+    """Your own recordings: .npy or .npz (key x) of shape (N, 12, T) or (N, T, 12); an .npz may carry fs, leads and unit itself.
+    labels: csv with one row per record, in order; columns id, patient, fold, age, sex are what they say, every other one a label,
+    blank where unknown."""
+    recordings, fs, leads, unit = read_array(path, fs, leads, unit)
     if labels and not Path(labels).is_file():
         raise Stop(f'no file {labels}: --labels must name a csv file')
-    known = ('id', 'patient', 'fold', 'age', 'sex')
-    rows = [{k.lower() if k.lower() in known else k: v for k, v in r.items()} for r in rows_of(labels, ragged=False)] if labels else [{}] * len(file)
-    if len(rows) != len(file):
-        raise Stop(f'{labels} has {len(rows)} rows for {len(file)} records')
-    for name in [n for n in (rows[0] if rows else ()) if n not in known]:
-        if odd := next(((i, r[name]) for i, r in enumerate(rows) if number(r[name]) not in (0, 1) and math.isfinite(number(r[name]))), None):
-            print(f'{labels}: column {name} is a number, not yes or no (row {odd[0] + 1} has {odd[1]}): scored by MAE')
-    for i, row in enumerate(rows):
+    known, rows = ('id', 'patient', 'fold', 'age', 'sex'), [{}] * len(recordings)
+    if labels:
+        rows = [{k.lower() if k.lower() in known else k: v for k, v in r.items()} for r in rows_of(labels, ragged=False)]
+    if len(rows) != len(recordings):
+        raise Stop(f'{labels} has {len(rows)} rows for {len(recordings)} records')
+    names = [name for name in rows[0] if name not in known] if rows else []
+    for name in names:
+        odd = [i for i, row in enumerate(rows) if math.isfinite(number(row[name])) and number(row[name]) not in (0, 1)]
+        if odd:
+            print(f'{labels}: column {name} is a number, not yes or no (row {odd[0] + 1} has {rows[odd[0]][name]}): scored by MAE')
+    for i, (x, row) in enumerate(zip(recordings, rows)):
         if row.get('age') and math.isnan(number(row['age'])):
             raise Stop(f'{labels}, row {i + 1}: age {row["age"]!r} is no number of years')
-        x = file[i] if axis[0] == 2 else file[i].T
         sex = {'f': 1., 'm': 0.}.get((row.get('sex') or ' ')[0].lower(), number(row.get('sex')))
         fold = int(row['fold']) if re.fullmatch(r'\d{1,4}', row.get('fold') or '') else -1
         if fold < 0 and row.get('fold'):
             raise Stop(f'{labels}, row {i + 1}: fold {row["fold"]!r} is no whole number')
-        for name, cell in row.items():
-            if name not in known and cell and not math.isfinite(number(cell)):
-                raise Stop(f'{labels}, row {i + 1}, column {name}: {str(cell)[:40]!r} is no number; use 1, 0, or blank for unknown')
+        for name in names:
+            if row[name] and not math.isfinite(number(row[name])):
+                raise Stop(f'{labels}, row {i + 1}, column {name}: {row[name][:40]!r} is no number; use 1, 0, or blank for unknown')
         patient = row.get('patient') or ''
         if math.isfinite(number(patient)):                       # a patient's number is no record's number, which `overlap` looks for too
             patient = f'patient {patient}'
-        yield Record(row.get('id') or f'{Path(path).stem}/{i}', patient, np.array(x, float), fs, tuple(leads), unit,
-                     number(row.get('age')), sex, {f'label/{k}': number(v) for k, v in row.items() if k not in known} if labels else None,
-                     fold)
-
-
-def synthetic_labels():
-    """Names of the 246 labels of a synthetic record."""
-    return [f'findings/{n}' for n in FINDINGS] + [f'tail/{n}' for n in TAIL] + [f'target/{n}' for n in TARGETS]
+        yield Record(row.get('id') or f'{Path(path).stem}/{i}', patient, np.array(x, float), fs, leads, unit, number(row.get('age')), sex,
+                     {f'label/{name}': number(row[name]) for name in names} if labels else None, fold)
 
 
 def synthetic(records, seed=0, seconds=10., shifts=(), prevalence=1.):
     """Synthetic records 0 ... records - 1, always computed in whole blocks of 64, so that a larger set begins with a smaller one."""
-    names = synthetic_labels()
     cohort = f'synthetic{seed}' + ''.join(f'-{s}' for s in sorted(shifts))
     for start in range(0, records, 64):
         s = synthesize(seed, torch.arange(start, start + 64), seconds, shifts=shifts, prevalence=prevalence)
@@ -622,32 +631,30 @@ def synthetic(records, seed=0, seconds=10., shifts=(), prevalence=1.):
         for i in range(min(64, records - start)):
             beats = s['beats'][i].double().numpy()
             yield Record(f'{cohort}/{start + i}', f'{cohort}/patient{s["patient"][i]}', s['x'][i].numpy(), 240, LEADS, 'uV',
-                         float(s['targets'][i, -1]), float(s['female'][i]), dict(zip(names, values[i])),
+                         float(s['targets'][i, -1]), float(s['female'][i]), dict(zip(SYNTHETIC_LABELS, values[i])),
                          peaks=beats[(beats >= 0) & (beats < seconds)])
 
 
-def synthetic_in_memory(records, device, seconds=10., block=64):
-    """What preparing `records` synthetic records would write, as (meta, index, signals, labels) in memory, signals on `device`."""
-    T, block = round(240 * seconds), 16 * block if device.type == 'cuda' else block
+def synthetic_in_memory(records, device):
+    """What preparing `records` synthetic records of 10 s would write, as (meta, index, signals, labels) in memory, signals on `device`."""
+    T, block = 2400, 1024 if device.type == 'cuda' else 64
     signals, found = torch.empty(records * T, 12, dtype=torch.int16, device=device), []
     for start in tqdm(range(0, records, block), desc='making records', unit='block', disable=None):
-        s = synthesize(0, torch.arange(start, start + block), seconds, device=device)
-        most = min(block, records - start)
-        signals[start * T:(start + most) * T] = s['x'][:most].flatten(0, 1)
-        beats = s['beats'][:most]
-        found.append([t.cpu() for t in (s['patient'][:most], torch.cat([s['findings'], s['tail'], s['targets']], 1)[:most], s['female'][:most],
-                                        ((beats >= 0) & (beats < seconds)).sum(1), beats[(beats >= 0) & (beats < seconds)])])
+        s = synthesize(0, torch.arange(start, start + block), device=device)
+        s = {k: v[:records - start] for k, v in s.items()}       # the last block may hold more than is asked for
+        signals[start * T:(start + block) * T] = s['x'].flatten(0, 1)
+        inside = (s['beats'] >= 0) & (s['beats'] < 10)
+        labels = torch.cat([s['findings'], s['tail'], s['targets']], 1)
+        found.append([t.cpu() for t in (s['patient'], labels, s['female'], inside.sum(1), s['beats'][inside])])
     patient, labels, female, count, beats = (torch.cat(part).numpy() for part in zip(*found))
     folds = np.array([fold_of(f'synthetic0/patient{p}') for p in range(patient[-1] + 1)])
     name = lambda what, numbers: np.char.add(f'synthetic0/{what}', numbers.astype(str))
     index = dict(offset=np.arange(records) * T, length=np.full(records, T), id=name('', np.arange(records)), patient=name('patient', patient),
                  fold=folds[patient], age=labels[:, -1].astype(float), sex=female.astype(float),
                  peaks=np.rint(beats.astype(float) * 240).astype(np.int32), peak_start=np.r_[0, np.cumsum(count)])
-    names = synthetic_labels()
-    tasks = {space: [k for k, n in enumerate(names) if n.split('/')[0] == space] for space in ('findings', 'tail', 'target')}
-    tasks |= {task: [names.index(n) for n in members] for task, members in SYNTHETIC_TASKS}
     first = hashlib.blake2b(signals[:T].cpu().numpy().tobytes(), digest_size=8).hexdigest()                # another generator, another hash
-    return dict(contract=asdict(Contract()), labels=names, tasks=tasks, hash=f'{records}@{first}'), index, signals, labels.astype(np.float32)
+    meta = dict(contract=asdict(Contract()), labels=SYNTHETIC_LABELS, tasks=tasks_of(SYNTHETIC_LABELS, SYNTHETIC_TASKS), hash=f'{records}@{first}')
+    return meta, index, signals, labels.astype(np.float32)
 
 
 def download(source, root, rate=100, cohorts=()):
@@ -681,7 +688,8 @@ def conform(x, fs, leads, unit, contract):
         missing = [name for name in contract.leads if name.upper() not in names]
         raise Defect(f'missing lead {", ".join(missing)}' if missing else 'lead named twice')
     x = np.asarray(x, float)[:, [names.index(name.upper()) for name in contract.leads]] * factor
-    if len(x) < round(contract.window * fs):
+    window = round(contract.window * fs)
+    if len(x) < window:
         raise Defect('shorter than a window')
     bad = ~np.isfinite(x)
     if bad.any():
@@ -690,26 +698,29 @@ def conform(x, fs, leads, unit, contract):
             raise Defect('NaN or inf beyond a short gap')
         for c in np.flatnonzero(bad.any(0)):
             x[bad[:, c], c] = np.interp(np.flatnonzero(bad[:, c]), np.flatnonzero(~bad[:, c]), x[~bad[:, c], c])
-    window = round(contract.window * fs)
     parts = x[:len(x) // window * window].reshape(-1, window, x.shape[1])
     if ((np.ptp(parts, axis=1) < 2e-3).mean(0) > .5).sum() > 2:  # flat in most of its windows
         raise Defect('more than two flat leads')
     if np.abs(x).max() > 32.767:
         raise Defect('beyond 32.767 mV: wrong gain or unit?')
-    y = x
-    for step in contract.filter.split('+') if contract.filter != 'none' else ():
+    y = resample(filtered(x, fs, contract.filter), fs, contract.fs)
+    if contract.norm == 'record':
+        y = (y - y.mean(0)) / (y.std(0) + 1e-6)
+    return y, int(bad.sum()), x
+
+
+def filtered(x, fs, steps):
+    """x (T, C) at `fs` Hz after a contract's filter: second-order Butterworth steps and notches of Q 30, forwards and backwards."""
+    for step in steps.split('+') if steps != 'none' else ():
         kind, hz = re.fullmatch(r'(hp|lp|notch)([\d.]+)', step).groups()
         hz = float(hz)
         if hz >= fs / 2:                                         # nothing there to remove
             continue
         if kind == 'notch':
-            y = scipy.signal.filtfilt(*scipy.signal.iirnotch(hz, 30, fs), y, axis=0)
+            x = scipy.signal.filtfilt(*scipy.signal.iirnotch(hz, 30, fs), x, axis=0)
         else:
-            y = scipy.signal.sosfiltfilt(scipy.signal.butter(2, hz, kind, fs=fs, output='sos'), y, axis=0)
-    y = resample(y, fs, contract.fs)
-    if contract.norm == 'record':
-        y = (y - y.mean(0)) / (y.std(0) + 1e-6)
-    return y, int(bad.sum()), x
+            x = scipy.signal.sosfiltfilt(scipy.signal.butter(2, hz, kind, fs=fs, output='sos'), x, axis=0)
+    return x
 
 
 def resample(x, fs, to):
@@ -749,16 +760,35 @@ def finish(record, contract, peaks=True):
         I, II = raw[:, 0], raw[:, 1]
         derived = np.stack([II - I, -(I + II) / 2, I - II / 2, II - I / 2], 1)               # III, aVR, aVL, aVF by Einthoven and Goldberger
         ecg = record.peaks is None or len(record.peaks) > 0      # what is known to have no R-peaks owes Einthoven nothing
+        facts = dict(repaired=repaired, einthoven=ecg and bool((np.std(raw[:, 2:6] - derived, 0) > .1 * np.std(II) + .02).any()))
         if record.peaks is None:
             record.peaks = find_peaks(raw, record.fs) if peaks else np.zeros(0)
-        facts = dict(repaired=repaired, einthoven=ecg and bool((np.std(raw[:, 2:6] - derived, 0) > .1 * np.std(II) + .02).any()))
         record.peaks = np.rint(np.asarray(record.peaks) * contract.fs).astype(np.int32)
-        result = replace(record, x=None, load=None), counts, facts
     except Defect as e:
-        result = replace(record, x=None, load=None), None, str(e)
+        counts, facts = None, str(e)
+    except (FileNotFoundError, IsADirectoryError):
+        counts, facts = None, 'file missing'
     except Exception as e:                                       # whatever a damaged file makes a library raise
-        result = replace(record, x=None, load=None), None, f'unreadable ({type(e).__name__})'
-    return result
+        counts, facts = None, f'unreadable ({type(e).__name__})'
+    return replace(record, x=None, load=None), counts, facts
+
+
+BLOCK = 256                                                      # records under way at a time
+
+
+def finish_all(records, contract, peaks, workers):
+    """What `finish` makes of each record, in order, in `workers` processes; None: one per core, 1: in this one."""
+    work = functools.partial(finish, contract=contract, peaks=peaks)
+    pool = ProcessPoolExecutor(workers) if workers != 1 else None
+    records = iter(records)
+    try:
+        while block := list(itertools.islice(records, BLOCK)):   # bounded, so that a fast reader cannot fill the memory
+            yield from pool.map(work, block, chunksize=4) if pool else map(work, block)
+    except BrokenExecutor:
+        raise Stop('a worker process died, perhaps for lack of memory: try again with fewer --workers')
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
 
 
 def fold_of(patient):
@@ -773,10 +803,12 @@ def stratify(Y, groups=None, folds=10, seed=0):
     several to the one that lacks most of all its labels (our reading of the tie: sets of patients come out within 1 of even instead of
     within 36), then most records, then by lot."""
     group = np.arange(len(Y)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    count, size = np.zeros((group.max() + 1, Y.shape[1]), int), np.bincount(group)
+    count, size = np.zeros((group.max() + 1, Y.shape[1]), int), np.bincount(group)           # (groups, K) and (groups,), in records
     np.add.at(count, group, np.asarray(Y) > 0)
-    fold, tie = np.full(len(count), -1), np.random.default_rng(seed).random((len(count), folds))
-    lack, room = np.repeat(count.sum(0)[None], folds, 0), np.full(folds, size[count.any(1)].sum())      # times `folds`: whole numbers tie exactly
+    fold = np.full(len(count), -1)
+    tie = np.random.default_rng(seed).random((len(count), folds))
+    lack = np.repeat(count.sum(0)[None], folds, 0)               # (folds, K) times `folds`: whole numbers tie exactly
+    room = np.full(folds, size[count.any(1)].sum())
     left = (count > 0).sum(0)                                    # groups still to be placed, label by label
     while left.any():
         k = np.where(left > 0, left, left.max() + 1).argmin()
@@ -812,7 +844,7 @@ def prepare(name, records, contract=Contract(), source='', extra_tasks=(), worke
     temporary.mkdir(parents=True)
     try:
         meta = write_dataset(temporary, records, contract, workers, peaks, strict, total, name, folds)
-        meta |= dict(source=source, tasks={**meta['tasks'], **{t: [meta['labels'].index(n) for n in names] for t, names in extra_tasks}})
+        meta |= dict(source=source, tasks=tasks_of(meta['labels'], extra_tasks))
         (temporary / 'meta.json').write_text(json.dumps(meta, indent=1))
         if home.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -822,6 +854,13 @@ def prepare(name, records, contract=Contract(), source='', extra_tasks=(), worke
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return meta
+
+
+def tasks_of(names, extra=()):
+    """{task: columns} of label names: a task for each namespace, and the `extra` ones, pairs of a task and its names."""
+    spaces = [name.split('/')[0] for name in names]
+    tasks = {space: [column for column, its in enumerate(spaces) if its == space] for space in dict.fromkeys(spaces)}
+    return tasks | {task: [names.index(name) for name in its] for task, its in extra}
 
 
 def peak_memory(workers=False):
@@ -836,56 +875,47 @@ def peak_memory(workers=False):
 
 def write_dataset(folder, records, contract, workers, peaks, strict, total, name, folds):
     """The files of a prepared dataset but for meta.json, whose content it returns."""
-    began, early = time.time(), 0
+    began, early = time.time(), None
     dropped, index, spaces, balanced, names, fold_by, ids = Tally(), [], [], [], {}, {}, set()
     peaks_so_far, peak_start = typed('i'), typed('q', [0])       # typed arrays: small objects here would fragment the heap
-    rates, sizes = typed('f'), typed('f')                        # of each record: beats a minute, its middle lead from trough to crest
+    sizes = typed('f')                                           # of each record: its middle lead from trough to crest
     cells = typed('q'), typed('i'), typed('f')                   # row, column, value of each label that is not 0
     digest, offset, repaired, odd = hashlib.blake2b(digest_size=8), 0, 0, 0
-    records = iter(records)
-    pool = ProcessPoolExecutor(workers) if workers != 1 else None
-    work = functools.partial(finish, contract=contract, peaks=peaks)
-    try:
-        with open(folder / 'signals.i16', 'wb') as signals, tqdm(total=total, desc=f'preparing {name}', unit='rec', disable=None) as bar:
-            while block := list(itertools.islice(records, 256)):     # bounded, so that a fast reader cannot fill the memory
-                for record, counts, facts in pool.map(work, block, chunksize=4) if pool else map(work, block):
-                    bar.update()
-                    if record.id in ids:
-                        raise Stop(f'record id {record.id} appears twice: make the ids unique and prepare again')
-                    ids.add(record.id)
-                    if counts is None:
-                        dropped[facts] += 1
-                        if strict:
-                            raise Stop(f'record {record.id}: {facts} (--strict stops at the first defect)')
-                        continue
-                    patient = record.patient or record.id
-                    fold = record.fold if record.fold >= 0 or folds == 'stratified' else fold_of(patient)
-                    if fold_by.setdefault(patient, fold) != fold:
-                        raise Stop(f'patient {patient} is in folds {fold_by[patient]} and {fold}: a patient must stay in one fold')
-                    for key, value in (record.labels or {}).items():
-                        column = names.setdefault(key, len(names))
-                        if value:
-                            for cell, v in zip(cells, (len(index), column, value)):
-                                cell.append(v)
-                    index.append((offset, len(counts), record.id, patient, fold, record.age, record.sex))
-                    spaces.append(frozenset(key.split('/')[0] for key in record.labels or ()))
-                    if folds == 'stratified':
-                        balanced.append([k for k, v in (record.labels or {}).items() if v > 0] if record.strata is None else record.strata)
-                    peaks_so_far.extend(record.peaks.tolist())
-                    peak_start.append(len(peaks_so_far))
-                    rates.append(60 * contract.fs * len(record.peaks) / len(counts))
-                    sizes.append(contract.scale * np.median(np.ptp(counts, 0)))
-                    data = counts.tobytes()
-                    signals.write(data)
-                    digest.update(data)
-                    offset, repaired, odd = offset + len(counts), repaired + (facts['repaired'] > 0), odd + facts['einthoven']
-                early = early or peak_memory()
-    except BrokenExecutor:
-        raise Stop('a worker process died, perhaps for lack of memory: try again with fewer --workers')
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
-    seen = len(index) + sum(dropped.values())
+    with open(folder / 'signals.i16', 'wb') as signals, contextlib.closing(finish_all(records, contract, peaks, workers)) as finished, \
+            tqdm(finished, total=total, desc=f'preparing {name}', unit='rec', disable=None) as bar:
+        for record, counts, facts in bar:
+            if record.id in ids:
+                raise Stop(f'record id {record.id} appears twice: make the ids unique and prepare again')
+            ids.add(record.id)
+            if len(ids) == BLOCK:
+                early = peak_memory()
+            if counts is None:
+                dropped[facts] += 1
+                if strict:
+                    raise Stop(f'record {record.id}: {facts} (--strict stops at the first defect)')
+                continue
+            patient, labels = record.patient or record.id, record.labels or {}
+            fold = record.fold if record.fold >= 0 or folds == 'stratified' else fold_of(patient)
+            if fold_by.setdefault(patient, fold) != fold:
+                raise Stop(f'patient {patient} is in folds {fold_by[patient]} and {fold}: a patient must stay in one fold')
+            for key, value in labels.items():
+                column = names.setdefault(key, len(names))
+                if value:
+                    for cell, v in zip(cells, (len(index), column, value)):
+                        cell.append(v)
+            index.append((offset, len(counts), record.id, patient, fold, record.age, record.sex))
+            spaces.append(frozenset(key.split('/')[0] for key in labels))
+            if folds == 'stratified':
+                balanced.append([k for k, v in labels.items() if v > 0] if record.strata is None else record.strata)
+            peaks_so_far.extend(record.peaks.tolist())
+            peak_start.append(len(peaks_so_far))
+            sizes.append(contract.scale * np.median(np.ptp(counts, 0)))
+            data = counts.tobytes()
+            signals.write(data)
+            digest.update(data)
+            offset += len(counts)
+            repaired += facts['repaired'] > 0
+            odd += facts['einthoven']
     if not index:
         why = '; '.join(f'{n} {reason}' for reason, n in dropped.most_common()) or 'the source holds no records'
         raise Stop(f'nothing left to prepare: {why}')
@@ -903,31 +933,63 @@ def write_dataset(folder, records, contract, workers, peaks, strict, total, name
         for row, what in zip(Y, balanced):
             row[[column[w] for w in what]] = True
         columns['fold'] = np.where(columns['fold'] >= 0, columns['fold'], stratify(Y, columns['patient']))
-    np.savez(folder / 'index.npz', **columns, peaks=np.array(peaks_so_far), peak_start=np.array(peak_start))
-    tasks = {}
-    for label, column in names.items():
-        tasks.setdefault(label.split('/')[0], []).append(column)
-    seconds = time.time() - began
-    print(f'{name}: {len(index):,} of {seen:,} records kept, {len(fold_by):,} patients, {offset / contract.fs / 3600:.1f} h of signal, '
-          f'{len(names)} labels, {len(peaks_so_far):,} R-peaks; {seconds:.1f} s ({seen / seconds:.0f} records/s)')
-    for reason, n in dropped.most_common():
+    columns |= dict(peaks=np.array(peaks_so_far), peak_start=np.array(peak_start))
+    np.savez(folder / 'index.npz', **columns)
+    meta = dict(contract=asdict(contract), labels=list(names), records=len(index), seen=len(ids), dropped=dict(dropped),
+                repaired=repaired, einthoven=odd, folds=folds, hash=digest.hexdigest())
+    summarise(name, meta, columns, np.median(sizes), time.time() - began)
+    now = peak_memory()
+    print(f'  peak memory {now:.0f} MB, {now - (early or now):.0f} MB of it since the first {min(len(ids), BLOCK)} records'
+          + (f'; largest worker {peak_memory(workers=True):.0f} MB' if workers != 1 else ''))
+    return meta
+
+
+def summarise(name, meta, index, size, seconds):
+    """Print what has been prepared, and what about it looks wrong. size: mV from trough to crest of a usual lead."""
+    fs, seen, kept = meta['contract']['fs'], meta['seen'], meta['records']
+    print(f'{name}: {kept:,} of {seen:,} records kept, {len(set(index["patient"])):,} patients, {index["length"].sum() / fs / 3600:.1f} h of '
+          f'signal, {len(meta["labels"])} labels, {len(index["peaks"]):,} R-peaks; {seconds:.1f} s ({seen / seconds:.0f} records/s)')
+    for reason, n in Tally(meta['dropped']).most_common():
         print(f'  {n:,} dropped: {reason}')
-    rate, size = np.median(rates), np.median(sizes)
-    if contract.norm == 'none' and peaks_so_far:
+    rate = np.median(60 * fs * np.diff(index['peak_start']) / index['length'])
+    if meta['contract']['norm'] == 'none' and len(index['peaks']):
         print(f'  half of them have {rate:.0f} or more beats a minute, and {size:.2g} mV or more from trough to crest'
               + ('' if 40 < rate < 140 and .3 < size < 5 else ': no usual ECG, or is the rate or the gain another than was said?'))
-    if repaired:
-        print(f'  {repaired:,} with short gaps interpolated')
-    if odd:
-        print(f'  {odd:,} whose limb leads do not fit together (III = II - I, aVR = -(I + II) / 2 and so on): swapped, mislabelled or scaled one by one?')
-    print(f'  peak memory {peak_memory():.0f} MB, {peak_memory() - early:.0f} MB of it since the first {min(seen, 256)} records'
-          + (f'; largest worker {peak_memory(workers=True):.0f} MB' if pool else ''))
-    return dict(contract=asdict(contract), labels=list(names), tasks=tasks, records=len(index), seen=seen, dropped=dict(dropped),
-                repaired=repaired, einthoven=odd, folds=folds, hash=digest.hexdigest())
+    if meta['repaired']:
+        print(f'  {meta["repaired"]:,} with short gaps interpolated')
+    if meta['einthoven']:
+        print(f'  {meta["einthoven"]:,} whose limb leads do not fit together (III = II - I, aVR = -(I + II) / 2 and so on): swapped, '
+              'mislabelled or scaled one by one?')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # prepared datasets, splits, batches
+
+def open_prepared(name):
+    """(meta, index, signals, labels) of datasets/NAME, signals (samples, 12) int16 on disk; one that can prepare itself does so when
+    missing. Raises Stop where it is missing or damaged."""
+    folder, _ = mended(name)
+    if not folder.exists() and name in DEFAULTS:
+        DEFAULTS[name]()
+    try:
+        meta = json.loads((folder / 'meta.json').read_text())
+        index = dict(np.load(folder / 'index.npz'))
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='The given NumPy array is not writable')     # nor is it written to
+            signals = torch.from_numpy(np.memmap(folder / 'signals.i16', np.int16, 'r').reshape(-1, 12))
+        labels = np.load(folder / 'labels.npy', mmap_mode='r')
+        whole = len(signals) == index['offset'][-1] + index['length'][-1] and len(labels) == len(index['id']) == meta['records']
+    except FileNotFoundError as e:
+        if folder.exists():
+            raise Stop(f'datasets/{name} is damaged (no {Path(e.filename).name}): prepare it again')
+        there = ', '.join(sorted(p.parent.name for p in Path('datasets').glob('[!.]*/meta.json'))) or 'none'
+        raise Stop(f'no dataset {name!r} in datasets/ (there: {there}): prepare it with python data.py, see its --help')
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        raise Stop(f'datasets/{name} is damaged ({type(e).__name__}: {e}): prepare it again')
+    if not whole:
+        raise Stop(f'datasets/{name} is damaged (files of different lengths): prepare it again')
+    return meta, index, signals, labels
+
 
 class Dataset:
     """One or more prepared datasets ('ptbxl' or 'ptbxl,georgia') as one, signals on disk, everything else in memory.
@@ -939,32 +1001,11 @@ class Dataset:
     """
 
     def __init__(self, names, device='cpu'):
-        self.name, self.device, parts = names, torch.empty(0, device=device).device, []      # cuda:0, where only cuda was said
+        self.name, self.device = names, torch.empty(0, device=device).device                 # cuda:0, where only cuda was said
+        parts = []                                               # (meta, index, signals, labels) of each
         for name in names.split(','):
-            if made := re.fullmatch(r'synthetic@([1-9]\d{0,7})', name):
-                parts.append(synthetic_in_memory(int(made[1]), self.device))
-                continue
-            folder, _ = mended(name)
-            if not folder.exists() and name in DEFAULTS:
-                DEFAULTS[name]()
-            try:
-                meta = json.loads((folder / 'meta.json').read_text())
-                index = dict(np.load(folder / 'index.npz'))
-                with warnings.catch_warnings():
-                    warnings.filterwarnings('ignore', message='The given NumPy array is not writable')     # nor is it written to
-                    signals = torch.from_numpy(np.memmap(folder / 'signals.i16', np.int16, 'r').reshape(-1, 12))
-                labels = np.load(folder / 'labels.npy', mmap_mode='r')
-                whole = len(signals) == index['offset'][-1] + index['length'][-1] and len(labels) == len(index['id']) == meta['records']
-            except FileNotFoundError as e:
-                if folder.exists():
-                    raise Stop(f'datasets/{name} is damaged (no {Path(e.filename).name}): prepare it again')
-                there = ', '.join(sorted(p.parent.name for p in Path('datasets').glob('[!.]*/meta.json'))) or 'none'
-                raise Stop(f'no dataset {name!r} in datasets/ (there: {there}): prepare it with python data.py, see its --help')
-            except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-                raise Stop(f'datasets/{name} is damaged ({type(e).__name__}: {e}): prepare it again')
-            if not whole:
-                raise Stop(f'datasets/{name} is damaged (files of different lengths): prepare it again')
-            parts.append((meta, index, signals, labels))
+            made = re.fullmatch(r'synthetic@([1-9]\d{0,7})', name)
+            parts.append(synthetic_in_memory(int(made[1]), self.device) if made else open_prepared(name))
         self.contract = Contract.read(parts[0][0]['contract'])
         for name, (meta, *_) in zip(names.split(','), parts):
             if differs := Contract.read(meta['contract']).differs(self.contract):
@@ -990,10 +1031,10 @@ class Dataset:
         self.tasks = {}
         for meta, *_ in parts:
             for task, columns in meta['tasks'].items():
-                names = [self.label_names.index(meta['labels'][c]) for c in columns]
-                self.tasks[task] = list(dict.fromkeys(self.tasks.get(task, []) + names))
+                found = [self.label_names.index(meta['labels'][c]) for c in columns]
+                self.tasks[task] = list(dict.fromkeys(self.tasks.get(task, []) + found))
         self.hash = '+'.join(p[0]['hash'] for p in parts)
-        self.order = functools.lru_cache(2)(self.order)
+        self.order = functools.lru_cache(2)(self.order)          # every step of an epoch asks for it
 
     def __len__(self):
         return len(self.id)
@@ -1029,12 +1070,14 @@ class Dataset:
             signals = self.signals[i]
             windows = signals.as_strided((len(signals) - samples + 1, samples * 12), (12, 1))              # all crops there are, none copied
             pieces.append(windows.index_select(0, torch.from_numpy(at[part == i]).to(signals.device, non_blocking=True)))
-        x = pieces[0] if len(pieces) == 1 else torch.cat(pieces)[np.argsort(np.argsort(part, kind='stable'))]
+        back = np.argsort(np.argsort(part, kind='stable'))       # from dataset after dataset to the order of `rows`
+        x = pieces[0] if len(pieces) == 1 else torch.cat(pieces)[back]
         if self.device.type == 'cuda' and not x.is_cuda:         # as int16: half of what the floats would take
             x = x.pin_memory().to(self.device, non_blocking=True)
         return x.view(-1, samples, 12).transpose(1, 2).float().mul_(self.contract.scale)
 
     def order(self, seed, epoch, n):
+        """In which order an epoch visits n records."""
         return np.random.default_rng([seed, epoch, 1]).permutation(n)
 
     def batch(self, rows, samples, size, seed, step, share=(0, 1)):
@@ -1073,8 +1116,8 @@ class Dataset:
 FINDINGS = ('1dAVb RBBB LBBB SB AF ST IRBBB AFL PVC PAC SARR LAFB LVH RVH IMI AMI LMI STD STE TINV LQT LVOLT PACE '
             'WPW').split()                                       # CODE's six come first
 TARGETS = ['hr', 'pr', 'qrs', 'qt', 'axis', 'age']               # beats/min, ms, ms, ms, degrees, years
-KERNELS = 'P1 P2 Q R1 R2 S X J T1 T2 U SP F1 F2'.split()         # X: late or delta wave, SP: pacing spike, F: notches
-_P, _QRS, _T = [0, 1], [2, 3, 4, 5, 12, 13], [8, 9]
+P1, P2, Q, R1, R2, S, X, J, T1, T2, U, SP, F1, F2 = range(14)    # a beat's Gaussians. X: late or delta wave, SP: pacing spike, F: notches
+_P, _QRS, _T = [P1, P2], [Q, R1, R2, S, F1, F2], [T1, T2]
 # mean and between-patient SD of each kernel's dipole (x left, y down, z back; mV), fitted to 297 normal PTB-XL records
 _MU = np.array([[.037, .063, -.022], [.060, .074, .003], [-.100, -.068, -.275], [.85, .436, .16], [.676, .382, .539],
                 [-.24, -.042, .391], [0, 0, 0], [0, .002, -.047], [.12, .045, -.18], [.216, .133, -.063],
@@ -1088,10 +1131,10 @@ _FIELD = np.array([[.638, -.142, -.029], [.252, 1.057, -.148], [-.508, .302, -.7
 _FIELD *= np.array([1.04, 1, .96, 1.2, 1.28, 1.2, 1.12, 1.08])[:, None]
 _FIELD_SD = np.linalg.norm(_FIELD, axis=1) * np.array([.26, .05, .13, .11, .11, .09, .09, .13])
 # leads I, II, V1-V6 of what no dipole explains; V3-V6 of P2 lowered until the P waves met the calibration
-_RESIDUAL = {1: [.053, .015, -.013, .019, -.006, -.032, -.034, -.023], 5: [.056, .023, -.074, .053, .022, -.05, -.041, .006],
-             8: [.026, .007, -.029, .045, -.013, -.026, -.005, .016], 9: [.034, .008, -.02, .044, -.016, -.028, -.003, .018]}
-_LBBB = {2: [.25, .1, .25], 3: [.7, .3, .8], 4: [.9, .2, 1], 5: [.8, .1, .6], 6: [.4, .05, .3], 7: [-.12, -.02, -.25],
-         8: [-.16, -.04, -.3], 9: [-.2, -.05, -.15]}
+_RESIDUAL = {P2: [.053, .015, -.013, .019, -.006, -.032, -.034, -.023], S: [.056, .023, -.074, .053, .022, -.05, -.041, .006],
+             T1: [.026, .007, -.029, .045, -.013, -.026, -.005, .016], T2: [.034, .008, -.02, .044, -.016, -.028, -.003, .018]}
+_LBBB = {Q: [.25, .1, .25], R1: [.7, .3, .8], R2: [.9, .2, 1], S: [.8, .1, .6], X: [.4, .05, .3], J: [-.12, -.02, -.25],
+         T1: [-.16, -.04, -.3], T2: [-.2, -.05, -.15]}
 _PVC = [0, 0, .4, .8, 1, .6, .3, -.1, -.3, -.35, 0, 0, 0, 0]
 _CHRONIC = {'1dAVb': (.05, .45), 'RBBB': (.045, .4), 'IRBBB': (.05, 0), 'LBBB': (.035, .45), 'AF': (.05, .55), 'AFL': (.02, .4),
             'LAFB': (.06, .35), 'LVH': (.08, .2), 'RVH': (.025, 0), 'IMI': (.07, .4), 'AMI': (.06, .4), 'LMI': (.03, .4),
@@ -1099,11 +1142,13 @@ _CHRONIC = {'1dAVb': (.05, .45), 'RBBB': (.045, .4), 'IRBBB': (.05, 0), 'LBBB': 
 _ACUTE = {'PVC': (.05, .3), 'PAC': (.04, .3), 'STD': (.07, .3), 'STE': (.03, 0), 'TINV': (.06, .1), 'LQT': (.04, .1)}
 _TERRITORY = np.array([[0, 1, 0], [-.2, 0, -1], [.4, 0, -.9], [1, 0, .1], [.8, -.6, 0], [.7, .7, .1], [0, 0, 1], [-1, .3, -.3]])
 _TERRITORY /= np.linalg.norm(_TERRITORY, axis=1, keepdims=True)
-_TAIL = ['STdown', 'STup', 'Tinverted', 'Ttall', 'Tflat', 'Q', 'notch', 'Rloss', 'U']
-_TAIL_GAIN = np.zeros((9, 14))                                   # mV along the territory, per unit of severity
-for _m, _k, _g in [(0, 7, -.16), (1, 7, .22), (2, 9, -.38), (3, 9, .42), (5, 2, -.42), (5, 3, -.3), (6, 12, .8), (6, 13, -.8), (8, 10, .14)]:
-    _TAIL_GAIN[_m, _k] = _g
+# morphologies of the long tail: mV along the territory, per unit of severity; those without a number shrink waves instead
+_TAIL = {'STdown': {J: -.16}, 'STup': {J: .22}, 'Tinverted': {T2: -.38}, 'Ttall': {T2: .42}, 'Tflat': {}, 'Q': {Q: -.42, R1: -.3},
+         'notch': {F1: .8, F2: -.8}, 'Rloss': {}, 'U': {U: .14}}
+_TAIL_GAIN = np.array([[gains.get(k, 0.) for k in range(14)] for gains in _TAIL.values()])   # (9, 14)
 TAIL = [f'{m}-{t}-{s}' for t in range(8) for m in _TAIL for s in ('mild', 'moderate', 'severe')]
+SYNTHETIC_LABELS = [f'findings/{n}' for n in FINDINGS] + [f'tail/{n}' for n in TAIL] + [f'target/{n}' for n in TARGETS]
+SYNTHETIC_TASKS = [('code', [f'findings/{n}' for n in FINDINGS[:6]]), ('unseen', [f'findings/{n}' for n in FINDINGS[6:]])]
 SHIFTS = {'age': dict(age=8., female=.6), 'prevalence': dict(prevalence=1.), 'field': dict(field=1.5, electrode=.5),
           'gain': dict(gain=.85, gain_sd=.15), 'noise': dict(mains=.015, muscle=2., baseline=1.6), 'device': dict(highpass=.5, lsb=5),
           'swap': dict(swap=.03), 'twave': dict(twave=.85)}
@@ -1157,7 +1202,7 @@ def synthesize(seed, index, seconds=10., fs=240, shifts=(), prevalence=1., noise
     key = seed * 1000003 + zlib.crc32(','.join(sorted(shifts)).encode())
     p, r = Draws(2 * key, patient), Draws(2 * key + 1, index)
     y = _findings(p, r, s, prevalence)
-    beats, kind, y = _rhythm(p, r, y, math.ceil(4.4 * seconds) + 2)
+    beats, kind = _rhythm(p, r, y, math.ceil(4.4 * seconds) + 2)
     x, axis = _leads(p, r, y, s, beats, kind, round(seconds * fs), fs)
     if noise:
         x = _add_noise(r, x, s, fs)
@@ -1186,12 +1231,14 @@ def _findings(p, r, s, prevalence):
     """Latent traits and the findings that they cause: dict of (B,) floats, findings 0 or 1, severities under 'g/NAME'."""
     y = {'age': (54 + s['age'] + 18 * p.n('age')).clamp(18, 95), 'female': (p.u('sex') < s['female']).float()}
     ag, sex = (y['age'] - 54) / 10, 2 * y['female'] - 1
-    drawn = {**{k: (v, p) for k, v in _CHRONIC.items()}, **{k: (v, r) for k, v in _ACUTE.items()}}
-    for name, ((p0, slope), who) in drawn.items():
-        p0 *= prevalence * ((1.5 if name in ('AF', 'LBBB', 'PACE') else .6) if s['prevalence'] else 1)
+    least = {'LAFB': .35, 'LVH': .25, 'IMI': .2, 'AMI': .2, 'LMI': .2, 'RBBB': 0, 'IRBBB': 0, 'LBBB': 0, 'PACE': 0}
+    for name, (p0, slope) in (_CHRONIC | _ACUTE).items():
+        who, low, scale = p if name in _CHRONIC else r, least.get(name, .3), prevalence     # what is chronic is drawn once a patient
+        if s['prevalence']:
+            scale *= 1.5 if name in ('AF', 'LBBB', 'PACE') else .6
+        p0 *= scale
         risk = math.log(p0 / (1 - p0)) + slope * ag - .24 * slope ** 2
         y[name] = (who.u('has ' + name) < torch.sigmoid(risk)).float()
-        low = {'LAFB': .35, 'LVH': .25, 'IMI': .2, 'AMI': .2, 'LMI': .2, 'RBBB': 0, 'IRBBB': 0, 'LBBB': 0, 'PACE': 0}.get(name, .3)
         y['g/' + name] = (low + (1 - low) * who.u('severity ' + name) + .1 * r.n('g ' + name)).clamp(low, 1)
 
     def bar(*names, by):                                         # a finding in `by` rules out those in names
@@ -1225,8 +1272,9 @@ def _intervals(p, r, y):
     u = lambda purpose, who=r: who.u(purpose)
     pick = lambda name, new, old: torch.where(y[name] > 0, new, old)
     hr = 71.2 + 1.25 * sex - .3 * ag + 9.5 * r.n('hr') + 4 * p.n('hr')
-    tachy, brady, rate = 104 + 36 * u('ta') ** 1.5 - 6 * u('tb'), 57 - 16 * u('ba') ** 1.3 + 4 * u('bb'), u('rate')
-    hr = torch.where(rate < .05, tachy, torch.where(rate < .10, brady, hr)).clamp(32, 180)
+    tachy = 104 + 36 * u('ta') ** 1.5 - 6 * u('tb')
+    brady = 57 - 16 * u('ba') ** 1.3 + 4 * u('bb')
+    hr = torch.where(u('rate') < .05, tachy, torch.where(u('rate') < .10, brady, hr)).clamp(32, 180)
     hr = pick('AF', 60 + 70 * u('af rate'), hr)
     flutter, ratio = 4.4 + 1.2 * u('flutter'), (2 + 3 * u('ratio')).floor()
     hr = pick('AFL', 60 * flutter / ratio, hr)
@@ -1241,11 +1289,12 @@ def _intervals(p, r, y):
     y['LQT'] = ((qtc > 465 + 5 * sex) & (y['PACE'] == 0)).float()
     rsa = .018 * torch.exp(-.30 * ag + .55 * p.n('rsa'))
     y['SARR'], y['SB'], y['ST'] = (rsa > .06) * sinus, (hr < 55) * sinus, (hr > 100) * sinus
-    y.update(hr=hr, pr=pr, d=d, qt=qtc - 154 * (1 - 60 / hr), rsa=rsa.clamp(max=.25), flutter=flutter, dp=(102 + 4 * ag + 8 * p.n('dp')).clamp(70, 140))
+    dp = (102 + 4 * ag + 8 * p.n('dp')).clamp(70, 140)
+    y.update(hr=hr, pr=pr, dp=dp, d=d, qt=qtc - 154 * (1 - 60 / hr), rsa=rsa.clamp(max=.25), flutter=flutter)
 
 
 def _rhythm(p, r, y, n):
-    """Beat times (B, n) in seconds, from just before 0, and their kind: 0 normal, 1 PVC or PAC."""
+    """Beat times (B, n) in seconds, from just before 0, and their kind: 0 normal, 1 PVC or PAC. Adds the breathing to y."""
     col = lambda v: v[:, None]
     k = torch.arange(n, device=y['hr'].device)
     rr = 60 / col(y['hr'])
@@ -1269,7 +1318,7 @@ def _rhythm(p, r, y, n):
     rr = rr * torch.where(ectopic, early, 1.)
     rr[:, 1:] = rr[:, 1:] * torch.where(ectopic[:, :-1], after[:, :-1], 1.)
     rr = rr.clamp(min=.24)
-    return rr.cumsum(1) - rr[:, :1] * (1 + r.u('phase', 1)), ectopic, y
+    return rr.cumsum(1) - rr[:, :1] * (1 + r.u('phase', 1)), ectopic
 
 
 def _kernels(p, r, y, s):
@@ -1289,43 +1338,9 @@ def _kernels(p, r, y, s):
     A[:, _P] *= col(torch.exp(.20 * p.n('P size')) * (1 - y['AF']) * (1 - y['AFL']) * (1 - y['PACE']))
     A[:, _QRS] *= col(torch.exp(.20 * p.n('QRS size') - .07 * ag - .05 * sex))
     A[:, _T] *= col(torch.exp(.18 * p.n('T size') + .08 * r.n('T size')) * (1 - .05 * ag - .12 * sex).clamp(min=.4) * s['twave'])
-    A[:, 7, 2] += .025 * sex
-
-    def add(name, k, direction, gain=1.):                        # along `direction`, in proportion to the severity
-        A[:, k] += (y[name] * y['g/' + name] * gain)[:, None] * A.new_tensor(direction)
-
-    def unit(purpose, who):
-        e = who.n(purpose, 3)
-        return e / e.norm(dim=1, keepdim=True)
-
-    A[:, 7] += (-.35 * (y['hr'] - 75).clamp(min=0) / 50)[:, None] * A.new_tensor([.06, .06, -.03])
-    late = y['RBBB'] * (.35 + .65 * y['g/RBBB']) + y['IRBBB'] * (.1 + .3 * y['g/IRBBB'])
-    A[:, 5] *= (1 - .6 * late)[:, None]
-    for k, direction in ((6, [-.55, 0, -.75]), (8, [.05, 0, .12]), (9, [.10, 0, .25])):
-        A[:, k] += late[:, None] * A.new_tensor(direction)
-    for name, up in (('LBBB', 1.), ('PACE', -2.5)):              # a paced beat spreads like LBBB, from below upwards
-        mix = col(y[name] * (.5 + .5 * y['g/' + name]))[:, 0]
-        for k, target in _LBBB.items():
-            A[:, k] += mix * (A.new_tensor(target) * A.new_tensor([1, up, 1]) - A[:, k])
-    A[:, 11] += (y['PACE'] * (.5 + 1.5 * p.u('spike')))[:, None] * unit('spike axis', p)
-    A[:, 6] += (y['WPW'] * y['g/WPW'] * .5)[:, None] * unit('delta axis', p)
-    for k, direction in ((3, [.1, -.25, 0]), (4, [.15, -.95, 0]), (5, [.2, -.6, .1])):
-        add('LAFB', k, direction)
-    A[:, 3:6] *= col(1 + .75 * y['LVH'] * y['g/LVH'])
-    for name, changes in {'LVH': {4: [.2, 0, .35], 7: [-.07, -.03, .05], 9: [-.26, -.1, .1]},
-                          'RVH': {4: [-.7, .3, -.9], 5: [-.5, .1, -.4], 9: [.1, -.1, .2]}}.items():
-        for k, direction in changes.items():
-            add(name, k, direction)
-    for name, u in (('IMI', [0, 1, 0]), ('AMI', [.15, 0, -1]), ('LMI', [1, -.2, 0])):
-        add(name, 2, u, -.38), add(name, 3, u, -.45), add(name, 9, u, -.2 * (p.u('T ' + name) < .6))
-    for name, u, j, t in (('STD', [1, .35, -.35], -.14, -.12), ('STE', [-.15, 1, 0], .22, .16)):
-        add(name, 7, u, j), add(name, 8, u, t)
-    add('TINV', 9, [-.35, -.05, 1], .34)
-    territory, severity = A.new_tensor(_TERRITORY), y['tail severity']                       # (8, 3), (B, 8, 9)
-    A += torch.einsum('btm,mk,tc->bkc', severity, A.new_tensor(_TAIL_GAIN), territory)
-    for m, ks in ((4, [8, 9]), (7, [3, 4])):                     # flat T and R loss shrink what lies along the territory
-        for k in ks:
-            A[:, k] -= ((1.2 * severity[:, :, m]).clamp(max=1) * (A[:, k] @ territory.T)) @ territory
+    A[:, J, 2] += .025 * sex
+    A[:, J] += (-.35 * (y['hr'] - 75).clamp(min=0) / 50)[:, None] * A.new_tensor([.06, .06, -.03])
+    _disease(p, y, A)
     A *= col(torch.where(y['LVOLT'] > 0, .3 + .3 * p.u('low voltage'), 1.))
     turn = math.pi / 180 * (A.new_tensor([11., 11, 14]) * p.n('rotation', 3) + 3 * r.n('rotation', 3))
     turn[:, 2] += math.pi / 180 * (4 * sex - 7 * ag)
@@ -1335,16 +1350,56 @@ def _kernels(p, r, y, s):
     return A @ torch.matrix_exp(spin).transpose(1, 2), centre / 1000, width / 1000
 
 
+def _disease(p, y, A):
+    """What the findings and the long tail make of the dipoles A (B, 14, 3), in place."""
+    given = lambda name: y[name] * y['g/' + name]                # (B,) its severity, 0 where it is not found
+    axis = lambda purpose: torch.nn.functional.normalize(p.n(purpose, 3))                    # (B, 3), each patient's own, of length 1
+
+    def add(k, weight, direction):                               # (B,) times (3,)
+        A[:, k] += weight[:, None] * A.new_tensor(direction)
+
+    late = y['RBBB'] * (.35 + .65 * y['g/RBBB']) + y['IRBBB'] * (.1 + .3 * y['g/IRBBB'])
+    A[:, S] *= (1 - .6 * late)[:, None]
+    for k, direction in ((X, [-.55, 0, -.75]), (T1, [.05, 0, .12]), (T2, [.10, 0, .25])):
+        add(k, late, direction)
+    for name, up in (('LBBB', 1.), ('PACE', -2.5)):              # a paced beat spreads like LBBB, from below upwards
+        mix = (y[name] * (.5 + .5 * y['g/' + name]))[:, None]
+        for k, target in _LBBB.items():
+            A[:, k] += mix * (A.new_tensor(target) * A.new_tensor([1, up, 1]) - A[:, k])
+    A[:, SP] += (y['PACE'] * (.5 + 1.5 * p.u('spike')))[:, None] * axis('spike axis')
+    A[:, X] += (given('WPW') * .5)[:, None] * axis('delta axis')
+    for k, direction in ((R1, [.1, -.25, 0]), (R2, [.15, -.95, 0]), (S, [.2, -.6, .1])):
+        add(k, given('LAFB'), direction)
+    A[:, R1:S + 1] *= (1 + .75 * given('LVH'))[:, None, None]
+    for k, direction in ((R2, [.2, 0, .35]), (J, [-.07, -.03, .05]), (T2, [-.26, -.1, .1])):
+        add(k, given('LVH'), direction)
+    for k, direction in ((R2, [-.7, .3, -.9]), (S, [-.5, .1, -.4]), (T2, [.1, -.1, .2])):
+        add(k, given('RVH'), direction)
+    for name, direction in (('IMI', [0, 1, 0]), ('AMI', [.15, 0, -1]), ('LMI', [1, -.2, 0])):
+        add(Q, given(name) * -.38, direction)
+        add(R1, given(name) * -.45, direction)
+        add(T2, given(name) * -.2 * (p.u('T ' + name) < .6), direction)
+    for name, direction, st, t in (('STD', [1, .35, -.35], -.14, -.12), ('STE', [-.15, 1, 0], .22, .16)):
+        add(J, given(name) * st, direction)
+        add(T1, given(name) * t, direction)
+    add(T2, given('TINV') * .34, [-.35, -.05, 1])
+    territory, severity = A.new_tensor(_TERRITORY), y['tail severity']                       # (8, 3), (B, 8, 9)
+    A += torch.einsum('btm,mk,tc->bkc', severity, A.new_tensor(_TAIL_GAIN), territory)
+    for morphology, waves in (('Tflat', [T1, T2]), ('Rloss', [R1, R2])):                     # shrink what lies along the territory
+        share = (1.2 * severity[:, :, list(_TAIL).index(morphology)]).clamp(max=1)           # (B, 8)
+        for k in waves:
+            A[:, k] -= (share * (A[:, k] @ territory.T)) @ territory
+
+
 def _ectopic(r, y, odd, A, centre, width, M, field, local):
     """Centres, widths (O, 14) and matrices (O, 14, 8) of the ectopic beats of the O records in the mask `odd`."""
     A, centre, width, M, field, local = (v[odd] for v in (A, centre, width, M, field, local))
     pvc = y['PVC'][odd, None] > 0
-    e = r.n('PVC axis', 3)[odd]
-    e = e / e.norm(dim=1, keepdim=True) * (1.1 + .5 * r.n('PVC size', 1)[odd].abs())
+    e = torch.nn.functional.normalize(r.n('PVC axis', 3)[odd]) * (1.1 + .5 * r.n('PVC size', 1)[odd].abs())
     wide = .150 + .025 * r.u('PVC width', 1)[odd]
     stretch = 1000 * wide / y['d'][odd, None]
-    late = torch.cat([centre[:, :2], centre[:, 2:7] * stretch, centre[:, 7:] + wide / 3], 1)
-    broad = torch.cat([width[:, :2], width[:, 2:7] * stretch, width[:, 7:]], 1)
+    late = torch.cat([centre[:, :Q], centre[:, Q:J] * stretch, centre[:, J:] + wide / 3], 1)
+    broad = torch.cat([width[:, :Q], width[:, Q:J] * stretch, width[:, J:]], 1)
     own = M.new_tensor(_PVC)[:, None] * e[:, None]               # (O, 14, 3): all along one direction, no P wave
     own = own @ field.transpose(1, 2) + local * own.norm(dim=2, keepdim=True)
     shifted = M.clone()                                          # a PAC differs in its P wave alone, which starts elsewhere
@@ -1352,15 +1407,20 @@ def _ectopic(r, y, odd, A, centre, width, M, field, local):
     return torch.where(pvc, late, centre), torch.where(pvc, broad, width), torch.where(pvc[..., None], own, shifted)
 
 
+def _field(p, r, s):
+    """What leads I, II, V1-V6 see of a dipole (B, 8, 3): each patient's own, with chest electrodes slid along the row V1 ... V6."""
+    own = p.n('field', 8, 3)
+    field = own.new_tensor(_FIELD) + s['field'] * own.new_tensor(_FIELD_SD)[:, None] * own
+    moved = torch.arange(6, device=own.device) + s['electrode'] * p.n('electrode', 6) + .12 * r.n('electrode', 6)
+    low = moved.floor().clamp(0, 4).long()
+    at = lambda i: field[:, 2:].gather(1, i[..., None].expand(-1, -1, 3))
+    return torch.cat([field[:, :2], at(low) + (moved - low).clamp(-.5, 1.5)[..., None] * (at(low + 1) - at(low))], 1)
+
+
 def _leads(p, r, y, s, beats, kind, T, fs):
     """Noise-free leads I, II, V1-V6 (B, T, 8) in mV and the frontal axis (B,) in degrees."""
     A, centre, width = _kernels(p, r, y, s)
-    B, device = len(A), A.device
-    field = A.new_tensor(_FIELD) + s['field'] * A.new_tensor(_FIELD_SD)[:, None] * p.n('field', 8, 3)
-    moved = torch.arange(6, device=device) + s['electrode'] * p.n('electrode', 6) + .12 * r.n('electrode', 6)
-    low = moved.floor().clamp(0, 4).long()                       # chest electrodes slide along the row V1 ... V6
-    at = lambda i: field[:, 2:].gather(1, i[..., None].expand(-1, -1, 3))
-    field = torch.cat([field[:, :2], at(low) + (moved - low).clamp(-.5, 1.5)[..., None] * (at(low + 1) - at(low))], 1)
+    B, device, field = len(A), A.device, _field(p, r, s)
     gain = s['gain'] * torch.exp(s['gain_sd'] * p.n('gain', 1, 1))
     local = .16 * p.n('local', 14, 8) * A.new_tensor([.3, .3, 1, 1, 1, 1, 1, 1])             # what no dipole explains
     size, mean_size = A.norm(dim=2, keepdim=True), A.new_tensor(np.linalg.norm(_MU, axis=1))
@@ -1378,7 +1438,7 @@ def _leads(p, r, y, s, beats, kind, T, fs):
     odd = kind.any(1)                                            # records with a PVC or PAC need a second kind of beat
     if odd.any():
         c1, w1, M1 = _ectopic(r, y, odd, A, centre, width, M, gain * field, gain * local)
-    whole, t_wave = slice(0, 14), slice(7, 11)                   # a sample is reached by the beats on either side of it and,
+    whole, t_wave = slice(0, 14), slice(J, SP)                   # a sample is reached by the beats on either side of it and,
     for back, ks in ((1, t_wave), (0, whole), (-1, whole)):      # at short intervals, by the T wave of the one before
         j = before - back
         dt, ectopic = (t - beats.gather(1, j.clamp(min=0))).masked_fill(j < 0, 1e3), kind.gather(1, j.clamp(min=0))
@@ -1390,14 +1450,14 @@ def _leads(p, r, y, s, beats, kind, T, fs):
         x += G @ M[:, ks]                                        # (B, T, 8)
     breath = torch.sin(2 * math.pi * y['breath'][:, None] * t + y['breath phase'][:, None])
     x *= 1 + .025 * breath[..., None]
-    phase = 2 * math.pi * ((4.5 + 3.5 * r.u('f wave', 1)) * t + .6 * torch.sin(2 * math.pi * .31 * t + 6.28 * r.u('f drift', 1)) * .5
-                           + r.u('f phase', 1))
+    drift = .3 * torch.sin(2 * math.pi * .31 * t + 6.28 * r.u('f drift', 1))                 # fibrillation: waves whose rate drifts
+    phase = 2 * math.pi * ((4.5 + 3.5 * r.u('f wave', 1)) * t + drift + r.u('f phase', 1))
     f = (torch.sin(phase) + .4 * torch.sin(2 * phase + 1)) * ((.012 + .045 * r.u('f size', 1)) * y['AF'][:, None])
     x += f[..., None] * A.new_tensor([.3, .6, 1, .6, .35, .25, .2, .2])
-    phase = 2 * math.pi * (y['flutter'][:, None] * t + r.u('F phase', 1))
+    phase = 2 * math.pi * (y['flutter'][:, None] * t + r.u('F phase', 1))                   # flutter: a sawtooth
     saw = (torch.sin(phase) + .45 * torch.sin(2 * phase) + .2 * torch.sin(3 * phase)) * ((.05 + .08 * r.u('F size', 1)) * y['AFL'][:, None])
     x += saw[..., None] * A.new_tensor([.25, 1, -.6, -.3, .2, .25, .25, .25])
-    area = (M[:, 2:7, :2] * width[:, 2:7, None]).sum(1)          # of the QRS in I and II
+    area = (M[:, Q:J, :2] * width[:, Q:J, None]).sum(1)          # of the QRS in I and II
     axis = torch.rad2deg(torch.atan2((area[:, 1] - area[:, 0] / 2) * 2 / 3 ** .5, area[:, 0]))
     return x, axis
 
@@ -1408,7 +1468,7 @@ def _add_noise(r, x, s, fs):
     f = torch.fft.rfftfreq(T, 1 / fs, device=x.device)
     shape = torch.stack([torch.exp(-(f / .28) ** 2) * (f > 0), (f.clamp(min=.3)) ** -.9 / (1 + (f / 15) ** 2) * (f > .3),
                          f / (f + 12) / (1 + (f / 70) ** 2)])    # power spectra
-    limb = x.new_tensor([.55] * 3 + [.50] * 6)               # most of the chest's wander is common to V1-V6
+    limb = x.new_tensor([.55] * 3 + [.50] * 6)                   # most of the chest's wander is common to V1-V6
     rms = torch.stack([.034 * s['baseline'] * torch.exp(.75 * r.n('baseline', 1) + .45 * r.n('electrode baseline', 9)) * limb,
                        (.009 * torch.exp(.4 * r.n('pink', 1))).expand(-1, 9),
                        (.0045 * s['muscle'] * torch.exp(.65 * r.n('muscle', 1))).expand(-1, 9)], -1)   # (B, 9, 3)
@@ -1441,12 +1501,12 @@ def figure(*args, **kwargs):
     return fig, axes
 
 
-def show(name, row, path=None):
+def show(name, row):
     """The classic paper picture of one record, 25 mm/s and 10 mm/mV: 2.5 s of each lead, 10 s of lead II below. Returns its path."""
     ds = Dataset(name)
     if not 0 <= row < len(ds):
         raise Stop(f'{name} has records 0 to {len(ds) - 1}')
-    fs, path = ds.contract.fs, Path(path or f'out/{name}_{row}.png')
+    fs = ds.contract.fs
     T = min(int(ds.length[row]), round(10 * fs))
     x = ds.crop(np.array([row]), np.array([0]), T)[0].numpy()    # (12, T)
     fig, ax = figure(figsize=(11, 4.9), layout='constrained')
@@ -1454,37 +1514,40 @@ def show(name, row, path=None):
         ax.axvline(k * .2, color='#f3b5b5' if k % 5 else '#e58a8a', lw=.5, zorder=0)
     for k in np.arange(-7.5, 2.01, .5):
         ax.axhline(k, color='#f3b5b5', lw=.5, zorder=0)
-    for i, lead in enumerate(LEADS):
-        start, height, part = i // 3 * T // 4, -2 * (i % 3), slice(i // 3 * T // 4, (i // 3 + 1) * T // 4)
-        ax.plot(np.arange(T)[part] / fs, np.clip(x[i, part], -1.8, 1.9) + height, 'k', lw=.7)
+    for i, lead in enumerate(LEADS):                             # four columns of three
+        start, end, height = i // 3 * T // 4, (i // 3 + 1) * T // 4, -2 * (i % 3)
+        ax.plot(np.arange(start, end) / fs, np.clip(x[i, start:end], -1.8, 1.9) + height, 'k', lw=.7)
         ax.text(start / fs + .05, height + .85, lead, weight='bold')
     ax.plot(np.arange(T) / fs, np.clip(x[1], -1.4, 1.9) - 6, 'k', lw=.7)
     ax.text(.05, -5.15, 'II', weight='bold')
     peaks = ds.peaks[ds.peak_start[row]:ds.peak_start[row + 1]]
     ax.plot(peaks[peaks < T] / fs, np.full((peaks < T).sum(), -7.3), 'k|', ms=5)
     labels = [n for n, v in zip(ds.label_names, ds.labels[row]) if v == 1 and not n.startswith('target/')]
+    said = ', '.join(labels) or 'no positive label'
+    age = '' if np.isnan(ds.age[row]) else f'{ds.age[row]:.0f} y'
     ax.set(xlim=(0, T / fs), ylim=(-7.5, 2), xticks=[], yticks=[], aspect=.4)
-    ax.set_title(f'{ds.id[row]}   {"" if np.isnan(ds.age[row]) else f"{ds.age[row]:.0f} y"}\n{", ".join(labels) or "no positive label"}', size=9, loc='left')
+    ax.set_title(f'{ds.id[row]}   {age}\n{said}', size=9, loc='left')
+    path = Path(f'out/{name}_{row}.png')
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=130)
-    print(f'{path}: record {row} of {name}, {", ".join(labels) or "no positive label"}')
+    print(f'{path}: record {row} of {name}, {said}')
     return path
 
 
-def check_peaks(root, extension='ii', path='out/peaks.png'):
+def check_peaks(root, extension='ii'):
     """R-peaks found against annotated ones (symbol N in WFDB annotation files, as LUDB has): prints counts, draws errors in time and the
     worst record. Between a record's first and last annotation only; a match is within .1 s. Returns (annotated, matched, extra)."""
     import wfdb
-    rows = []
     files = sorted(Path(root).rglob(f'*.{extension}'))
     if not files:
         raise Stop(f'no annotation files *.{extension} under {root}: name their extension with --annotation')
+    rows = []
     for file in tqdm(files, desc='R-peaks', disable=None):
         record, mark = Record(file.stem), wfdb.rdann(str(file.with_suffix('')), extension)
         try:
             load_wfdb(record, file.with_suffix(''))
             _, _, x = conform(record.x, record.fs, record.leads, record.unit, Contract())
-        except Defect as e:
+        except (Defect, FileNotFoundError) as e:
             print(f'{file.stem} is left out: {e}')
             continue
         truth = mark.sample[np.array(mark.symbol) == 'N'] / record.fs
@@ -1493,32 +1556,36 @@ def check_peaks(root, extension='ii', path='out/peaks.png'):
         found = find_peaks(x, record.fs)
         found = found[(found > truth[0] - .15) & (found < truth[-1] + .15)]
         error = found[np.abs(found[:, None] - truth).argmin(0)] - truth if len(found) else np.full(len(truth), np.inf)
-        matched = np.abs(error) <= .1
-        rows.append((len(truth), matched.sum(), len(found) - matched.sum(), error[matched], file.stem, x[:, LEADS.index('II')], record.fs, truth, found))
+        near = error[np.abs(error) <= .1]
+        rows.append(dict(name=file.stem, x=x, fs=record.fs, truth=truth, found=found, error=near,
+                         missed=len(truth) - len(near), extra=len(found) - len(near)))
     if not rows:
         raise Stop(f'no usable record under {root} has beats annotated as N in *.{extension}')
-    annotated, matched, extra = (int(sum(r[i] for r in rows)) for i in range(3))
-    error = 1e3 * np.concatenate([r[3] for r in rows])
-    *_, name, x, fs, truth, found = max(rows, key=lambda r: (r[0] - r[1] + r[2], np.abs(r[3]).max(initial=0)))
+    annotated, extra = sum(len(r['truth']) for r in rows), sum(r['extra'] for r in rows)
+    matched = annotated - sum(r['missed'] for r in rows)
+    error = 1e3 * np.concatenate([r['error'] for r in rows])
+    worst = max(rows, key=lambda r: (r['missed'] + r['extra'], np.abs(r['error']).max(initial=0)))
+    x = worst['x'][:, LEADS.index('II')]
     fig, axes = figure(1, 2, figsize=(12, 3.2), layout='constrained', width_ratios=(1, 2.4))
     axes[0].hist(error, 40, color='C0')
     axes[0].set(xlabel='found - annotated, ms', ylabel='beats', title=f'{matched:,} of {annotated:,} beats, {extra} extra')
-    axes[1].plot(np.arange(len(x)) / fs, x, 'k', lw=.7)
-    for times, color, height, label in ((truth, 'C2', x.max() * 1.15, 'annotated'), (found, 'C3', x.max() * 1.3, 'found')):
-        axes[1].plot(times, np.full(len(times), height), '|', color=color, ms=10, mew=2, label=label)
-    axes[1].set(xlabel='s', ylabel='lead II, mV', title=f'the worst record, {name}')
+    axes[1].plot(np.arange(len(x)) / worst['fs'], x, 'k', lw=.7)
+    for times, color, height, label in ((worst['truth'], 'C2', 1.15, 'annotated'), (worst['found'], 'C3', 1.3, 'found')):
+        axes[1].plot(times, np.full(len(times), height * x.max()), '|', color=color, ms=10, mew=2, label=label)
+    axes[1].set(xlabel='s', ylabel='lead II, mV', title=f'the worst record, {worst["name"]}')
     axes[1].legend(loc='upper right', ncols=2)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path = Path('out/peaks.png')
+    path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110)
-    print(f'{path}: {len(rows)} records, {annotated:,} annotated beats, {matched:,} found within 100 ms (median error {np.median(error):+.1f} ms, 95 % within '
-          f'{np.percentile(np.abs(error), 95):.0f} ms), {extra} extra')
+    print(f'{path}: {len(rows)} records, {annotated:,} annotated beats, {matched:,} found within 100 ms (median error '
+          f'{np.median(error):+.1f} ms, 95 % within {np.percentile(np.abs(error), 95):.0f} ms), {extra} extra')
     return annotated, matched, extra
 
 
-def measure(x, peaks, fs=240):
+def measure(x, peaks, fs):
     """What calibration compares, of one record x (T, 12) in mV with R-peaks in samples: dict of numbers."""
-    m, eight = {}, x[:, [0, 1, 6, 7, 8, 9, 10, 11]]
-    names = [LEADS[i] for i in (0, 1, 6, 7, 8, 9, 10, 11)]
+    m, independent = {}, [0, 1, 6, 7, 8, 9, 10, 11]              # the other four leads follow from I and II
+    eight, names = x[:, independent], [LEADS[i] for i in independent]
     per_lead = lambda what, values, leads=names: m.update({f'{what} {n} (mV)': v for n, v in zip(leads, values)})
     per_lead('SD', x.std(0), LEADS)
     per_lead('1 %', np.percentile(eight, 1, axis=0))
@@ -1531,7 +1598,6 @@ def measure(x, peaks, fs=240):
     per_lead('QRS peak to peak', np.ptp(beat[at(-.07, .07)], axis=0))
     per_lead('T peak', np.take_along_axis(t, np.abs(t).argmax(0)[None], 0)[0])
     per_lead('P peak', beat[at(-.25, -.09)].max(0))
-    power, f = np.abs(np.fft.rfft(eight - eight.mean(0), axis=0)) ** 2, np.fft.rfftfreq(len(x), 1 / fs)
     m['mean abs correlation'] = np.abs(np.corrcoef(eight.T))[np.triu_indices(8, 1)].mean()
     band = scipy.signal.sosfiltfilt(scipy.signal.butter(2, (.5, 40), 'bandpass', fs=fs, output='sos'), eight, axis=0)
     for what, signal in (('raw', eight), ('.5-40 Hz', band)):
@@ -1543,6 +1609,7 @@ def measure(x, peaks, fs=240):
     rr = np.diff(peaks) / fs
     m['HR (/min)'] = 60 / rr.mean() if len(rr) else np.nan
     m['ln RMSSD (ms)'] = np.log(1000 * np.sqrt(np.mean(np.diff(rr) ** 2)) + 1) if len(rr) > 1 else np.nan
+    power, f = np.abs(np.fft.rfft(eight - eight.mean(0), axis=0)) ** 2, np.fft.rfftfreq(len(x), 1 / fs)
     total = power.sum(1)
     for a, b in ((0, .5), (.5, 5), (5, 15), (15, 40)):
         m[f'power {a}-{b} Hz'] = total[(f >= a) & (f < b)].sum() / total.sum()
@@ -1567,10 +1634,11 @@ def calibrate(real='sample', made='synthetic', records=512, path='out/calibratio
     print(f'{"measure":34s} {real:>17s} {made:>17s}  difference')
     for k in sets[0]:
         (a, sd), (b, sd_b) = ((np.nanmean(s[k]), np.nanstd(s[k])) for s in sets)
-        table[k] = (a, sd, b, (b - a) / sd)
-        print(f'{k:34s} {a:8.3f} +- {sd:5.3f} {b:8.3f} +- {sd_b:5.3f}  {(b - a) / sd:+5.2f} SD{"" if abs(b - a) <= .4 * sd else "  <- beyond .4"}')
+        d = (b - a) / sd
+        table[k] = (a, sd, b, d)
+        print(f'{k:34s} {a:8.3f} +- {sd:5.3f} {b:8.3f} +- {sd_b:5.3f}  {d:+5.2f} SD' + ('' if abs(d) <= .4 else '  <- beyond .4'))
     fig, ax = figure(figsize=(7, 12), layout='constrained')
-    for k, (a, sd, b, d) in enumerate(table.values()):
+    for k, (*_, d) in enumerate(table.values()):
         ax.plot(d, -k, 'o', color='C0' if abs(d) <= .4 else 'C3', ms=4)
     ax.axvspan(-.4, .4, color='C0', alpha=.12)
     ax.set(yticks=-np.arange(len(table)), xlim=(-1.2, 1.2), xlabel='difference of means, in SD of the real records')
@@ -1601,21 +1669,26 @@ class Target:
     prepare: str = ''                                            # command, ROOT standing for the folder of the source
 
 
-PREPARE = {                                                      # --window 10 keeps records of 5,000 samples at 500 Hz or more; challenge and
-                                                                 # ptbxl can add --download, the others' files come from figshare or PhysioNet
+# --window 10 keeps records of 5,000 samples at 500 Hz or more; challenge and ptbxl can add --download, the others' files come from
+# figshare or PhysioNet
+PREPARE = {
     'ningbo': 'challenge --root ROOT --cohort ningbo --out ningbo',
     'cpsc2018': 'challenge --root ROOT --cohort cpsc_2018 --window 10 --out cpsc2018',
     'cpsc_extra': 'challenge --root ROOT --cohort cpsc_2018_extra --window 10 --out cpsc_extra',
     'georgia': 'challenge --root ROOT --cohort georgia --window 10 --out georgia',
     'chapman': 'challenge --root ROOT --cohort chapman_shaoxing --out chapman',    # stands in for the original on figshare, an xlsx file
-    'sph': 'sph --root ROOT', 'ptbxl': 'ptbxl --root ROOT --rate 500', 'zzu': 'zzu --root ROOT --window 10', 'echonext': 'echonext --root ROOT',
+    'sph': 'sph --root ROOT',
+    'ptbxl': 'ptbxl --root ROOT --rate 500',
+    'zzu': 'zzu --root ROOT --window 10',
+    'echonext': 'echonext --root ROOT',
     'mimic': 'mimic --root ROOT',
     # the second paper standardises CPSC2018 and PTB-XL, normalises and band-passes CSN (Chapman, Shaoxing and Ningbo merged): cut-offs
     # .5 and 40 Hz, like those of --contract sc, are ours
     'sc_cpsc2018': 'challenge --root ROOT --cohort cpsc_2018 --contract sc --norm record --out sc_cpsc2018',
     'sc_csn': 'challenge --root ROOT --cohort chapman_shaoxing ningbo --contract sc --filter hp0.5+lp40 --norm record --out sc_csn',
     'sc_echonext': 'echonext --root ROOT --contract sc --out sc_echonext',
-    'sc_ptbxl': 'ptbxl --root ROOT --contract sc --norm record --out sc_ptbxl', 'sc_mimic': 'mimic --root ROOT --contract sc --out sc_mimic'}
+    'sc_ptbxl': 'ptbxl --root ROOT --contract sc --norm record --out sc_ptbxl',
+    'sc_mimic': 'mimic --root ROOT --contract sc --out sc_mimic'}
 # AF, AFIB, AT, AVNRT, SAAWR, SB, SR, ST, SVT: Chapman's rhythms that have a code in the Challenge
 RHYTHMS = '+'.join(f'snomed/{c}' for c in (164890007, 164889003, 713422000, 251166008, 17366009, 426177001, 426783006, 427084000, 426761007))
 ALL_MIMIC = 'cardiac+noncardiac+deterioration+mortality+icu+sex+age+biometrics+features+labs+vitals'
@@ -1625,41 +1698,41 @@ QUARTER = ((0, 1, 2, 3, 4), (17,), (18, 19))
 ADULT, ACUTE, PERSON = 'adult ECG interpretation', 'acute care', 'patient characteristics'
 TASKS = {name: Target(*row, prepare=f'python data.py {PREPARE[row[1]]}') for name, row in {
     # arXiv 2605.12241; MIMIC's codes must have 2,000 ECGs, which the reader sees to
-    'ningbo': (ADULT, 'ningbo', 'snomed', 'snomed', 10, 'AUROC', 68, None),
-    'cpsc2018': (ADULT, 'cpsc2018', 'snomed', 'snomed', 10, 'AUROC', 9, None),
-    'cpsc_extra': (ADULT, 'cpsc_extra', 'snomed', 'snomed', 10, 'AUROC', 33, None),
-    'georgia': (ADULT, 'georgia', 'snomed', 'snomed', 10, 'AUROC', 50, None),
-    'chapman': (ADULT, 'chapman', 'snomed', 'snomed', 10, 'AUROC', 42, None),
-    'chapman_rhythm': (ADULT, 'chapman', 'snomed', RHYTHMS, 10, 'AUROC', None, None),
-    'sph': (ADULT, 'sph', 'aha', 'aha', 10, 'AUROC', 35, None),
-    'ptbxl_all': (ADULT, 'ptbxl', 'all', 'all', 10, 'AUROC', 71, None),
-    'ptbxl_diag': (ADULT, 'ptbxl', 'all', 'diag', 10, 'AUROC', 44, None),
-    'ptbxl_form': (ADULT, 'ptbxl', 'all', 'form', 10, 'AUROC', 19, None),
-    'ptbxl_rhythm': (ADULT, 'ptbxl', 'all', 'rhythm', 10, 'AUROC', 12, None),
-    'ptbxl_sub': (ADULT, 'ptbxl', 'sub', 'sub', 10, 'AUROC', 23, None),
-    'ptbxl_super': (ADULT, 'ptbxl', 'super', 'super', 10, 'AUROC', 5, None),
-    'zzu': ('paediatric ECG interpretation', 'zzu', 'aha', 'aha', 10, 'AUROC', 58, None),
-    'echonext': ('cardiac structure and function', 'echonext', 'echonext', 'echonext', 10, 'AUROC', 11, None),
-    'mimic_cardiac': ('cardiac outcomes', 'mimic', ALL_MIMIC, 'cardiac', 1, 'AUROC', 158, None),
-    'mimic_noncardiac': ('non-cardiac outcomes', 'mimic', ALL_MIMIC, 'noncardiac', 1, 'AUROC', 918, None),
-    'mimic_deterioration': (ACUTE, 'mimic', ALL_MIMIC, 'deterioration', 1, 'AUROC', 6, None),
-    'mimic_mortality': (ACUTE, 'mimic', ALL_MIMIC, 'mortality', 1, 'AUROC', 7, None),
-    'mimic_icu': (ACUTE, 'mimic', ALL_MIMIC, 'icu', 1, 'AUROC', 2, None),
-    'mimic_sex': (PERSON, 'mimic', ALL_MIMIC, 'sex', 1, 'AUROC', 1, None),
-    'mimic_age': (PERSON, 'mimic', ALL_MIMIC, 'age', 1, 'MAE', 1, None),
-    'mimic_biometrics': (PERSON, 'mimic', ALL_MIMIC, 'biometrics', 1, 'MAE', 3, None),
-    'mimic_features': (PERSON, 'mimic', ALL_MIMIC, 'features', 1, 'MAE', 7, None),
-    'mimic_labs': (PERSON, 'mimic', ALL_MIMIC, 'labs', 1, 'MAE', 18, None),
-    'mimic_vitals': (PERSON, 'mimic', ALL_MIMIC, 'vitals', 1, 'MAE', 6, None),
+    'ningbo': (ADULT, 'ningbo', 'snomed', 'snomed', 10, 'AUROC', 68),
+    'cpsc2018': (ADULT, 'cpsc2018', 'snomed', 'snomed', 10, 'AUROC', 9),
+    'cpsc_extra': (ADULT, 'cpsc_extra', 'snomed', 'snomed', 10, 'AUROC', 33),
+    'georgia': (ADULT, 'georgia', 'snomed', 'snomed', 10, 'AUROC', 50),
+    'chapman': (ADULT, 'chapman', 'snomed', 'snomed', 10, 'AUROC', 42),
+    'chapman_rhythm': (ADULT, 'chapman', 'snomed', RHYTHMS, 10, 'AUROC', None),
+    'sph': (ADULT, 'sph', 'aha', 'aha', 10, 'AUROC', 35),
+    'ptbxl_all': (ADULT, 'ptbxl', 'all', 'all', 10, 'AUROC', 71),
+    'ptbxl_diag': (ADULT, 'ptbxl', 'all', 'diag', 10, 'AUROC', 44),
+    'ptbxl_form': (ADULT, 'ptbxl', 'all', 'form', 10, 'AUROC', 19),
+    'ptbxl_rhythm': (ADULT, 'ptbxl', 'all', 'rhythm', 10, 'AUROC', 12),
+    'ptbxl_sub': (ADULT, 'ptbxl', 'sub', 'sub', 10, 'AUROC', 23),
+    'ptbxl_super': (ADULT, 'ptbxl', 'super', 'super', 10, 'AUROC', 5),
+    'zzu': ('paediatric ECG interpretation', 'zzu', 'aha', 'aha', 10, 'AUROC', 58),
+    'echonext': ('cardiac structure and function', 'echonext', 'echonext', 'echonext', 10, 'AUROC', 11),
+    'mimic_cardiac': ('cardiac outcomes', 'mimic', ALL_MIMIC, 'cardiac', 1, 'AUROC', 158),
+    'mimic_noncardiac': ('non-cardiac outcomes', 'mimic', ALL_MIMIC, 'noncardiac', 1, 'AUROC', 918),
+    'mimic_deterioration': (ACUTE, 'mimic', ALL_MIMIC, 'deterioration', 1, 'AUROC', 6),
+    'mimic_mortality': (ACUTE, 'mimic', ALL_MIMIC, 'mortality', 1, 'AUROC', 7),
+    'mimic_icu': (ACUTE, 'mimic', ALL_MIMIC, 'icu', 1, 'AUROC', 2),
+    'mimic_sex': (PERSON, 'mimic', ALL_MIMIC, 'sex', 1, 'AUROC', 1),
+    'mimic_age': (PERSON, 'mimic', ALL_MIMIC, 'age', 1, 'MAE', 1),
+    'mimic_biometrics': (PERSON, 'mimic', ALL_MIMIC, 'biometrics', 1, 'MAE', 3),
+    'mimic_features': (PERSON, 'mimic', ALL_MIMIC, 'features', 1, 'MAE', 7),
+    'mimic_labs': (PERSON, 'mimic', ALL_MIMIC, 'labs', 1, 'MAE', 18),
+    'mimic_vitals': (PERSON, 'mimic', ALL_MIMIC, 'vitals', 1, 'MAE', 6),
     # arXiv 2605.17276, out of distribution
-    'sc_cpsc2018': (ADULT, 'sc_cpsc2018', 'snomed', 'snomed', 10, 'AUROC', 9, None),
-    'sc_csn': (ADULT, 'sc_csn', 'snomed', 'snomed', 10, 'AUROC', None, None),
-    'sc_echonext': ('cardiac structure and function', 'sc_echonext', 'shd', 'shd', 1, 'AUROC', 1, None),
-    'sc_ptbxl_diag': (ADULT, 'sc_ptbxl', 'diag', 'diag', 10, 'AUROC', 44, None),
-    'sc_ptbxl_form': (ADULT, 'sc_ptbxl', 'form', 'form', 10, 'AUROC', 19, None),
-    'sc_ptbxl_rhythm': (ADULT, 'sc_ptbxl', 'rhythm', 'rhythm', 10, 'AUROC', 12, None),
-    'sc_ptbxl_sub': (ADULT, 'sc_ptbxl', 'sub', 'sub', 10, 'AUROC', 23, None),
-    'sc_ptbxl_super': (ADULT, 'sc_ptbxl', 'super', 'super', 10, 'AUROC', 5, None),
+    'sc_cpsc2018': (ADULT, 'sc_cpsc2018', 'snomed', 'snomed', 10, 'AUROC', 9),
+    'sc_csn': (ADULT, 'sc_csn', 'snomed', 'snomed', 10, 'AUROC', None),
+    'sc_echonext': ('cardiac structure and function', 'sc_echonext', 'shd', 'shd', 1, 'AUROC', 1),
+    'sc_ptbxl_diag': (ADULT, 'sc_ptbxl', 'diag', 'diag', 10, 'AUROC', 44),
+    'sc_ptbxl_form': (ADULT, 'sc_ptbxl', 'form', 'form', 10, 'AUROC', 19),
+    'sc_ptbxl_rhythm': (ADULT, 'sc_ptbxl', 'rhythm', 'rhythm', 10, 'AUROC', 12),
+    'sc_ptbxl_sub': (ADULT, 'sc_ptbxl', 'sub', 'sub', 10, 'AUROC', 23),
+    'sc_ptbxl_super': (ADULT, 'sc_ptbxl', 'super', 'super', 10, 'AUROC', 5),
     'sc_mimic_sex': (PERSON, 'sc_mimic', 'sex', 'sex', 1, 'AUROC', 1, QUARTER),
     'sc_mimic_icu': (ACUTE, 'sc_mimic', 'icu', 'icu', 1, 'AUROC', 2, QUARTER),
     'sc_mimic_mortality': (ACUTE, 'sc_mimic', SIX_MORTALITIES, SIX_MORTALITIES, 1, 'AUROC', 6, QUARTER)}.items()}
@@ -1668,22 +1741,17 @@ TASKS = {name: Target(*row, prepare=f'python data.py {PREPARE[row[1]]}') for nam
 # ---------------------------------------------------------------------------------------------------------------------
 # command line
 
-SYNTHETIC_TASKS = [('code', [f'findings/{n}' for n in FINDINGS[:6]]), ('unseen', [f'findings/{n}' for n in FINDINGS[6:]])]
-DEFAULTS = {                                                     # these prepare themselves
-    'sample': lambda: prepare('sample', ptbxl(HERE / 'sample/ptbxl'), source='sample', total=500),
-    'synthetic': lambda: prepare('synthetic', synthetic(4000), source='synthetic --records 4000', extra_tasks=SYNTHETIC_TASKS,
-                                 workers=1, total=4000),
-    'shifted': lambda: prepare('shifted', synthetic(1000, 1, shifts=tuple(SHIFTS)), source='synthetic --records 1000 --seed 1 --shift all',
-                               extra_tasks=SYNTHETIC_TASKS, workers=1, total=1000)}
 MADE, READ = ('synthetic', 'sequences'), ('ptbxl', 'challenge', 'zzu', 'sph', 'code15', 'echonext', 'mimic', 'wfdb', 'array')
 TAKES = {'name': ('show',), 'record': ('show',), 'annotation': ('peaks',), 'root': (*READ, 'peaks'), 'no_peaks': (*READ, 'sample'),
          'download': ('ptbxl', 'challenge'), 'rate': ('ptbxl',), 'cohort': ('challenge',), 'least': ('mimic',),
-         'folds': ('challenge', 'sph', 'zzu', 'code15', 'array'), 'shift': ('synthetic',), 'prevalence_scale': ('synthetic',), **dict.fromkeys(('fs_in', 'leads', 'unit', 'labels'), ('array',)),
-         **dict.fromkeys(('records', 'seconds', 'seed'), MADE)}  # every other flag: whatever prepares a dataset
+         'folds': ('challenge', 'sph', 'zzu', 'code15', 'array'), 'fs_in': ('array',), 'leads': ('array',), 'unit': ('array',),
+         'labels': ('array',), 'records': MADE, 'seconds': MADE, 'seed': MADE, 'shift': ('synthetic',),
+         'prevalence_scale': ('synthetic',)}                     # every other flag: whatever prepares a dataset
+RATES = {'synthetic': 240, 'sequences': 240, 'sample': 100, 'code15': 400, 'echonext': 250, 'zzu': 500, 'sph': 500, 'mimic': 500}     # Hz
 
 
-def arguments(argv=None):
-    """(parsed command line, contract). Stops at what the source would ignore and at values out of range."""
+def parser():
+    """The command line's flags, in groups."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('source', nargs='?', choices=[*MADE, 'sample', *READ, 'show', 'calibrate', 'peaks'],
                    help='what to prepare, or show / calibrate / peaks; nothing: the sample and the synthetic set')
@@ -1720,8 +1788,15 @@ def arguments(argv=None):
     g.add_argument('--prevalence-scale', type=float, default=1., help='synthetic: .3 comes near the prevalences of CODE')
     g = p.add_argument_group('show')
     g.add_argument('--record', type=int, default=0, help='row of the prepared dataset')
+    return p
+
+
+def arguments(argv=None):
+    """(parsed command line, contract). Stops at what the source would ignore and at values out of range."""
+    p = parser()
     a = p.parse_args(argv)
-    ignored = [k for k, v in vars(a).items() if k != 'source' and v != p.get_default(k) and a.source not in TAKES.get(k, (*MADE, 'sample', *READ))]
+    given = [k for k, v in vars(a).items() if k != 'source' and v != p.get_default(k)]
+    ignored = [k for k in given if a.source not in TAKES.get(k, (*MADE, 'sample', *READ))]
     if ignored:
         named = ', '.join(repr(a.name) if k == 'name' else '--' + k.replace('_', '-') for k in ignored)
         raise Stop(f'{a.source or "data.py without a source"} makes no use of {named}: leave it out')
@@ -1729,13 +1804,15 @@ def arguments(argv=None):
     contract = replace(CONTRACTS[a.contract], **changes, unit='SD' if a.norm == 'record' else 'mV')
     if not 50 <= contract.fs <= 1000 or not .1 <= contract.window <= MAX_SECONDS:
         raise Stop('--fs must lie between 50 and 1000 Hz, --window between 0.1 and 3600 s')
-    steps = re.findall(r'(hp|lp|notch)(\d+(?:\.\d+)?)', contract.filter)
-    if contract.filter != 'none' and (not re.fullmatch(r'((hp|lp|notch)\d+(\.\d+)?(\+|$))+', contract.filter) or min(float(hz) for _, hz in steps) <= 0):
+    step = r'(hp|lp|notch)(\d+(?:\.\d+)?)'
+    steps = re.findall(step, contract.filter)
+    known = contract.filter == 'none' or re.fullmatch(rf'{step}(\+{step})*', contract.filter)
+    if not known or any(float(hz) == 0 for _, hz in steps):
         raise Stop(f'--filter {contract.filter}: none, or steps like hp0.5+lp40+notch60')
-    rate = {'synthetic': 240, 'sequences': 240, 'sample': 100, 'ptbxl': a.rate, 'array': a.fs_in, 'code15': 400, 'echonext': 250, 'zzu': 500,
-            'sph': 500, 'mimic': 500}.get(a.source) or math.inf
+    rate = (RATES | {'ptbxl': a.rate, 'array': a.fs_in}).get(a.source) or math.inf
     for kind, hz in steps:                                       # a notch may remove mains that the contract's rate would alias
-        if float(hz) >= (limit := contract.fs if kind == 'notch' else min(rate, contract.fs) / 2):
+        limit = contract.fs if kind == 'notch' else min(rate, contract.fs) / 2
+        if float(hz) >= limit:
             raise Stop(f'--filter {contract.filter}: {kind}{hz} must stay below {limit:g} Hz, with --fs {contract.fs}'
                        + (f' and a source of {rate:g} Hz' if rate < math.inf else ''))
     if a.seed < 0 or a.seed >= 2 ** 31 or (a.workers is not None and a.workers < 1) or a.least < 1:
@@ -1757,21 +1834,33 @@ def main(argv=None):
     if a.source == 'peaks':
         return check_peaks(a.root or '.', a.annotation)
     if a.source is None:
-        return DEFAULTS['sample'](), DEFAULTS['synthetic']()
+        DEFAULTS['sample']()
+        DEFAULTS['synthetic']()
+        return
     if a.download:
         download(a.source, a.root, a.rate, a.cohort)
     if a.root and not Path(a.root).exists():
         raise Stop(f'no such folder or file: {a.root}')
     shifts = tuple(SHIFTS) if 'all' in a.shift else tuple(a.shift)
     records = {                                                  # generators: only the one taken reads anything
-        'synthetic': synthetic(a.records, a.seed, a.seconds, shifts, a.prevalence_scale), 'sequences': sequences(a.records, a.seed, a.seconds),
-        'sample': ptbxl(HERE / 'sample/ptbxl'), 'ptbxl': ptbxl(a.root, a.rate), 'challenge': challenge(a.root, a.cohort), 'zzu': zzu(a.root),
-        'sph': sph(a.root), 'code15': code15(a.root), 'echonext': echonext(a.root), 'mimic': mimic(a.root, a.least), 'wfdb': wfdb_folder(a.root),
+        'synthetic': synthetic(a.records, a.seed, a.seconds, shifts, a.prevalence_scale),
+        'sequences': sequences(a.records, a.seed, a.seconds),
+        'sample': ptbxl(HERE / 'sample/ptbxl'),
+        'ptbxl': ptbxl(a.root, a.rate),
+        'challenge': challenge(a.root, a.cohort),
+        'zzu': zzu(a.root), 'sph': sph(a.root), 'code15': code15(a.root), 'echonext': echonext(a.root), 'wfdb': wfdb_folder(a.root),
+        'mimic': mimic(a.root, a.least),
         'array': array(a.root, a.fs_in, a.leads.split(','), a.unit, a.labels)}[a.source]
-    total, extra = a.records if a.source in MADE else 500 if a.source == 'sample' else None, SYNTHETIC_TASKS if a.source == 'synthetic' else ()
-    folds = a.folds or ('stratified' if a.source in ('challenge', 'sph', 'zzu') else 'hash')
-    prepare(a.out or a.source, records, contract, ' '.join(sys.argv[1:] if argv is None else argv), extra, a.workers or (1 if a.source in MADE else None),
-            not a.no_peaks, a.strict, total, folds)
+    made, totals = a.source in MADE, {'sample': 500} | dict.fromkeys(MADE, a.records)
+    prepare(a.out or a.source, records, contract, ' '.join(sys.argv[1:] if argv is None else argv),
+            extra_tasks=SYNTHETIC_TASKS if a.source == 'synthetic' else (), workers=a.workers or (1 if made else None),
+            peaks=not a.no_peaks, strict=a.strict, total=totals.get(a.source),
+            folds=a.folds or ('stratified' if a.source in ('challenge', 'sph', 'zzu') else 'hash'))
+
+
+DEFAULTS = {name: functools.partial(main, command.split()) for name, command in (                     # these prepare themselves
+    ('sample', 'sample'), ('synthetic', 'synthetic --records 4000'),
+    ('shifted', 'synthetic --records 1000 --seed 1 --shift all --out shifted'))}
 
 
 if __name__ == '__main__':

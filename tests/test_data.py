@@ -41,6 +41,8 @@ def test_filters_of_the_second_contract():
     assert out['ecg'].shape == (1000, 12) and contract.fs == 100 and contract.window == 10
     assert np.abs(out['wander'][middle]).max() < .05 and np.abs(out['mains'][middle]).max() < .05
     assert np.abs(out['ecg'][middle, 0] - np.sin(2 * np.pi * 10 * np.arange(1000) / 100)[middle]).max() < .02
+    with pytest.raises(Stop, match='none, or steps'):
+        data.arguments(['synthetic', '--filter', 'hp0.5+'])      # a step is missing
 
 
 def ecg(seconds=10, fs=500, seed=0):
@@ -560,7 +562,7 @@ def test_each_shift_does_what_it_says(made, monkeypatch):
     none = (torch.stack([y[f] for f in data.FINDINGS], 1).sum(1) + y['tail'].sum((1, 2, 3))) == 0
     normal, small = (data._kernels(p, r, y, s)[0][none] for s in (home, home | data.SHIFTS['twave']))
     assert torch.allclose(small[:, 8:10], .85 * normal[:, 8:10], atol=1e-5) and torch.equal(small[:, :7], normal[:, :7])
-    beats, kind, y = data._rhythm(p, r, y, 20)
+    beats, kind = data._rhythm(p, r, y, 20)
     x = [data._leads(p, r, y, home | dict(electrode=0., field=k), beats, kind, 240, 240)[0][kind.sum(1) == 0] for k in (0., 1., 1.5)]
     assert torch.allclose(x[2] - x[0], 1.5 * (x[1] - x[0]), atol=1e-4)                       # the lead field's spread, x 1.5
     assert data.SHIFTS['field']['field'] == 1.5
