@@ -1570,10 +1570,9 @@ def check_peaks(root, extension='ii'):
     axes[0].hist(error, 40, color='C0')
     axes[0].set(xlabel='found - annotated, ms', ylabel='beats', title=f'{matched:,} of {annotated:,} beats, {extra} extra')
     axes[1].plot(np.arange(len(x)) / worst['fs'], x, 'k', lw=.7)
-    for times, color, height, label in ((worst['truth'], 'C2', 1.15, 'annotated'), (worst['found'], 'C3', 1.3, 'found')):
-        axes[1].plot(times, np.full(len(times), height * x.max()), '|', color=color, ms=10, mew=2, label=label)
-    axes[1].set(xlabel='s', ylabel='lead II, mV', title=f'the worst record, {worst["name"]}')
-    axes[1].legend(loc='upper right', ncols=2)
+    for times, color, height in ((worst['truth'], 'C2', 1.15), (worst['found'], 'C3', 1.3)):
+        axes[1].plot(times, np.full(len(times), height * x.max()), '|', color=color, ms=10, mew=2)
+    axes[1].set(xlabel='s', ylabel='lead II, mV', title=f'the worst record, {worst["name"]}; beats found: red, annotated: green')
     path = Path('out/peaks.png')
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110)
@@ -1624,6 +1623,8 @@ def calibrate(real='sample', made='synthetic', records=512, path='out/calibratio
     """Between-record mean and SD of every measure, real against synthetic; accepted where the means differ by at most .4 of the
     real SD. Prints the table, draws it, returns {measure: (real mean, real SD, synthetic mean, difference in SD)}."""
     sets = []
+    if differs := Dataset(made).contract.differs(Dataset(real).contract):
+        raise Stop(f'datasets/{made} has another contract than datasets/{real} ({differs}): prepare them alike')
     for name in (real, made):
         ds = Dataset(name)
         rows = [measure(ds.crop(np.array([i]), np.array([0]), int(ds.length[i]))[0].T.numpy(),

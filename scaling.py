@@ -770,14 +770,14 @@ def print_fits(fits):
     """One aligned line per fit, and what the columns mean."""
     print(f'\n{"configuration":28s} {"loss":16s} {"axis":5s} runs  lowest  drop  {"E [95 %]":24s} {"alpha":22s} {"beta":22s} {"data share":22s} '
           f'{"R2":>6s} {"RMSE":>6s}  out N  out D   AICc')
-    percent = lambda v: '' if math.isnan(v) else f'{100 * v:+.1f}%'
+    known = lambda v, form: format(v, form) if math.isfinite(v) else ''
     for f in fits:
         c = f.checks
         alpha, beta = (spread(f, lambda w: getattr(w, e)) if e in f.exponents else '' for e in ('alpha', 'beta'))
         share = spread(f, lambda w: shares(w)[1]) if f.axis == 'joint' else ''
         print(f'{f.name:28s} {f.loss:16s} {f.axis:5s} {len(f.rows):4d} {f.L.min():7.4f} {math.log(f.L.max() / f.L.min()):5.2f}  '
               f'{spread(f, lambda w: w.E):24s} {alpha:22s} {beta:22s} {share:22s} {c["R2"]:6.3f} {c["log_RMSE"]:6.4f} '
-              f'{percent(c["held_out_N"]):>6s} {percent(c["held_out_D"]):>6s} {c["AICc_minus_line"]:+6.0f}  {"; ".join(f.flags)}')
+              f'{known(c["held_out_N"], "+.1%"):>6s} {known(c["held_out_D"], "+.1%"):>6s} {known(c["AICc_minus_line"], "+.0f"):>6s}  {"; ".join(f.flags)}')
     print('drop: log of highest over lowest loss; an exponent says how soon a curve nears its own floor, not how low it is or how far it fell. '
           'out: error at the largest N or D, left out.\nAICc: against a straight line in log-log space; above zero the line does better')
 
@@ -827,9 +827,10 @@ def draw_axis(ax, f, c, shared):
     ax.axhline(f.law.E, ls='--', color='C7', lw=1, label=f'floor E = {f.law.E:.3g}{bound}')
     if shared:
         ax.axhline(shared.E, ls=':', color='C7', lw=1, label='one floor for all')
-    ax.set(xscale='log', yscale='log', xlabel={'N': 'N, parameters', 'D': 'D, records'}[c], ylabel=f.loss, ylim=(.8 * f.L.min(), 1.1 * f.L.max()))
+    ax.set(xscale='log', yscale='log', xlabel={'N': 'N, parameters', 'D': 'D, records'}[c], ylabel=f.loss,
+           ylim=(.8 * f.L.min(), 1.1 * f.L.max() * (f.L.max() / f.L.min()) ** .3))           # room for the legend
     caption(ax, f.name, f.flags)
-    ax.legend(fontsize=6)
+    ax.legend(fontsize=6, loc='upper center', ncols=3)
 
 
 def few_ticks(fig):
@@ -1481,7 +1482,8 @@ def error_command(a):
                   f'Pearson of logs {pearson:+.2f}')
     if not table:
         raise Stop('no configuration has four points with an id_test and an AUROC')
-    print('objectives are never pooled: their losses have different units')
+    print('objectives are never pooled: their losses have different units. Both sides improve with N and D, so a small p says that they go together,\n'
+          'not that of two models of one size the lower loss is the better')
     deliver(a, ('loss_vs_error', table), ('loss_vs_error', draw_errors(table, drawn)))
 
 

@@ -710,16 +710,16 @@ def growth(a):
 
 
 def draw_growth(rows, path):
-    """Milliseconds above, MB below, against each axis; dotted: in proportion to the last point."""
+    """Milliseconds above, MB below, against each axis; dotted: in proportion, from the first point on."""
     axes_of = list(dict.fromkeys(r['axis'] for r in rows))
     fig, axes = figure(2, len(axes_of), figsize=(3.2 * len(axes_of), 6), squeeze=False, layout='constrained')
     for k, (what, title) in enumerate((('ms', 'milliseconds'), ('memory_mb', 'MB'))):
         for ax, axis in zip(axes[k], axes_of):
             x, y = np.array([(float(r['value']), float(r[what])) for r in rows if r['axis'] == axis]).T
             ax.loglog(x, y, marker='o')
-            ax.loglog(x, y[-1] * x / x[-1], ls=':', color='C7', label='in proportion')
+            ax.loglog(x, y[0] * x / x[0], ls=':', color='C7', label='in proportion')
             ax.minorticks_off()
-            ax.set_xticks(x, [f'{v:,g}' for v in x])
+            ax.set_xticks(x, [f'{v:,.10g}' for v in x])
             ax.set(xlabel=axis, ylabel=title)
             ax.legend()
     fig.savefig(path, dpi=100)
