@@ -51,7 +51,10 @@ def cells(score, y, group, weight):
         has = np.logical_or.reduceat(positive, first)
         first = first[new_group[first] | has | np.r_[False, has[:-1]]]                       # of each cell
         ends = np.r_[first, len(s)]
-        total = lambda mine: scipy.sparse.csr_array((np.ones(mine.sum()), known[mine], np.r_[0, np.cumsum(mine)][ends]), (len(first), len(y))) @ weight
+
+        def total(mine):                                         # a row for each cell, with 1 in the columns of its records
+            table = scipy.sparse.csr_array((np.ones(mine.sum()), known[mine], np.r_[0, np.cumsum(mine)][ends]), (len(first), len(y)))
+            return table @ weight
         yield k, total(positive), total(~positive), np.flatnonzero(new_group[first])
 
 
@@ -64,7 +67,8 @@ def auroc(score, y, group=None, weight=None):
     out = np.full((1 if weight is None else len(weight), y.shape[1]), np.nan)
     for k, P, N, starts in cells(score, y, group, weight):
         below = np.cumsum(N, 0) - N / 2                          # negatives at a tie count half
-        p, n, others = np.add.reduceat(P, starts), np.add.reduceat(N, starts), (below - N / 2)[starts]       # of each group, of those before it
+        others = (below - N / 2)[starts]                         # those of the groups before do not count
+        p, n = np.add.reduceat(P, starts), np.add.reduceat(N, starts)
         with np.errstate(invalid='ignore'):
             out[:, k] = (np.einsum('cr,cr->r', P, below) - (p * others).sum(0)) / (p * n).sum(0)
     return out
@@ -76,8 +80,8 @@ def average_precision(score, y, group=None, weight=None):
     out = np.full((1 if weight is None else len(weight), y.shape[1]), np.nan)
     if group is not None:
         score = score.copy()
-        for mine, k in itertools.product([group == g for g in np.unique(group)], range(y.shape[1])):
-            known = mine & np.isfinite(y[:, k])
+        for g, k in itertools.product(np.unique(group), range(y.shape[1])):
+            known = (group == g) & np.isfinite(y[:, k])
             score[known, k] = scipy.stats.rankdata(score[known, k]) / known.sum()
     for k, P, N, _ in cells(score, y, None, weight):
         found, asked = (np.cumsum(x[::-1], 0)[::-1] for x in (P, P + N))                     # at this score or above
@@ -91,15 +95,17 @@ def f1(margin, y, group=None, weight=None):
     weight = np.ones((1, len(y))) if weight is None else weight
     known, yes, true = np.isfinite(y), margin > 0, y > 0
     hits, asked, there = (weight @ (m & known).astype(float) for m in (yes & true, yes, true))
+    both = (true & known).any(0) & (~true & known).any(0)
     with np.errstate(invalid='ignore'):
-        return np.where(((true & known).any(0) & (~true & known).any(0)) & (there > 0), 2 * hits / (asked + there), np.nan)
+        return np.where(both & (there > 0), 2 * hits / (asked + there), np.nan)
 
 
 def mae(score, y, group=None, weight=None):
     """Mean absolute error of each target, in the unit of y."""
-    weight, known = np.ones((1, len(y))) if weight is None else weight, np.isfinite(y)
+    weight = np.ones((1, len(y))) if weight is None else weight
+    known = np.isfinite(y)
     with np.errstate(invalid='ignore'):
-        return weight @ np.where(known, np.abs(score - np.where(known, y, 0)), 0) / (weight @ known.astype(float))
+        return weight @ np.where(known, np.abs(score - y), 0) / (weight @ known.astype(float))
 
 
 def thresholds(score, y):
@@ -188,13 +194,13 @@ class Score:
         weight = resample_patients(patient, int(np.clip(WORK / y.size, 200, 1000)), bayesian=bayesian)
         weights = np.array_split(weight, -(-weight.size // 20_000_000))                      # a few hundred MB at once
         numbers = np.zeros(y.shape[1], bool) if numbers is None else numbers
+        none = None if empty is None else 0.                     # AUPRC and F1 of a class without both labels, where it counts
         self.point, self.boot, self.per_class = {}, {}, {}       # by metric: (S, draws), (R,), (K,)
-        for name, metric, values, mine in (('AUROC', auroc, outputs, ~numbers), ('AUPRC', average_precision, outputs, ~numbers),
-                                           ('F1', f1, margins, ~numbers), ('MAE', mae, outputs, numbers)):
+        for name, metric, values, mine, fill in (('AUROC', auroc, outputs, ~numbers, empty), ('AUPRC', average_precision, outputs, ~numbers, none),
+                                                 ('F1', f1, margins, ~numbers, none), ('MAE', mae, outputs, numbers, None)):
             if values is None or not mine.any():
                 continue
             value = lambda s, w=None: metric(s[:, mine], y[:, mine], group, w)
-            fill = {'AUROC': empty, 'AUPRC': empty and 0., 'F1': empty and 0.}.get(name)
             tables = [[value(s)[0] for s in draws] for draws in values]
             self.point[name] = np.array([[macro(t[None], fill)[0] for t in draws] for draws in tables])
             self.boot[name] = np.mean([np.concatenate([macro(value(s, w), fill) for w in weights]) for draws in values for s in draws], 0)
@@ -219,21 +225,35 @@ def compare(scores, margin=.005):
     """All pairs of a dict {name: Score}: rows with the paired difference, its 95 % interval, p, Holm's p over all pairs, and a verdict:
     equivalent (the 90 % interval lies within +-margin: two one-sided tests), however surely it is not 0; else better or worse (Holm's p
     under .05); else can't tell. And ranks: 1 + how many are better, so that models nobody can tell apart, or need to, tie."""
-    rows, sign = [], -1 if next(iter(scores.values())).main == 'MAE' else 1
+    rows, alike, sign = [], [], -1 if next(iter(scores.values())).main == 'MAE' else 1
     for (a, A), (b, B) in itertools.combinations(scores.items(), 2):
         points, boot = A.difference(B)
+        difference, low, high = interval(points, boot)
+        rows.append(dict(a=a, b=b, difference=difference, low=low, high=high, p=p_value(points, boot)))
         _, low, high = interval(points, boot, .9)
-        rows.append(dict(a=a, b=b, **dict(zip(('difference', 'low', 'high'), interval(points, boot))), p=p_value(points, boot),
-                         equivalent=-margin < low and high < margin))
-    for row, p in zip(rows, holm([r['p'] for r in rows])):
-        gain = 'better' if sign * row['difference'] > 0 else 'worse'
-        row |= dict(p_holm=p, verdict=f'equivalent within {margin:g}' if row.pop('equivalent') else gain if p < .05 else "can't tell")
-    beaten = {n: sum((r['a'] == n and r['verdict'] == 'worse') or (r['b'] == n and r['verdict'] == 'better') for r in rows) for n in scores}
-    return rows, {n: 1 + k for n, k in beaten.items()}
+        alike.append(-margin < low and high < margin)
+    beaten = []
+    for row, equivalent, p in zip(rows, alike, holm([r['p'] for r in rows])):
+        row |= dict(p_holm=p, verdict="can't tell")
+        if equivalent:
+            row['verdict'] = f'equivalent within {margin:g}'
+        elif p < .05:
+            better = sign * row['difference'] > 0
+            row['verdict'] = 'better' if better else 'worse'
+            beaten.append(row['b'] if better else row['a'])
+    return rows, {name: 1 + beaten.count(name) for name in scores}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what an encoder makes of records: embeddings, and tokens kept for heads on a frozen encoder
+
+def batches(ds, owner, start, samples, device, name):
+    """The crops of records `owner` from `start` on, in order: (slice of them, their batch)."""
+    size = max(1, 128 * 600 // samples)                          # crops at once: what a processor's cache likes
+    for i in tqdm(range(0, len(owner), size), desc=name, leave=False, disable=None):
+        mine = slice(i, i + size)
+        yield mine, to_device(ds.collate(owner[mine], start[mine], samples), device)
+
 
 @torch.no_grad()
 def per_record(encode, ds, rows, samples, device, name='predicting', first=False):
@@ -241,14 +261,13 @@ def per_record(encode, ds, rows, samples, device, name='predicting', first=False
     assert len(set(rows)) == len(rows), 'a record is asked for twice'
     owner, start = (rows, np.zeros(len(rows), int)) if first else ds.crops(rows, samples)
     out = []
-    size = max(1, 128 * 600 // samples)                          # crops at once: what a processor's cache likes
-    for i in tqdm(range(0, len(owner), size), desc=name, leave=False, disable=None):
+    for _, batch in batches(ds, owner, start, samples, device, name):
         with precision(device):
-            out.append(encode(to_device(ds.collate(owner[i:i + size], start[i:i + size], samples), device)).double().cpu())
-    place = {row: i for i, row in enumerate(rows)}
-    place, out = torch.tensor([place[r] for r in owner]), torch.cat(out)
-    total = torch.zeros(len(rows), out.shape[1], dtype=torch.float64).index_add_(0, place, out)
-    return (total / torch.bincount(place, minlength=len(rows))[:, None]).numpy()
+            out.append(encode(batch).double().cpu())
+    out, place = torch.cat(out), {row: i for i, row in enumerate(rows)}
+    at = torch.tensor([place[row] for row in owner])
+    total = torch.zeros(len(rows), out.shape[1], dtype=torch.float64).index_add_(0, at, out)
+    return (total / torch.bincount(at, minlength=len(rows))[:, None]).numpy()
 
 
 def embed(encoder, ds, rows, samples, device, name='embedding', first=False):
@@ -262,31 +281,39 @@ class Tokens:
     that vanishes with the process. Serves `per_record` and `fit` in the Dataset's place: its batches hold h (B, L, D) and pad instead
     of x. pooled: only the mean over tokens, L = 1. mean and square: of each record's tokens, (len(ds), D)."""
 
+    @torch.no_grad()
     def __init__(self, encoder, ds, rows, samples, device, pooled=False, dtype=np.float16):
-        encoder, self.crops, self.length, self.samples = encoder.to(device).eval(), ds.crops, ds.length, samples
+        encoder, self.crops, self.length = encoder.to(device).eval(), ds.crops, ds.length
         owner, start = ds.crops(rows, samples)
-        self.at, self.file, self.h, self.count = dict(zip(zip(owner.tolist(), start.tolist()), range(len(owner)))), tempfile.TemporaryFile(), None, None
+        self.at = {crop: i for i, crop in enumerate(zip(owner.tolist(), start.tolist()))}    # where a crop's tokens lie
+        self.h, self.count = None, np.zeros(len(owner), int)
         self.mean, self.square = np.zeros((2, len(ds.length), encoder.dim))                  # the first is what `embed` gives
-        size = max(1, 128 * 600 // samples)
-        for i in tqdm(range(0, len(owner), size), desc='tokens', leave=False, disable=None):
-            with torch.no_grad(), precision(device):
-                h, pad = encoder(to_device(ds.collate(owner[i:i + size], start[i:i + size], samples), device))
+        for mine, batch in batches(ds, owner, start, samples, device, 'tokens'):
+            with precision(device):
+                h, pad = encoder(batch)
                 mean = pool(h, pad)
-                for total, part in ((self.mean, mean), (self.square, pool(h.float() ** 2, pad))):
-                    np.add.at(total, owner[i:i + size], part.double().cpu().numpy() / (ds.length[owner[i:i + size]] // samples)[:, None])
-                if pooled:
-                    h, pad = mean[:, None], None
+                square = pool(h.float() ** 2, pad)
+            crops = (ds.length[owner[mine]] // samples)[:, None]
+            np.add.at(self.mean, owner[mine], mean.double().cpu().numpy() / crops)
+            np.add.at(self.square, owner[mine], square.double().cpu().numpy() / crops)
+            if pooled:
+                h, pad = mean[:, None], None
             if self.h is None:
                 longest = h.shape[1] if pad is None else 1 + 12 * encoder.stem.most          # beats: as many as there is room for
-                need, free = len(owner) * longest * h.shape[2] * np.dtype(dtype).itemsize, shutil.disk_usage(tempfile.gettempdir()).free
-                if need > .9 * free:
-                    raise Stop(f'{ds.name}: the tokens take {need / 1e9:,.1f} GB, {tempfile.gettempdir()} has {free / 1e9:,.1f}: set TMPDIR to a '
-                               'larger disk, or take --protocol released, which keeps none')
-                self.h = np.memmap(self.file, dtype, 'w+', shape=(len(owner), longest, h.shape[2]))
-                self.count = np.zeros(len(owner), int)
-            for j, tokens in enumerate(h.float().cpu().numpy()):
-                tokens = tokens if pad is None else tokens[~pad[j].cpu().numpy()]
-                self.h[i + j, :len(tokens)], self.count[i + j] = tokens, len(tokens)
+                self.h = self.room((len(owner), longest, h.shape[2]), np.dtype(dtype), ds.name)
+            for i, tokens in enumerate(h.float().cpu().numpy()):
+                tokens = tokens if pad is None else tokens[~pad[i].cpu().numpy()]
+                self.h[mine.start + i, :len(tokens)] = tokens
+                self.count[mine.start + i] = len(tokens)
+
+    def room(self, shape, dtype, name):
+        """An array on disk. Stops where the disk is too small."""
+        folder = tempfile.gettempdir()
+        need, free = math.prod(shape) * dtype.itemsize, shutil.disk_usage(folder).free
+        if need > .9 * free:
+            raise Stop(f'{name}: the tokens take {need / 1e9:,.1f} GB, {folder} has {free / 1e9:,.1f}: set TMPDIR to a larger disk, '
+                       'or take --protocol released, which keeps none')
+        return np.memmap(tempfile.TemporaryFile(), dtype, 'w+', shape=shape)
 
     def collate(self, rows, starts, samples):
         at = [self.at[row, start] for row, start in zip(rows.tolist(), starts.tolist())]
@@ -307,14 +334,14 @@ def logistic(X, Y, l2):
 
     L-BFGS in the principal axes of X, each axis and class scaled by its curvature: the same minimum in far fewer steps."""
     X, Y = torch.from_numpy(X), torch.from_numpy(Y).double()
-    known, D = Y.isfinite(), X.shape[1]
+    known = Y.isfinite()
     T, share = torch.where(known, Y, 0.), known / known.sum(0).clamp(min=1)                  # an unknown label has no share
+    rate = (T * share).sum(0).clamp(1e-3, 1 - 1e-3)
     variance, axes = torch.linalg.eigh(X.T @ X / len(X))
-    Z, rate = torch.cat([X @ axes, X.new_ones(len(X), 1)], 1), (T * share).sum(0).clamp(1e-3, 1 - 1e-3)
-    penalty = torch.cat([X.new_full((D, 1), l2), X.new_zeros(1, 1)])
+    Z = torch.cat([X @ axes, X.new_ones(len(X), 1)], 1)          # (n, D + 1)
     variance = torch.cat([variance.clamp(min=0), X.new_ones(1)])
+    penalty = torch.cat([X.new_full((X.shape[1], 1), l2), X.new_zeros(1, 1)])
     scale = (variance[:, None] * rate * (1 - rate) + penalty) ** -.5                         # (D + 1, K)
-
     v = torch.zeros_like(scale)
 
     def loss():
@@ -327,9 +354,10 @@ def logistic(X, Y, l2):
     torch.set_num_threads(threads if Z.numel() * scale.shape[1] > 2e7 else 1)
     torch.optim.LBFGS([v], max_iter=1000, tolerance_grad=1e-6, tolerance_change=0, history_size=10, line_search_fn='strong_wolfe').step(loss)
     torch.set_num_threads(threads)
-    if v.grad.abs().max() > 1e-4:
-        print(f'  the probe at l2 {l2} has not converged: gradient {v.grad.abs().max():.1e}', file=sys.stderr)
-    return torch.cat([axes @ (v * scale)[:-1], (v * scale)[-1:]]).numpy()
+    if (steepest := v.grad.abs().max()) > 1e-4:
+        print(f'  the probe at l2 {l2} has not converged: gradient {steepest:.1e}', file=sys.stderr)
+    w = v * scale
+    return torch.cat([axes @ w[:-1], w[-1:]]).numpy()
 
 
 def ridge(X, Y, l2):
@@ -341,7 +369,8 @@ def ridge(X, Y, l2):
         if not known.any():
             continue
         Z = np.c_[X[known], np.ones(known.sum())]
-        out[:, k] = np.linalg.lstsq(Z.T @ Z / len(Z) + np.diag(np.r_[np.full(X.shape[1], l2), 0]), Z.T @ Y[known, k] / len(Z), rcond=None)[0]
+        penalty = np.diag(np.r_[np.full(X.shape[1], l2), 0])
+        out[:, k] = np.linalg.lstsq(Z.T @ Z / len(Z) + penalty, Z.T @ Y[known, k] / len(Z), rcond=None)[0]
     return out
 
 
@@ -358,21 +387,24 @@ def linear_probe(X, Y, train, val, numbers=None, refit=True, worth=None):
                 w[:, mine] = solve(Z, Y[rows][:, mine], penalty)
         return lambda features: (features - mean) / std @ w[:-1] + w[-1]
 
-    best = [None, None]
+    best = [None, None]                                          # of classes and of numbers: value, L2, scores on val
     for l2 in L2:                                                # from strong to weak: of equals the strongest
         z, y = fitted(train, (l2, l2))(X[val]), Y[val]
         for i, (mine, value) in enumerate(((~numbers, worth or probe_value), (numbers, number_value))):
             v = value(z[:, mine], y[:, mine])
             if best[i] is None or v > best[i][0]:
                 best[i] = v, l2, z
+    (_, l2_classes, z_classes), (_, l2_numbers, z_numbers) = best
     rows = np.concatenate([train, val]) if refit else train
-    return fitted(rows, (best[0][1], best[1][1])), np.where(numbers, best[1][2], best[0][2])
+    return fitted(rows, (l2_classes, l2_numbers)), np.where(numbers, z_numbers, z_classes)
 
 
 def probe_value(z, y):
     """Macro AUROC, or minus the BCE where no class has both labels; 0 where nothing is known."""
     table = auroc(z, y)
-    return macro(table)[0] if np.isfinite(table).any() else -entropy(z, y) if np.isfinite(y).any() else 0.
+    if np.isfinite(table).any():
+        return macro(table)[0]
+    return -entropy(z, y) if np.isfinite(y).any() else 0.
 
 
 def entropy(z, y):
@@ -392,19 +424,20 @@ def training_free(X, Y, train, val, how, k=20):
     records, weighted by similarity; prototypes: similarity to the mean of a class's positives less that to the mean of the others."""
     def fitted(rows):
         mean, std = X[rows].mean(0), X[rows].std(0) + 1e-6
-        known, unit = np.isfinite(Y[rows]), lambda features: unit_rows((features - mean) / std)
-        Z, y = unit(X[rows]), np.where(known, Y[rows], 0)       # what is unknown has weight 0
+        unit = lambda features: unit_rows((features - mean) / std)
+        known = np.isfinite(Y[rows])                             # what is unknown has weight 0
+        Z, y = unit(X[rows]), np.where(known, Y[rows], 0)
 
         def knn(features):
             if len(features) > 500:                              # what fits into memory, many records and labels as there may be
                 return np.concatenate([knn(part) for part in np.array_split(features, -(-len(features) // 500))])
             similar = unit(features) @ Z.T                       # (n, labelled)
             near = np.argsort(-similar, 1, kind='stable')[:, :k]
-            w = np.maximum(np.take_along_axis(similar, near, 1), 0)[..., None] * known[near] + 1e-9 * known[near]             # (n, k, K)
+            w = (np.maximum(np.take_along_axis(similar, near, 1), 0) + 1e-9)[..., None] * known[near]        # (n, k, K)
             return (w * y[near]).sum(1) / w.sum(1).clip(1e-12)
 
         def prototypes(features):
-            centre = lambda share: unit_rows(share.T @ Z / share.sum(0)[:, None].clip(1e-12))                                 # (K, D)
+            centre = lambda members: unit_rows(members.T @ Z / members.sum(0)[:, None].clip(1e-12))          # (K, D)
             return unit(features) @ (centre(known * (y > 0)) - centre(known * (y == 0))).T
         return knn if how == 'knn' else prototypes
     return fitted(np.concatenate([train, val])), fitted(train)(X[val])
