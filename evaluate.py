@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import TASKS, Contract, Dataset, Stop, arguments, figure, peak_memory, script, stratify
+from data import HERE, TASKS, Contract, Dataset, Stop, arguments, figure, peak_memory, script, stratify
 from models import (AttentionPool, Config, Encoder, MeanPool, groups, learning_rate, load, load_encoder, pick_device, pool, precision,
                     regularise, see_data, to_device)
 
@@ -313,7 +313,8 @@ class Tokens:
         if need > .9 * free:
             raise Stop(f'{name}: the tokens take {need / 1e9:,.1f} GB, {folder} has {free / 1e9:,.1f}: set TMPDIR to a larger disk, '
                        'or take --protocol released, which keeps none')
-        return np.memmap(tempfile.TemporaryFile(), dtype, 'w+', shape=shape)
+        self.file = tempfile.TemporaryFile()
+        return np.memmap(self.file, dtype, 'w+', shape=shape)
 
     def collate(self, rows, starts, samples):
         at = [self.at[row, start] for row, start in zip(rows.tolist(), starts.tolist())]
@@ -487,7 +488,8 @@ def loss_of(logits, target, numbers):
     batch knows nothing do not count (2605.12241's joint loss)."""
     known = target.isfinite()
     y = torch.where(known, target, 0.)
-    error = torch.where(numbers, (logits - y).abs(), F.binary_cross_entropy_with_logits(logits, y.clamp(0, 1), reduction='none')) * known
+    bce = F.binary_cross_entropy_with_logits(logits, y.clamp(0, 1), reduction='none')
+    error = torch.where(numbers, (logits - y).abs(), bce) * known                            # (B, K)
     column, counts = error.sum(0) / known.sum(0).clamp(min=1), known.any(0)
     return sum(column[mine].sum() / mine.sum().clamp(min=1) for mine in (counts & ~numbers, counts & numbers))
 
@@ -495,13 +497,17 @@ def loss_of(logits, target, numbers):
 def rates(encoder, head, mode, recipe):
     """Optimiser groups. finetune: head lr, backbone lr / 10, stem lr / 100, as in 2605.12241, or layer by layer where recipe.decay is
     given; scratch: one rate."""
-    lr, L = recipe.lr * recipe.factor[mode], len(encoder.blocks)
+    lr = recipe.lr * recipe.factor[mode]
     middle = nn.ModuleList([encoder.blocks, encoder.norm])
-    parts = {'finetune': [(head, lr), (middle, lr / 10), (encoder.stem, lr / 100)],
-             'scratch': [(m, lr) for m in (head, middle, encoder.stem)]}.get(mode, [(head, lr)])
     if mode == 'finetune' and recipe.decay:
         layers = [encoder.stem, *encoder.blocks[:-1], nn.ModuleList([encoder.blocks[-1], encoder.norm]), head]
-        parts = [(m, lr * recipe.decay ** (L + 1 - l)) for l, m in enumerate(layers)]
+        parts = [(m, lr * recipe.decay ** (len(layers) - 1 - l)) for l, m in enumerate(layers)]
+    elif mode == 'finetune':
+        parts = [(head, lr), (middle, lr / 10), (encoder.stem, lr / 100)]
+    elif mode == 'scratch':
+        parts = [(m, lr) for m in (head, middle, encoder.stem)]
+    else:
+        parts = [(head, lr)]
     return [g for m, rate in parts for g in groups(m, rate, recipe.weight_decay)]
 
 
@@ -514,18 +520,23 @@ def fit(encoder, source, y, train, val, test, samples, mode, recipe, device, see
     rng, cached, still = np.random.default_rng(seed), isinstance(source, Tokens), mode in ('linear', 'frozen')
     numbers = np.zeros(y.shape[1], bool) if numbers is None else numbers
     kinds = torch.from_numpy(numbers).to(device)
-    head = (AttentionPool(encoder.dim, y.shape[1]) if mode == 'frozen' else MeanPool(encoder.dim, y.shape[1], recipe.dropout or 0.)).to(device)
-    encoder = encoder.to(device) if still else copy.deepcopy(encoder).to(device).requires_grad_(True)
+    if mode == 'frozen':
+        head = AttentionPool(encoder.dim, y.shape[1]).to(device)
+    else:
+        head = MeanPool(encoder.dim, y.shape[1], recipe.dropout or 0.).to(device)
     if not still:
+        encoder = copy.deepcopy(encoder).requires_grad_(True)
         regularise(encoder, recipe.path, recipe.dropout)
+    encoder = encoder.to(device)
     if start is not None:
         head.out.weight.data.copy_(torch.from_numpy(start[:-1].T))
         head.out.bias.data.copy_(torch.from_numpy(start[-1]))
     optimiser = torch.optim.AdamW(rates(encoder, head, mode, recipe), lr=recipe.lr)
     learns = [p for g in optimiser.param_groups for p in g['params']]
     size = min(recipe.batch, len(train))
-    per_epoch, best, since = len(train) // size, (-math.inf, None), 0
+    per_epoch = len(train) // size
     epochs = epochs or max(recipe.epochs[mode], -(-recipe.steps[mode] // per_epoch))
+    warmup = .05 if recipe.schedule == 'cosine' else 0.
 
     shift, scale = 0., 1.
     if cached and recipe.standardise:
@@ -539,21 +550,29 @@ def fit(encoder, source, y, train, val, test, samples, mode, recipe, device, see
             h, pad = encoder(batch)
         return head(h, pad).float()
 
-    def predict(rows):
-        encoder.eval(), head.eval()
-        return per_record(lambda batch: torch.where(kinds, z := output(batch), z.sigmoid()), source, rows, samples, device)
+    def scores(batch):
+        z = output(batch)
+        return torch.where(kinds, z, z.sigmoid())
 
+    def predict(rows):
+        encoder.eval()
+        head.eval()
+        return per_record(scores, source, rows, samples, device)
+
+    best, since = (-math.inf, None, None), 0                     # value, weights, scores on val
     for epoch in tqdm(range(epochs), desc=mode, leave=False, disable=None):
-        encoder.train(not still), head.train()
+        encoder.train(not still)
+        head.train()
         order = rng.permutation(train)
         for i in range(per_epoch):
             rows = order[i * size:(i + 1) * size]
             u, room = rng.random(size), source.length[rows]
             starts = (u * (room // samples)).astype(int) * samples if cached else (u * (room - samples + 1)).astype(int)
             for group in optimiser.param_groups:
-                group['lr'] = learning_rate(epoch * per_epoch + i, epochs * per_epoch, group['peak'], recipe.schedule, .05 * (recipe.schedule == 'cosine'))
+                group['lr'] = learning_rate(epoch * per_epoch + i, epochs * per_epoch, group['peak'], recipe.schedule, warmup)
+            batch = to_device(source.collate(rows, starts, samples), device)
             with precision(device):
-                loss = loss_of(output(to_device(source.collate(rows, starts, samples), device)), torch.from_numpy(y[rows]).float().to(device), kinds)
+                loss = loss_of(output(batch), torch.from_numpy(y[rows]).float().to(device), kinds)
             if not loss.isfinite():
                 raise Stop(f'{mode}: the loss is {loss.item()} in epoch {epoch}; try a lower rate')
             loss.backward()
@@ -561,16 +580,18 @@ def fit(encoder, source, y, train, val, test, samples, mode, recipe, device, see
             optimiser.step()
             optimiser.zero_grad()
         z = predict(val)
-        logits, known = scipy.special.logit(z[:, ~numbers].clip(1e-12, 1 - 1e-12)), y[val][:, ~numbers]
-        value = (-entropy(logits, known) if recipe.by_loss else probe_value(logits, known)) + number_value(z[:, numbers], y[val][:, numbers])
+        logits, truth = scipy.special.logit(z[:, ~numbers].clip(1e-12, 1 - 1e-12)), y[val][:, ~numbers]
+        value = -entropy(logits, truth) if recipe.by_loss else probe_value(logits, truth)
+        value += number_value(z[:, numbers], y[val][:, numbers])
         if not best[0] >= value:
             best, since = (value, copy.deepcopy((head.state_dict(), None if still else encoder.state_dict())), z), 0
         elif recipe.patience and (since := since + 1) >= recipe.patience:
             break
-    head.load_state_dict(best[1][0])
+    _, (head_weights, encoder_weights), z = best
+    head.load_state_dict(head_weights)
     if not still:
-        encoder.load_state_dict(best[1][1])
-    return best[2], predict(test)
+        encoder.load_state_dict(encoder_weights)
+    return z, predict(test)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -598,15 +619,18 @@ def plans(ds, rows, seen, folds=None, allow=False):
     if len(names) < 3:
         raise Stop(f'{ds.name}: labelled records in {len(names)} folds; three are needed for train, validation and test')
     which = lambda *f: rows[np.isin(ds.fold[rows], f)]
-    result = [[rows[~np.isin(ds.fold[rows], (f, names[i - 1]))], which(names[i - 1]), which(f)] for i, f in enumerate(names)]
-    result = [[which(*f) for f in folds]] if folds else result if small else result[-1:]
+    if folds:
+        result = [[which(*f) for f in folds]]
+    else:
+        result = [[rows[~np.isin(ds.fold[rows], (f, names[i - 1]))], which(names[i - 1]), which(f)] for i, f in enumerate(names)]
+        result = result if small else result[-1:]
     for train, val, test in result:
         assert not set(ds.patient[test]) & set(ds.patient[np.r_[train, val]]), 'a patient of the test fold is in training or validation'
     known = overlap(ds, seen)
     clean = [p for p in result if allow or not known[p[2]].any()]
     if n := sum(known[p[2]].sum() for p in result):
-        print(f'  {n:,} test records are of patients seen in pretraining' + (', allowed' if allow else f'; {len(result) - len(clean)} of {len(result)} test folds '
-              'are left out'))
+        fate = ', allowed' if allow else f'; {len(result) - len(clean)} of {len(result)} test folds are left out'
+        print(f'  {n:,} test records are of patients seen in pretraining{fate}')
     if not clean:
         raise Stop(f'{ds.name}: the encoder was pretrained on patients of every test fold: take other data, pretrain on its training folds, or --allow overlap')
     return clean, small
@@ -632,11 +656,13 @@ def digest(*things):
     """A short hash of arrays, tensors and whatever json can write."""
     h = hashlib.blake2b(digest_size=10)
     for t in things:
-        h.update(t.cpu().numpy().tobytes() if torch.is_tensor(t) else t.tobytes() if isinstance(t, np.ndarray) else json.dumps(t, sort_keys=True, default=str).encode())
+        if torch.is_tensor(t):
+            t = t.cpu().numpy()
+        h.update(t.tobytes() if isinstance(t, np.ndarray) else json.dumps(t, sort_keys=True, default=str).encode())
     return h.hexdigest()
 
 
-SOURCE = digest(*(np.frombuffer((Path(__file__).parent / f).read_bytes(), np.uint8) for f in ('data.py', 'models.py', 'evaluate.py')))
+SOURCE = digest(*((HERE / f).read_text() for f in ('data.py', 'models.py', 'evaluate.py')))
 
 
 @dataclass(eq=False)
@@ -649,6 +675,11 @@ class Arm:
     epochs: int = None
     runs: list = ()
     reference: str = ''
+
+    @property
+    def solved(self):
+        """Whether its probe is solved, or nothing learns: no epochs."""
+        return self.mode in ('knn', 'prototypes') or (self.mode == 'linear' and self.recipe.solved)
 
 
 def shape(run):
@@ -668,30 +699,32 @@ class Task:
     encoder on them. Names are the papers' (data.TASKS) or the dataset's own label sets."""
 
     def __init__(self, data, names, runs, device, allow=(), empty=None):
-        target = TASKS.get((names or [''])[0])
+        target = TASKS.get(names[0]) if names else None
         if target and data == target.data and not Path('datasets', data).exists():
             raise Stop(f'task {names[0]} needs datasets/{data}: {target.prepare}')
         self.ds, self.device, self.empty = Dataset(data), device, empty
         self.names = names or [first_task(self.ds)]
-        trained = target.trained if target else self.names[0]
-        columns = self.ds.columns(trained)
+        columns = np.array(self.ds.columns(target.trained if target else self.names[0]))
         for r in runs:
             if (differs := Contract.read(r['contract']).differs(self.ds.contract)) and 'contract' not in allow:
                 raise Stop(f'{r["path"]} was trained under another contract than datasets/{data} ({differs}): prepare the data with '
                            f'--fs {r["contract"]["fs"]} --filter {r["contract"]["filter"]} --norm {r["contract"]["norm"]}, or --allow contract')
         self.samples = max(self.crop(r['net']) for r in runs)    # records long enough for all
-        y = np.array(self.ds.labels[:, columns])
-        self.numbers = (np.isfinite(y) & ~np.isin(y, (0, 1))).any(0)
-        least = target.least if target else 1
-        common = self.numbers | (((y > 0).sum(0) >= least) & ((y == 0).sum(0) >= least))
-        columns, y, self.numbers = [c for c, keep in zip(columns, common) if keep], y[:, common], self.numbers[common]
-        if not columns:
-            raise Stop(f'{data}, task {self.names[0]}: too few positives: none of its labels is positive, and negative, in {least} of {len(self.ds):,} records')
-        rows = np.flatnonzero((self.ds.length >= self.samples) & np.isfinite(y).any(1))
         self.seen = set().union(*(r['patients'] for r in runs))
+
+        # columns: labels often enough yes and no, and numbers that every plan can learn
+        y = np.array(self.ds.labels[:, columns])
+        numbers = (np.isfinite(y) & ~np.isin(y, (0, 1))).any(0)
+        least = target.least if target else 1
+        kept = numbers | (((y > 0).sum(0) >= least) & ((y == 0).sum(0) >= least))
+        if not kept.any():
+            raise Stop(f'{data}, task {self.names[0]}: too few positives: none of its labels is positive, and negative, in {least} of {len(self.ds):,} records')
+        rows = np.flatnonzero((self.ds.length >= self.samples) & np.isfinite(y[:, kept]).any(1))
         self.plans, self.folded = plans(self.ds, rows, self.seen, target and target.folds, 'overlap' in allow)
-        learnt = ~self.numbers | np.all([np.isfinite(y[p[0]]).any(0) for p in self.plans], 0)
-        self.columns, self.numbers, self.raw = [c for c, k in zip(columns, learnt) if k], self.numbers[learnt], y[:, learnt]
+        kept &= ~numbers | np.all([np.isfinite(y[train]).any(0) for train, _, _ in self.plans], 0)
+        self.columns, self.numbers, self.raw = columns[kept].tolist(), numbers[kept], y[:, kept]
+
+        # test records, and which columns can be scored on them
         self.test = np.concatenate([p[2] for p in self.plans])
         self.group = np.concatenate([np.full(len(p[2]), i) for i, p in enumerate(self.plans)])
         y = self.raw[self.test]
@@ -699,13 +732,16 @@ class Task:
         self.unscored = [self.ds.label_names[c] for c, s in zip(self.columns, scored) if not s]              # trained on all the same
         if not scored.any():
             raise Stop(f'{data}, task {self.names[0]}: no class has both labels among the {len(self.test)} test records; take more, or an '
-                       f'encoder pretrained on other data, so that every fold can be tested on')
+                       'encoder pretrained on other data, so that every fold can be tested on')
         self.parts = {name: self.part(name, scored | (empty is not None)) for name in self.names}
         self.y = np.concatenate([self.scaled(p)[p[2]] for p in self.plans])
         self.patient = self.ds.patient[self.test]
-        self.patients = None if np.array_equal(self.patient, self.ds.id[self.test]) else len(set(self.patient))               # None: the source names none
-        self.available = min(len(p[0]) + len(p[1]) for p in self.plans)
-        self.embeddings, self.fresh, self.tokens, self.encoded, self.seconds = {}, {}, (None, None), 0, 0.
+        self.patients = len(set(self.patient))
+        if np.array_equal(self.patient, self.ds.id[self.test]):
+            self.patients = None                                 # the source names none
+        self.available = min(len(train) + len(val) for train, val, _ in self.plans)
+        self.embeddings, self.fresh, self.tokens = {}, {}, (None, None)                      # kept for the next arm that asks
+        self.encoded, self.seconds = 0, 0.
 
     def part(self, name, scored):
         """Positions, among the columns trained on, of those that task `name` is scored on."""
@@ -724,8 +760,9 @@ class Task:
         made, samples = self.fresh.setdefault(shape(run), []), self.crop(run['net'])
         if len(made) >= count:
             return made[:count]
-        held = np.concatenate([part for p in self.plans for part in p[1:]])
-        held, contract = {*self.ds.patient[held].tolist(), *self.ds.id[held].tolist()}, Contract.read(run['contract'])
+        rows = np.concatenate([part for p in self.plans for part in p[1:]])
+        held = {*self.ds.patient[rows].tolist(), *self.ds.id[rows].tolist()}
+        contract = Contract.read(run['contract'])
         for name in (run['data'], self.ds.name, 'synthetic', 'sample'):
             if name in ('synthetic', 'sample') or all(Path('datasets', part).is_dir() for part in name.split(',')):
                 ds = Dataset(name)
@@ -734,7 +771,8 @@ class Task:
                 if len(rows) and not contract.differs(ds.contract):
                     break
         else:
-            raise Stop(f'random encoders must see records of {run["path"]}\'s contract that nothing is tested on: prepare {run["data"]}, on which it was pretrained')
+            raise Stop(f'random encoders must see records of {run["path"]}\'s contract that nothing is tested on: prepare {run["data"]}, '
+                       'on which it was pretrained')
         for i in range(len(made), count):
             torch.manual_seed(10_000 + i)
             made.append(see_data(fresh(run), (ds.batch(rows, samples, min(64, len(rows)), i, s) for s in range(8))))
@@ -744,7 +782,8 @@ class Task:
         """Labels (len(ds), K), numbers to mean 0 and SD 1 of the plan's training records."""
         if not self.numbers.any():
             return self.raw
-        y, train = self.raw.copy(), self.raw[plan[0]][:, self.numbers].astype(float)
+        y = self.raw.copy()
+        train = y[plan[0]][:, self.numbers].astype(float)
         y[:, self.numbers] = (y[:, self.numbers] - np.nanmean(train, 0)) / np.nanstd(train, 0).clip(1e-9)
         return y
 
@@ -767,7 +806,7 @@ class Task:
         if id(encoder) not in self.embeddings:
             rows, X = self.rows(), np.zeros((len(self.ds), encoder.dim))
             X[rows] = self.timed(lambda: embed(encoder, self.ds, rows, self.crop(encoder), self.device, name), rows)
-            self.embeddings[id(encoder)] = encoder, X
+            self.embeddings[id(encoder)] = encoder, X            # with the encoder, lest another gets its id
         return self.embeddings[id(encoder)][1]
 
     def source(self, encoder, mode, recipe):
@@ -783,22 +822,23 @@ class Task:
 
     def fitted(self, encoder, plan, arm, count='all', seed=0, draw=0):
         """One training: (scores on val, on test), and the labelled val rows."""
-        train, val = draw_labels(*plan[:2], count, draw)
-        y, free = self.scaled(plan), arm.mode in ('knn', 'prototypes')
+        (train, val), test = draw_labels(*plan[:2], count, draw), plan[2]
+        y = self.scaled(plan)
         if arm.mode == 'prototypes' and self.numbers.any():
             raise Stop(f'{self.ds.name}, task {self.names[0]}: prototypes are of yes/no labels, and some of these are numbers')
-        if free or (arm.mode == 'linear' and arm.recipe.solved):
+        if arm.solved:
             X = self.embedding(encoder, arm.name)
-            predict, z = training_free(X, y, train, val, arm.mode) if free else linear_probe(X, y, train, val, self.numbers)
-            return z, predict(X[plan[2]]), val
+            predict, z = linear_probe(X, y, train, val, self.numbers) if arm.mode == 'linear' else training_free(X, y, train, val, arm.mode)
+            return z, predict(X[test]), val
         start = None
-        if arm.mode == 'finetune' and arm.recipe.preview:
-            predict, _ = linear_probe(self.embedding(encoder, arm.name), y, train, val, self.numbers, refit=False)           # val still chooses the epoch
+        if arm.mode == 'finetune' and arm.recipe.preview:        # not refitted: val still chooses the epoch
+            predict, _ = linear_probe(self.embedding(encoder, arm.name), y, train, val, self.numbers, refit=False)
             bias = predict(np.zeros((1, encoder.dim)))
             start = np.r_[predict(np.eye(encoder.dim)) - bias, bias]
         source = self.source(encoder, arm.mode, arm.recipe)
-        return *fit(encoder, source, y, train, val, plan[2], self.crop(encoder), arm.mode, arm.recipe, self.device, 1000 * seed + draw,
-                    self.numbers, arm.epochs, start), val
+        z, scores = fit(encoder, source, y, train, val, test, self.crop(encoder), arm.mode, arm.recipe, self.device, 1000 * seed + draw,
+                        self.numbers, arm.epochs, start)
+        return z, scores, val
 
     def output(self, encoder, arm, count, seed, draw):
         """Scores and margins (n, K) on the test records of all plans, from out/scores where they are known."""
@@ -808,12 +848,13 @@ class Task:
         if file.exists():
             return tuple(np.load(file)[k] for k in ('scores', 'margins'))
         before = digest(*encoder.state_dict().values())
-        parts = []
+        scores, margins = [], []
         for plan in self.plans:
             z, test, val = self.fitted(encoder, plan, arm, count, seed, draw)
-            parts.append((test, test - thresholds(z, self.scaled(plan)[val])))
+            scores.append(test)
+            margins.append(test - thresholds(z, self.scaled(plan)[val]))
         assert digest(*encoder.state_dict().values()) == before, 'evaluation changed the encoder that was given to it'
-        scores, margins = (np.concatenate(p) for p in zip(*parts))
+        scores, margins = np.concatenate(scores), np.concatenate(margins)
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, suffix='.npz', delete=False) as f:
             np.savez(f, scores=scores, margins=margins)
@@ -822,10 +863,13 @@ class Task:
 
     def score(self, arm, count='all', draws=1, bayesian=False):
         """{task: Score} over all encoders (one per seed) and label draws, the same for each."""
-        out = [[self.output(e, arm, count, seed, d) for d in range(1 if count == 'all' else draws)] for seed, e in enumerate(arm.encoders)]
-        pick = lambda which, columns: [[o[which][:, columns] for o in draws_] for draws_ in out]
-        return {name: Score(pick(0, c), self.y[:, c], self.patient, self.group, pick(1, c), self.numbers[c], bayesian, self.empty)
-                for name, c in self.parts.items()}
+        draws = 1 if count == 'all' else draws
+        out = [[self.output(e, arm, count, seed, d) for d in range(draws)] for seed, e in enumerate(arm.encoders)]
+
+        def score_of(columns):
+            scores, margins = ([[o[which][:, columns] for o in of_seed] for of_seed in out] for which in (0, 1))
+            return Score(scores, self.y[:, columns], self.patient, self.group, margins, self.numbers[columns], bayesian, self.empty)
+        return {name: score_of(columns) for name, columns in self.parts.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
