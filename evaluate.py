@@ -875,25 +875,37 @@ class Task:
 # ---------------------------------------------------------------------------------------------------------------------
 # arms, tables, figures
 
+def slug(*words):
+    """Words as part of a file name."""
+    return '_'.join(str(w).replace(',', '+').replace(' ', '-').replace('/', '-') for w in words)
+
+
+def signed(difference, low, high):
+    return f'{difference:+.3f} [{low:+.3f}, {high:+.3f}]'
+
+
 def grouped(runs):
     """Runs that differ in nothing but their seeds, together: {name: runs}, named by what sets them apart. Stops where seeds collide or
     groups have other seeds than each other, since their differences are taken seed by seed."""
     free = ('seed', 'log_every', 'save_every', 'probe_every', 'probe_records', 'tokenizer')
-    kind, out = lambda r: json.dumps([r['step'], {k: v for k, v in r['args'].items() if k not in free}], sort_keys=True, default=str), {}
+    alike = {}
     for r in runs:
-        out.setdefault(kind(r), []).append(r)
-    found = [sorted(g, key=lambda r: r['seed']) for g in out.values()]
+        settings = {k: v for k, v in r['args'].items() if k not in free}
+        alike.setdefault(json.dumps([r['step'], settings], sort_keys=True, default=str), []).append(r)
+    found = [sorted(g, key=lambda r: r['seed']) for g in alike.values()]
     if any(len({r['seed'] for r in g}) < len(g) for g in found):
         raise Stop('two of these runs share all settings and the seed: give each once')
     if len({tuple(r['seed'] for r in g) for g in found}) > 1:
         raise Stop('compared pretrainings need the same seeds, since differences are taken seed by seed; here: '
                    + '; '.join(f'{Path(g[0]["path"]).name} ... {", ".join(str(r["seed"]) for r in g)}' for g in found))
-    names = [''] * len(found)
-    for key in ('objective', 'backbone', 'size', *(k for k in dict.fromkeys(k for g in found for k in g[0]['args']) if k not in free), 'step'):
+    if len(found) == 1:
+        return {'pretrained': found[0]}
+    plain, names = ('objective', 'backbone', 'size'), [''] * len(found)
+    for key in dict.fromkeys([*plain, *(k for g in found for k in g[0]['args'] if k not in free), 'step']):
         values = [str(g[0]['args'].get(key, g[0].get(key))) for g in found]
         if len(set(zip(names, values))) > len(set(names)):
-            names = [f'{n} {v if key in ("objective", "backbone", "size") else f"{key}={v}"}'.strip() for n, v in zip(names, values)]
-    return dict(zip(names if len(found) > 1 else ['pretrained'], found))
+            names = [f'{n} {v}' if key in plain else f'{n} {key}={v}' for n, v in zip(names, values)]
+    return dict(zip(map(str.strip, names), found))
 
 
 def arms_of(families, t, mode='linear', recipe=PROTOCOLS['quick'], epochs=None, ablate=False, scratch=False):
@@ -903,8 +915,8 @@ def arms_of(families, t, mode='linear', recipe=PROTOCOLS['quick'], epochs=None, 
         shapes.setdefault(shape(runs[0]), []).append((name, runs))
     for members in shapes.values():
         runs = members[0][1]
-        c, window = runs[0]['config'], runs[0]['contract']['window']
-        tail = '' if len(shapes) == 1 else f' ({c["backbone"]} {c["dim"]}x{c["layers"]}{" causal" * c["causal"]}, {window:g} s)'
+        c = runs[0]['config']
+        tail = f' ({c["backbone"]} {c["dim"]}x{c["layers"]}{" causal" * c["causal"]}, {runs[0]["contract"]["window"]:g} s)' if len(shapes) > 1 else ''
         if scratch or mode == 'scratch':
             torch.manual_seed(0)
             made.append(Arm('from scratch' + tail, [fresh(r) for r in runs], 'scratch', recipe, epochs, runs))
@@ -913,34 +925,39 @@ def arms_of(families, t, mode='linear', recipe=PROTOCOLS['quick'], epochs=None, 
         if not ablate:
             count = 3 if len(runs) == 1 and mode in ('linear', 'knn', 'prototypes') else len(runs)
             made.append(Arm('random encoder' + tail, t.random_encoders(runs[0], count), mode, recipe, epochs))
-        variants, reference = {'': recipe}, 'random encoder' + tail
-        if ablate:
-            plain = dataclasses.replace(recipe, preview=False, path=0., dropout=None, schedule='constant', decay=None)
-            parts = {'plain': {}, **{f'+ {k}': {k: v} for k, v in POST.items()}, 'all parts': POST}
-            variants = {name: dataclasses.replace(plain, **changes) for name, changes in parts.items()}
-        for (name, runs), (extra, r) in itertools.product(members, variants.items()):
-            called = lambda extra: f'{name if len(families) > 1 or not extra else ""} {extra}'.strip()
-            made.append(Arm(called(extra), [r['net'] for r in runs], mode, r, epochs, runs, called('plain') if ablate else reference))
+            for name, runs in members:
+                made.append(Arm(name, [r['net'] for r in runs], mode, recipe, epochs, runs, 'random encoder' + tail))
+            continue
+        plain = dataclasses.replace(recipe, preview=False, path=0., dropout=None, schedule='constant', decay=None)
+        parts = {'plain': {}, **{f'+ {k}': {k: v} for k, v in POST.items()}, 'all parts': POST}
+        for (name, runs), (part, changes) in itertools.product(members, parts.items()):
+            called = f'{name} ' if len(families) > 1 else ''
+            made.append(Arm(called + part, [r['net'] for r in runs], mode, dataclasses.replace(plain, **changes), epochs, runs, called + 'plain'))
     return {arm.name: arm for arm in made}
 
 
 def evaluate_task(families, t, mode, counts, a, out):
     """All arms on one dataset in one mode: prints tables, writes JSON files and figures, returns the rows of the CSV files: of scores, of
     classes, of comparisons."""
-    began, rows, classes, pairs, t.encoded, t.seconds = time.time(), [], [], [], 0, 0.
-    several = len(next(iter(families.values()))) > 1
-    print(f'\n{t.ds.name}, {mode}: {len(t.test):,} test records of {t.patients or "unknown"} patients, {len(t.columns)} labels'
-          + (f' ({len(t.unscored)} trained on, but without both values among these records: {", ".join(t.unscored[:6])}{" ..." if len(t.unscored) > 6 else ""})' if t.unscored else '')
-          + (f'; {len(t.plans)} folds, each record predicted by a probe that never saw its patient, pairs counted within folds' if t.folded else ''))
+    began, rows, classes, pairs = time.time(), [], [], []
+    t.encoded, t.seconds, seeds = 0, 0., len(next(iter(families.values())))
+    text = f'\n{t.ds.name}, {mode}: {len(t.test):,} test records of {t.patients or "unknown"} patients, {len(t.columns)} labels'
+    if t.unscored:
+        some = ', '.join(t.unscored[:6]) + (' ...' if len(t.unscored) > 6 else '')
+        text += f' ({len(t.unscored)} trained on, but without both values among these records: {some})'
+    if t.folded:
+        text += f'; {len(t.plans)} folds, each record predicted by a probe that never saw its patient, pairs counted within folds'
+    print(text)
     if (people := t.patients or len(t.test)) < 20:
         print(f'  ! {people} patients are too few to say anything: test on all, with an encoder that was pretrained on other data')
     given = dict(lr=a.lr, batch=a.batch, preview=a.preview, path=a.drop_path, dropout=a.dropout, schedule=a.schedule, decay=a.layer_decay)
     recipe = dataclasses.replace(PROTOCOLS[a.protocol], **{k: v for k, v in given.items() if v is not None})
-    counts = list(dict.fromkeys(int(c * t.available) if isinstance(c, float) and c < 1 else 'all' if c == 1 else c for c in counts))
-    arms = arms_of(families, t, mode, recipe, a.epochs, a.ablate, a.scratch)
-    for count in [c for c in counts if c != 'all' and not 10 <= c <= t.available]:
-        print(f'{count:8d}  left out: between 10 and {t.available:,} labelled records can be drawn')
-    asked = [(count, [arm for arm in arms.values() if count == 'all' or arm.mode == mode]) for count in counts if count == 'all' or 10 <= count <= t.available]
+    arms, asked = arms_of(families, t, mode, recipe, a.epochs, a.ablate, a.scratch), []
+    for count in dict.fromkeys(int(c * t.available) if isinstance(c, float) else c for c in counts):
+        if count == 'all' or 10 <= count <= t.available:
+            asked.append((count, [arm for arm in arms.values() if count == 'all' or arm.mode == mode]))
+        else:
+            print(f'{count:8d}  left out: between 10 and {t.available:,} labelled records can be drawn')
     for arm in arms.values():                                    # encoder by encoder, while its tokens are at hand; `score` reads what is kept
         for seed, encoder in enumerate(arm.encoders):
             for count, draw in [(c, d) for c, those in asked if arm in those for d in range(1 if c == 'all' else a.draws)]:
@@ -949,52 +966,48 @@ def evaluate_task(families, t, mode, counts, a, out):
         scores = {arm.name: t.score(arm, count, a.draws, a.bootstrap == 'bayesian') for arm in those}
         for task in t.parts:
             mine = {name: s[task] for name, s in scores.items()}
-            rows += report(t, task, arms, mine, count, a, several)
+            rows += report(t, task, arms, mine, count, a, seeds > 1)
             classes += per_class(t, task, mine, mode, count)
             if len(families) > 1 or a.ablate:
                 found, ranks = compare(mine, a.margin)
+                show_pairs(found, ranks, arms)
                 pairs += [dict(data=t.ds.name, task=task, mode=mode, labels=count, **r) for r in found]
-                shown = [r for r in found if all(arms[r[k]].runs for k in 'ab')]
-                for r in shown[:15]:
-                    print(f'  {r["a"]} minus {r["b"]}: {r["difference"]:+.3f} [{r["low"]:+.3f}, {r["high"]:+.3f}], {r["verdict"]}')
-                if len(shown) > 15:
-                    print(f'  and {len(shown) - 15} more pairs: see pairs_*.csv')
-                best = sorted(ranks, key=ranks.get)
-                print(f'  ranks (ties: no difference beyond doubt, or none that matters; Holm over {len(found)} pairs): ' + ', '.join(f'{ranks[n]} {n}' for n in best))
                 draw_arms(mine, ranks, f'{t.ds.name} {task}, {mode}, {count} labels', out / f'arms_{slug(t.ds.name, task, mode, count)}.png')
     if mode == 'linear' and rows:
         shown = [arm for arm in arms.values() if arm.mode == 'linear'][:4]
         draw_pca([(arm.name, t.embedding(arm.encoders[0])) for arm in shown], t, out / f'pca_{slug(t.ds.name)}.png')
-    few = '; with two seeds intervals are very wide: three or more tell more' if len(next(iter(families.values()))) == 2 else ''
-    print('  * the interval of the paired difference excludes 0' + few if several else
-          '  one pretraining seed: its variance is not in these intervals; give several runs to have it in them')
+    if seeds == 1:
+        print('  one pretraining seed: its variance is not in these intervals; give several runs to have it in them')
+    else:
+        print('  * the interval of the paired difference excludes 0'
+              + ('; with two seeds intervals are very wide: three or more tell more' if seeds == 2 else ''))
     speed = f'; {t.encoded:,} records encoded at {t.encoded / t.seconds:,.0f}/s' if t.seconds else ''
     print(f'  {time.time() - began:.0f} s{speed}; peak memory {peak_memory():,.0f} MB')
     return rows, classes, pairs
 
 
-def slug(*words):
-    """Words as part of a file name."""
-    return '_'.join(str(w).replace(',', '+').replace(' ', '-').replace('/', '-') for w in words)
+
 
 
 def report(t, task, arms, scores, count, a, several):
     """Print one table and write one JSON file per run (none for random encoders); returns rows for the CSV file."""
-    main = next(iter(scores.values())).main
-    others = [m for m in next(iter(scores.values())).point if m != main]
+    first = next(iter(scores.values()))
+    main, resamples = first.main, len(first.boot[first.main])
+    others = [m for m in first.point if m != main]
     names, rows, wide = [t.ds.label_names[t.columns[c]] for c in t.parts[task]], [], max(map(len, scores)) + 2
-    resamples = len(next(iter(scores.values())).boot[main])
-    print(f'  {task}: {len(names)} labels' + (f'; intervals from {resamples} resamples, since there is so much' if resamples < 1000 else '')
-          + f'\n{"labels":>8s}  {"arm":{wide}s}macro {main:7s}95 % interval   ' + ''.join(f'{m:7s}' for m in others) + 'minus its reference')
+    print(f'  {task}: {len(names)} labels' + (f'; intervals from {resamples} resamples, since there is so much' if resamples < 1000 else ''))
+    print(f'{"labels":>8s}  {"arm":{wide}s}macro {main:7s}95 % interval   ' + ''.join(f'{m:7s}' for m in others) + 'minus its reference')
     for name, score in scores.items():
         arm, reference = arms[name], scores.get(arms[name].reference)
         minus = {m: score.minus(reference, m) if reference and reference is not score else () for m in score.point}
-        closed = arm.mode in ('knn', 'prototypes') or (arm.mode == 'linear' and arm.recipe.solved)
-        epochs = '' if closed else arm.epochs or arm.recipe.epochs[arm.mode]
+        text = '{:.3f}        [{:.3f}, {:.3f}]  '.format(*score.interval()) + ''.join(f'{score.point[m].mean():.3f}  ' for m in others)
+        if minus[main]:
+            _, low, high = minus[main]
+            text += signed(*minus[main]) + (' *' if several and low * high > 0 else '')
+        print(f'{count!s:>8s}  {name:{wide}s}{text}')
+        epochs = '' if arm.solved else arm.epochs or arm.recipe.epochs[arm.mode]
         if epochs and not arm.epochs and arm.recipe.steps[arm.mode]:
             epochs = f'{epochs}, or {arm.recipe.steps[arm.mode]} steps'
-        text = '{:+.3f} [{:+.3f}, {:+.3f}]'.format(*d) + (' *' if several and d[1] * d[2] > 0 else '') if (d := minus[main]) else ''
-        print(f'{str(count):>8s}  {name:{wide}s}' + '{:.3f}        [{:.3f}, {:.3f}]  '.format(*score.interval()) + ''.join(f'{score.point[m].mean():.3f}  ' for m in others) + text)
         common = dict(data=t.ds.name, task=task, arm=name, mode=arm.mode, protocol=a.protocol, epochs=epochs, draws=a.draws, labels=count, n=len(t.test),
                       patients=t.patients, classes=len(names), runs=len(arm.encoders))
         for metric in score.point:
@@ -1011,6 +1024,17 @@ def report(t, task, arms, scores, count, a, several):
                     file = f'results_{slug(t.ds.name, task, *special, count, seed)}.json'
                     (Path(arm.runs[i]['path']) / file).write_text(json.dumps(result, indent=1))
     return rows
+
+
+def show_pairs(pairs, ranks, arms, most=15):
+    """Print the verdicts on pairs of pretrainings, and every arm's rank."""
+    shown = [r for r in pairs if all(arms[r[k]].runs for k in 'ab')]
+    for r in shown[:most]:
+        print(f'  {r["a"]} minus {r["b"]}: {signed(r["difference"], r["low"], r["high"])}, {r["verdict"]}')
+    if len(shown) > most:
+        print(f'  and {len(shown) - most} more pairs: see pairs_*.csv')
+    best = ', '.join(f'{ranks[n]} {n}' for n in sorted(ranks, key=ranks.get))
+    print(f'  ranks (ties: no difference beyond doubt, or none that matters; Holm over {len(pairs)} pairs): {best}')
 
 
 def per_class(t, task, scores, mode, count):
@@ -1045,11 +1069,13 @@ def draw_pca(arms, t, path):
     for ax, (name, X) in zip(axes[0], arms):
         X = (X[rows] - X[rows].mean(0)) / (X[rows].std(0) + 1e-6)
         U, S, _ = np.linalg.svd(X, full_matrices=False)
-        ax.scatter(*(U[:, :2] * S[:2]).T, s=4, color='#cccccc', label='others')
+        points = U[:, :2] * S[:2]
+        ax.scatter(*points.T, s=4, color='#cccccc', label='others')
         for c, color in zip(common, ('C0', 'C3')):
-            ax.scatter(*(U[:, :2] * S[:2])[t.raw[rows, c] > 0].T, s=6, color=color, label=t.ds.label_names[t.columns[c]])
+            ax.scatter(*points[t.raw[rows, c] > 0].T, s=6, color=color, label=t.ds.label_names[t.columns[c]])
         share = S ** 2 / (S ** 2).sum()
-        ax.set_title(f'{name}: {100 * share[:2].sum():.0f} % of variance, effective rank {np.exp(-(share * np.log(share + 1e-12)).sum()):.1f}', size=9)
+        rank = np.exp(-(share * np.log(share + 1e-12)).sum())
+        ax.set_title(f'{name}: {100 * share[:2].sum():.0f} % of variance, effective rank {rank:.1f}', size=9)
         ax.set(xlabel='first principal component', ylabel='second')
         ax.legend(fontsize=7)
     fig.savefig(path, dpi=120)
