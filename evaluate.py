@@ -1145,32 +1145,41 @@ def at_rate(fs, to):
     return change
 
 
+def cohort(t, name):
+    """Records of another dataset that the probes of task `t` can be asked about: (dataset, its rows, columns of the probe, labels)."""
+    other, names = Dataset(name), [t.ds.label_names[c] for c in t.columns]
+    common = [c for c in t.parts[t.names[0]] if names[c] in other.label_names]
+    rows = np.flatnonzero((other.length >= t.samples) & ~overlap(other, t.seen | {*t.ds.patient.tolist(), *t.ds.id.tolist()}))
+    if not common or other.contract.differs(t.ds.contract) or not len(rows) or t.numbers.any():
+        raise Stop(f'--cohort {name}: a dataset of patients seen neither here nor in pretraining, with the same contract and some of the same '
+                   'yes/no labels is needed')
+    return other, rows, common, np.array(other.labels[rows][:, [other.label_names.index(names[c]) for c in common]], float)
+
+
 def robustness(families, t, a, out):
     """Linear probes fitted on unchanged records, then asked about changed ones, about groups of patients, and about other cohorts with the
     same labels. Like every analysis returns rows for the CSV file."""
-    fs, task, rows, cohorts = t.ds.contract.fs, t.names[0], [], {}
-    for name in a.cohort:
-        other = Dataset(name)
-        at = {c: t.ds.label_names[t.columns[c]] for c in t.parts[task] if t.ds.label_names[t.columns[c]] in other.label_names}
-        known = np.flatnonzero((other.length >= t.samples) & ~overlap(other, t.seen | {*t.ds.patient.tolist(), *t.ds.id.tolist()}))
-        if not at or other.contract.differs(t.ds.contract) or not len(known) or t.numbers.any():
-            raise Stop(f'--cohort {name}: a dataset of patients seen neither here nor in pretraining, with the same contract and some of the same yes/no labels is needed')
-        cohorts[name] = other, known, list(at), np.array(other.labels[known][:, [other.label_names.index(n) for n in at.values()]], float)
-    arms = arms_of(families, t)
-    changes = {f'noise at {s} dB': noisy(s) for s in (20, 10, 0)} | {'limb leads only': without(*range(6, 12)), 'lead I only': without(*range(1, 12)),
-                                                                     'arm electrodes swapped': swap_arms, 'through 100 Hz': at_rate(fs, 100)}
-    age, sex, columns = t.ds.age[t.test], t.ds.sex[t.test], t.parts[task]
-    groups_ = {'women': sex == 1, 'men': sex == 0, **{f'age {lo} to {hi - 1}': (age >= lo) & (age < hi) for lo, hi in ((0, 40), (40, 60), (60, 80), (80, 120))}}
-    print(f'\n{t.ds.name}, {task}: linear probes fitted on unchanged records\n{"arm":24s} {"condition":26s}      n  macro  95 % interval   minus unchanged')
+    task, columns, rows = t.names[0], t.parts[t.names[0]], []
+    cohorts, arms = {name: cohort(t, name) for name in a.cohort}, arms_of(families, t)
+    changes = {f'noise at {snr} dB': noisy(snr) for snr in (20, 10, 0)}
+    changes |= {'limb leads only': without(*range(6, 12)), 'lead I only': without(*range(1, 12)), 'arm electrodes swapped': swap_arms,
+                'through 100 Hz': at_rate(t.ds.contract.fs, 100)}
+    age, sex = t.ds.age[t.test], t.ds.sex[t.test]
+    people = {'women': sex == 1, 'men': sex == 0}
+    people |= {f'age {low} to {high - 1}': (age >= low) & (age < high) for low, high in ((0, 40), (40, 60), (60, 80), (80, 120))}
+    print(f'\n{t.ds.name}, {task}: linear probes fitted on unchanged records')
+    print(f'{"arm":24s} {"condition":26s}      n  macro  95 % interval   minus unchanged')
 
     def show(arm, condition, n, score, clean=None):
-        (mean, low, high), d = score.interval(), score.minus(clean) if clean else ()
-        print(f'{arm:24s} {condition:26s} {n:6,}  {mean:.3f}  [{low:.3f}, {high:.3f}]  ' + ('{:+.3f} [{:+.3f}, {:+.3f}]'.format(*d) if clean else ''))
+        mean, low, high = score.interval()
+        minus = score.minus(clean) if clean else ()
+        print(f'{arm:24s} {condition:26s} {n:6,}  {mean:.3f}  [{low:.3f}, {high:.3f}]  ' + (signed(*minus) if clean else ''))
         rows.append(dict(data=t.ds.name, task=task, arm=arm, condition=condition, n=n, metric=f'macro {score.main}', mean=mean, low=low, high=high,
-                         minus_unchanged=' '.join(f'{v:.4f}' for v in d)))
+                         minus_unchanged=' '.join(f'{v:.4f}' for v in minus)))
 
-    score_of = lambda outputs, rows_=slice(None): Score([[o[rows_][:, columns]] for o in outputs], t.y[rows_][:, columns], t.patient[rows_], t.group[rows_],
-                                                        numbers=t.numbers[columns])
+    def score_of(outputs, of=slice(None)):
+        return Score([[o[of][:, columns]] for o in outputs], t.y[of][:, columns], t.patient[of], t.group[of], numbers=t.numbers[columns])
+
     for arm in arms.values():
         probes = [[linear_probe(t.embedding(e, arm.name), t.scaled(p), *p[:2], t.numbers)[0] for p in t.plans] for e in arm.encoders]
 
@@ -1180,12 +1189,13 @@ def robustness(families, t, a, out):
                 X = embed(e, Changed(t.ds, change), t.test, t.crop(e), t.device) if change else t.embedding(e)[t.test]
                 found.append(np.concatenate([f(X[t.group == i]) for i, f in enumerate(predict)]))
             return found
+
         plain = outputs()
         clean = score_of(plain)
         show(arm.name, 'unchanged', len(t.test), clean)
         for condition, change in changes.items():
             show(arm.name, condition, len(t.test), score_of(outputs(change)), clean)
-        for condition, mine in groups_.items():
+        for condition, mine in people.items():
             y = t.y[mine][:, columns]
             if mine.sum() >= 20 and np.isfinite(auroc(np.zeros(y.shape), y, t.group[mine])[0]).any() or (t.numbers[columns].all() and mine.any()):
                 show(arm.name, condition, int(mine.sum()), score_of(plain, mine))
@@ -1210,21 +1220,22 @@ def balance(t, rows):
 def label_law(n, error):
     """(C, a, L0) of error = C n^-a + L0, by least squares in relative error, 0 <= a <= 3 and 0 <= L0 <= the lowest error."""
     n, error = np.asarray(n, float), np.asarray(error, float)
-    model = lambda v: v[0] * (n / n[0]) ** -v[1] + v[2]
-    starts = [scipy.optimize.least_squares(lambda v: model(v) / error - 1, (error[0] - f * error.min(), a, f * error.min()), bounds=((0, 0, 0), (np.inf, 3, error.min())))
-              for a in (.2, .5, 1.) for f in (.1, .5, .9)]
-    C, alpha, floor = min(starts, key=lambda r: r.cost).x
+    lowest = error.min()
+    miss = lambda v: (v[0] * (n / n[0]) ** -v[1] + v[2]) / error - 1
+    found = [scipy.optimize.least_squares(miss, (error[0] - f * lowest, a, f * lowest), bounds=((0, 0, 0), (np.inf, 3, lowest)))
+             for a in (.2, .5, 1.) for f in (.1, .5, .9)]
+    C, alpha, floor = min(found, key=lambda r: r.cost).x
     return C * n[0] ** alpha, alpha, floor
 
 
 def efficiency(families, t, a, out):
     """1 to 1 / 128 of the labelled records, one per patient, stratified, linear probe: points, fitted laws, and the share of labels with
-    which a pretraining reaches what its reference has with all of them."""
-    arms, rows = arms_of(families, t), []
-    task, (train, val, _) = t.names[0], t.plans[-1]
+    which a pretraining reaches its reference's error."""
+    arms, task, columns = arms_of(families, t), t.names[0], t.parts[t.names[0]]
+    rows, found = [], {name: [] for name in arms}
+    train, val, tested = t.plans[-1]
     train, val = one_per_patient(t.ds, train), one_per_patient(t.ds, val)
     y, test = t.scaled(t.plans[-1]), t.group == len(t.plans) - 1
-    columns, found = t.parts[task], {name: [] for name in arms}
     print(f'\n{t.ds.name}, {task}: {len(train) + len(val):,} labelled records, one per patient, halved seven times or while ten remain, '
           f'{a.draws} stratified draws; {test.sum():,} test records')
     for k in range(8):
@@ -1233,19 +1244,25 @@ def efficiency(families, t, a, out):
         if n < 10 or min(len(q) for _, q in draws) < 2:
             break
         for name, arm in arms.items():
-            asked = lambda X, p, q: linear_probe(X, y, p, q, t.numbers)[0](X[t.plans[-1][2]])[:, columns]
+            asked = lambda X, p, q: linear_probe(X, y, p, q, t.numbers)[0](X[tested])[:, columns]
             outputs = [[asked(t.embedding(e, name), p, q) for p, q in draws] for e in arm.encoders]
             score = Score(outputs, t.y[test][:, columns], t.patient[test], numbers=t.numbers[columns])
-            found[name].append((n, score))
             mean, low, high = score.interval()
+            found[name].append((n, 1 - mean if score.main == 'AUROC' else mean))
             print(f'{n:8,d}  {name:24s} {mean:.3f} [{low:.3f}, {high:.3f}]')
             rows.append(dict(data=t.ds.name, task=task, arm=name, labels=n, metric=f'macro {score.main}', mean=mean, low=low, high=high))
-    fig, ax = figure(figsize=(6, 4.2), layout='constrained')
-    laws = {}
     if len(rows) < 5 * len(arms):
         print('  fewer than five sizes have ten labelled records: no law is fitted')
+    draw_laws(found, arms, 'macro MAE' if t.numbers.all() else '1 - macro AUROC', f'{t.ds.name}, {task}', out / f'efficiency_{slug(t.ds.name, task)}.png')
+    return rows
+
+
+def draw_laws(found, arms, what, title, path):
+    """Fit, print and draw the law of every arm's points {arm: [(labelled records, error)]}; compare it with that of its reference."""
+    fig, ax = figure(figsize=(6, 4.2), layout='constrained')
+    laws = {}
     for i, (name, points) in enumerate(found.items()):
-        n, error = np.array([p[0] for p in points], float), np.array([1 - p[1].interval()[0] if p[1].main == 'AUROC' else p[1].interval()[0] for p in points])
+        n, error = np.array(points, float).reshape(-1, 2).T
         ax.loglog(n, error, 'o', color=f'C{i}', label=name)
         if len(n) >= 5 and error.min() > 0:
             C, alpha, floor = laws[name] = label_law(n, error)
@@ -1258,10 +1275,9 @@ def efficiency(families, t, a, out):
             reached = [(m, ((v - floor) / C) ** (-1 / max(alpha, 1e-9)) / m) for m, v in zip(n, level) if v > floor]
             print(f'  {name} reaches its reference\'s error with this share of the labels: '
                   + ', '.join(f'{share:.2g} of {m:.0f}' for m, share in reached if np.isfinite(share)))
-    ax.set(xlabel='labelled records', ylabel='1 - macro AUROC' if not t.numbers.all() else 'macro MAE', title=f'{t.ds.name}, {task}')
+    ax.set(xlabel='labelled records', ylabel=what, title=title)
     ax.legend(fontsize=7)
-    fig.savefig(out / f'efficiency_{slug(t.ds.name, task)}.png', dpi=120)
-    return rows
+    fig.savefig(path, dpi=120)
 
 
 def hsic(K, L):
@@ -1282,6 +1298,8 @@ def cka(X, Y, debiased=True):
 
 def layer_features(encoder, ds, rows, samples, device):
     """Mean over tokens of every stage on the records' first crops: [(len(rows), width)], the stem's tokens first."""
+    encoder, widths = encoder.to(device).eval(), []
+
     def stages(batch):
         z, pad = encoder.tokens(batch)
         layers = []
@@ -1289,7 +1307,6 @@ def layer_features(encoder, ds, rows, samples, device):
         pooled = [pool(x, pad if pad is None or pad.shape[1] == x.shape[1] else None) for x in (z, *(output for _, output in layers))]
         widths[:] = [p.shape[1] for p in pooled]
         return torch.cat(pooled, 1)
-    encoder, widths = encoder.to(device).eval(), []
     return np.split(per_record(stages, ds, rows, samples, device, 'layers', first=True), np.cumsum(widths)[:-1], 1)
 
 
@@ -1308,12 +1325,14 @@ def similarity(families, t, a, out):
     fig, ax = figure(figsize=(2.5 + .16 * len(table), 2 + .16 * len(table)), layout='constrained')
     image = ax.imshow(table, vmin=0, vmax=1, cmap='magma')
     ticks, models = [l.replace('layer ', '') for _, l in stages], [m for m, _ in stages]
-    ax.set_xticks(range(len(ticks)), ticks, rotation=90, fontsize=6), ax.set_yticks(range(len(ticks)), ticks, fontsize=6)
+    ax.set_xticks(range(len(ticks)), ticks, rotation=90, fontsize=6)
+    ax.set_yticks(range(len(ticks)), ticks, fontsize=6)
     for name in dict.fromkeys(models):                           # written once beside its layers, with a line above them
         first, size, text = models.index(name), models.count(name), textwrap.fill(name, 20)
         ax.text(-2.5, first + (size - 1) / 2, text, fontsize=7, ha='right', va='center')
         ax.text(first + (size - 1) / 2, len(ticks) + 1.5, text, fontsize=7, ha='center', va='top', rotation=90)
-        ax.axhline(first - .5, color='w', lw=1), ax.axvline(first - .5, color='w', lw=1)
+        ax.axhline(first - .5, color='w', lw=1)
+        ax.axvline(first - .5, color='w', lw=1)
     fig.colorbar(image, shrink=.6, label=f'CKA, {len(rows)} records')
     fig.savefig(out / f'cka_{slug(t.ds.name)}.png', dpi=120)
     print(f'\n{t.ds.name}: debiased CKA of last layers on {len(rows)} records')
@@ -1325,29 +1344,29 @@ def similarity(families, t, a, out):
 
 def calibration(families, t, a, out):
     """Reliability and ROC curves of linear probes, all classes pooled, with the expected calibration error."""
-    arms, rows = arms_of(families, t), []
-    fig, axes = figure(1, 2, figsize=(10, 4.4), layout='constrained')
-    columns = [c for c in t.parts[t.names[0]] if not t.numbers[c]]
-    known = np.isfinite(t.y[:, columns])
+    arms, task, rows = arms_of(families, t), t.names[0], []
+    columns = [c for c in t.parts[task] if not t.numbers[c]]
     if not columns:
         raise Stop('calibration is of yes/no labels')
+    known = np.isfinite(t.y[:, columns])
+    y = t.y[:, columns][known] > 0
+    fig, (left, right) = figure(1, 2, figsize=(10, 4.4), layout='constrained')
     for i, (name, arm) in enumerate(arms.items()):
         p = np.mean([scipy.special.expit(t.output(e, arm, 'all', s, 0)[0]) for s, e in enumerate(arm.encoders)], 0)[:, columns][known]
-        y = t.y[:, columns][known] > 0
         bins = np.minimum((p * 10).astype(int), 9)
-        count, says, is_ = (np.bincount(bins, w, 10) for w in (np.ones_like(p), p, y.astype(float)))
-        error = np.abs(says - is_).sum() / len(p)
-        there = count > 0
-        axes[0].plot(says[there] / count[there], is_[there] / count[there], 'o-', color=f'C{i}', label=f'{name}, expected calibration error {error:.3f}')
+        count, says, true = (np.bincount(bins, w, 10) for w in (np.ones_like(p), p, y.astype(float)))
+        error, brier, there = np.abs(says - true).sum() / len(p), float(((p - y) ** 2).mean()), count > 0
+        print(f'  {name}: expected calibration error {error:.3f}, Brier {brier:.4f}')
+        rows.append(dict(data=t.ds.name, task=task, arm=name, n=len(t.test), expected_calibration_error=error, brier=brier))
+        left.plot(says[there] / count[there], true[there] / count[there], 'o-', color=f'C{i}', label=f'{name}, expected calibration error {error:.3f}')
         order = np.argsort(-p)
-        axes[1].plot(np.cumsum(~y[order]) / (~y).sum(), np.cumsum(y[order]) / y.sum(), color=f'C{i}', label=name)
-        rows.append(dict(data=t.ds.name, task=t.names[0], arm=name, n=len(t.test), expected_calibration_error=error, brier=float(((p - y) ** 2).mean())))
-        print(f'  {name}: expected calibration error {error:.3f}, Brier {rows[-1]["brier"]:.4f}')
-    axes[0].plot([0, 1], [0, 1], ':', color='C7'), axes[0].set(xlabel='predicted probability', ylabel='share of positives', title=f'{t.ds.name}, {t.names[0]}')
-    axes[1].plot([0, 1], [0, 1], ':', color='C7'), axes[1].set(xlabel='false positive rate', ylabel='true positive rate', title='all labels pooled')
-    for ax in axes:
-        ax.legend(fontsize=7, loc='upper left' if ax is axes[0] else 'lower right')
-    fig.savefig(out / f'calibration_{slug(t.ds.name, t.names[0])}.png', dpi=120)
+        right.plot(np.cumsum(~y[order]) / (~y).sum(), np.cumsum(y[order]) / y.sum(), color=f'C{i}', label=name)
+    left.set(xlabel='predicted probability', ylabel='share of positives', title=f'{t.ds.name}, {task}')
+    right.set(xlabel='false positive rate', ylabel='true positive rate', title='all labels pooled')
+    for ax, corner in ((left, 'upper left'), (right, 'lower right')):
+        ax.plot([0, 1], [0, 1], ':', color='C7')
+        ax.legend(fontsize=7, loc=corner)
+    fig.savefig(out / f'calibration_{slug(t.ds.name, task)}.png', dpi=120)
     return rows
 
 
@@ -1377,7 +1396,8 @@ def open_run(path):
         raise Stop(f'no run matches {path}')
     file = path / 'ckpt.pt'
     if not file.exists() and (inside := sorted(str(f.parent) for f in path.glob('*/ckpt.pt'))):
-        raise Stop(f'{path} is a folder of runs, no run: name some of {" ".join(inside[:6])}' + (f' ... ({len(inside)} in all)' if len(inside) > 6 else ''))
+        more = f' ... ({len(inside)} in all)' if len(inside) > 6 else ''
+        raise Stop(f'{path} is a folder of runs, no run: name some of {" ".join(inside[:6])}{more}')
     try:
         c = load(file)
         c |= dict(path=str(path), hash=hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest(), patients=set(c['patients']))
