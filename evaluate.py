@@ -644,9 +644,12 @@ def draw_labels(train, val, count, draw):
     return rows[count // 5:], rows[:count // 5]
 
 
+FIRST = 'findings', 'super', 'snomed', 'dx2020', 'label', 'sequence'
+
+
 def first_task(ds):
     """The task taken where none is named."""
-    for name in ('findings', 'super', 'snomed', 'dx2020', 'label', 'sequence'):
+    for name in FIRST:
         if name in ds.tasks:
             return name
     raise Stop(f'{ds.name} has no labels to predict: prepare it with labels, or name another set with --data')
@@ -1435,28 +1438,32 @@ def show_tasks():
         except (ValueError, KeyError, TypeError):
             print(f'datasets/{file.parent.name}: damaged, prepare it again')
     print('task                   labels  scored by  data')
-    heading = ''
+    last = ''
     for name, task in TASKS.items():
-        if heading != (heading := f'{task.category}, ' + ('out of distribution in arXiv 2605.17276' if name.startswith('sc_') else 'arXiv 2605.12241')):
+        paper = 'out of distribution in arXiv 2605.17276' if name.startswith('sc_') else 'arXiv 2605.12241'
+        if (heading := f'{task.category}, {paper}') != last:
             print(heading)
-        state = f'not prepared: {task.prepare}'
+        last, state = heading, f'not prepared: {task.prepare}'
         if m := metas.get(task.data):
-            slow = '--rate 500' in task.prepare and '--rate 500' not in m['source'] and 'from the 100 Hz files'
-            differs = m['contract'].differs(arguments(shlex.split(task.prepare)[2:])[1]) or slow
-            state = f'{m["records"]:,} records in datasets/{task.data}' + (f', but {differs}; as in the paper: {task.prepare}' if differs else '')
+            state = f'{m["records"]:,} records in datasets/{task.data}'
+            differs = m['contract'].differs(arguments(shlex.split(task.prepare)[2:])[1])
+            if not differs and '--rate 500' in task.prepare and '--rate 500' not in m['source']:
+                differs = 'from the 100 Hz files'
+            if differs:
+                state += f', but {differs}; as in the paper: {task.prepare}'
         print(f'  {name:19s} {task.classes or "by data":>7}  {task.metric:9s}  {state}')
     for name, m in metas.items():
         print(f'datasets/{name}: {m["records"]:,} records; label sets ' + (', '.join(f'{t} ({len(c)})' for t, c in m['tasks'].items()) or 'none'))
 
 
 def labels(text):
-    """--labels: all, a fraction up to 1, or a number of records."""
-    if text == 'all':
-        return text
-    value = float(text)
+    """--labels: all (or 1), a fraction (float) or a number of records (int)."""
+    value = 1. if text == 'all' else float(text)
     if not 0 < value < 1e9 or (value > 1 and value % 1):
         raise argparse.ArgumentTypeError('must be all, a fraction up to 1 or a number of records')
-    return int(value) if value > 1 else value
+    if value == 1:
+        return 'all'
+    return value if value < 1 else int(value)
 
 
 def jobs_of(a):
@@ -1488,15 +1495,16 @@ def write_csv(path, rows):
 
 def write_markdown(path, rows, pairs):
     """The table of arms, and of their differences, as markdown."""
-    last, shown = {tuple(r[k] for k in ('data', 'task', 'mode', 'labels', 'arm', 'metric')): r for r in rows}, '{:+.3f} [{:+.3f}, {:+.3f}]'.format      # of the seeds
     table = [['data, task', 'mode', 'labels', 'arm', 'metric', 'value', 'minus reference'], ['---'] * 7]
-    for (data, task, *what), r in last.items():
-        minus = map(float, r['minus_reference'].split())
-        table.append([f'{data}, {task}', *what, f'{r["mean"]:.3f} [{r["low"]:.3f}, {r["high"]:.3f}]', shown(*minus) if r['minus_reference'] else ''])
+    one_of_the_seeds = {tuple(r[k] for k in ('data', 'task', 'mode', 'labels', 'arm', 'metric')): r for r in rows}
+    for (data, task, *what), r in one_of_the_seeds.items():
+        minus = [float(v) for v in r['minus_reference'].split()]
+        table.append([f'{data}, {task}', *what, f'{r["mean"]:.3f} [{r["low"]:.3f}, {r["high"]:.3f}]', signed(*minus) if minus else ''])
     if pairs:
         table += [[], ['data, task', 'mode', 'labels', 'a', 'b', 'a - b', 'p, Holm', 'a is'], ['---'] * 8]
     for r in pairs:
-        table.append([f'{r["data"]}, {r["task"]}', r['mode'], r['labels'], r['a'], r['b'], shown(r['difference'], r['low'], r['high']), f'{r["p_holm"]:.3f}', r['verdict']])
+        table.append([f'{r["data"]}, {r["task"]}', r['mode'], r['labels'], r['a'], r['b'], signed(r['difference'], r['low'], r['high']),
+                      f'{r["p_holm"]:.3f}', r['verdict']])
     Path(path).write_text(''.join(f'| {" | ".join(map(str, line))} |\n' if line else '\n' for line in table))
 
 
@@ -1505,9 +1513,11 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('runs', nargs='*', help='run folders (default: the newest in out/); those alike but for seeds are averaged, others compared')
     p.add_argument('--data', nargs='+', help='prepared datasets (default: the task\'s, else synthetic and sample)')
-    p.add_argument('--task', nargs='+', help='tasks of the papers (--list) or label sets of the data (default: the first of findings, super, snomed, dx2020, label)')
+    p.add_argument('--task', nargs='+', help='tasks of the papers (--list) or label sets of the data (default: the first of '
+                   f'{", ".join(FIRST)})')
     p.add_argument('--mode', nargs='+', choices=['linear', 'frozen', 'finetune', 'scratch', 'knn', 'prototypes'], default=['linear'])
-    p.add_argument('--protocol', choices=list(PROTOCOLS), default='quick', help='released: 100 epochs of random crops as in 2605.12241; sc: the probe of 2605.17276')
+    p.add_argument('--protocol', choices=list(PROTOCOLS), default='quick',
+                   help='released: 100 epochs of random crops as in 2605.12241; sc: the probe of 2605.17276')
     p.add_argument('--labels', nargs='+', type=labels, help='numbers of labelled records, or fractions up to 1 '
                    '(default: 100 300 1000 all for a linear probe on synthetic data, else all)')
     p.add_argument('--draws', type=int, default=3, help='draws of few labels')
@@ -1518,20 +1528,24 @@ def parse(argv=None):
     g = p.add_argument_group('training, where the protocol shall not decide')
     g.add_argument('--epochs', type=int, help='quick: 20 of frozen, or as many as make 500 steps; 6 of finetune and scratch, or 70 steps')
     g.add_argument('--batch', type=int)
-    g.add_argument('--lr', type=float, help='of the head (1e-3); quick: 10 times as much for attention pooling, 20 for fine-tuning, 5 for training from scratch')
-    g.add_argument('--scratch', action=argparse.BooleanOptionalAction, help='train from scratch too (default: on synthetic data with one pretraining, and beside finetune)')
+    g.add_argument('--lr', type=float,
+                   help='of the head (1e-3); quick: 10 times as much for attention pooling, 20 for fine-tuning, 5 for training from scratch')
+    g.add_argument('--scratch', action=argparse.BooleanOptionalAction,
+                   help='train from scratch too (default: on synthetic data with one pretraining, and beside finetune)')
     g = p.add_argument_group('post-training (2509.12991), parts of --mode finetune')
     g.add_argument('--preview', action='store_true', default=None, help='the head starts as the linear probe')
     g.add_argument('--drop-path', type=float, help='stochastic depth, growing to this at the last block')
     g.add_argument('--dropout', type=float)
     g.add_argument('--schedule', choices=['cosine', 'constant'], help='of any training')
     g.add_argument('--layer-decay', type=float, help='rate of each layer below the head, as a multiple of the one above')
-    g.add_argument('--ablate', action='store_true', help='plain fine-tuning, each part alone (' + ', '.join(f'{k} {v}' for k, v in POST.items()) + '), all of them')
+    g.add_argument('--ablate', action='store_true',
+                   help='plain fine-tuning, each part alone (' + ', '.join(f'{k} {v}' for k, v in POST.items()) + '), all of them')
     g = p.add_argument_group('statistics')
     g.add_argument('--bootstrap', choices=['patients', 'bayesian'], default='patients', help='bayesian: no rare class ever vanishes from a resample')
     g.add_argument('--benchmark-convention', action='store_true', help='a class without positives counts, as .5')
     g.add_argument('--margin', type=float, default=.005, help='difference that would not matter: within it two arms are equivalent')
-    g.add_argument('--allow', nargs='+', choices=['overlap', 'contract'], default=[], help='go on although test patients were pretrained on, or under another contract')
+    g.add_argument('--allow', nargs='+', choices=['overlap', 'contract'], default=[],
+                   help='go on although test patients were pretrained on, or under another contract')
     a = p.parse_args(argv)
     for name, low, high in (('draws', 1, 1000), ('epochs', 1, 10000), ('batch', 1, 65536), ('lr', 1e-9, 10), ('drop_path', 0, .99), ('dropout', 0, .99),
                             ('layer_decay', .01, 1), ('margin', 0, 1)):
@@ -1548,6 +1562,17 @@ def parse(argv=None):
     return a
 
 
+def results_name(a, families):
+    """What the files of a command's results have in their names."""
+    tasks, others = a.task or [], [Path(g[0]['path']).name for g in list(families.values())[1:4]]
+    words = [*(a.data or []), *(tasks if len(tasks) < 4 else (tasks[0], 'to', tasks[-1])), *a.mode]
+    if a.ablate:
+        words.append('ablation')
+    if a.protocol != 'quick':
+        words.append(a.protocol)
+    return slug(*words, *(['against', *others] if others else []))
+
+
 def main(argv=None):
     """The command line: see the top of the file."""
     a = parse(argv)
@@ -1558,25 +1583,24 @@ def main(argv=None):
     written = lambda *patterns: ', '.join(sorted(f.name for p in patterns for f in out.glob(p) if f.stat().st_mtime >= began - 1))
     wished, rows, classes, pairs = a.scratch, [], [], []
     for data, names in jobs_of(a):
-        t, made = Task(data, names, runs, device, a.allow, .5 if a.benchmark_convention else None), data.startswith('synthetic')
+        t = Task(data, names, runs, device, a.allow, .5 if a.benchmark_convention else None)
         for analysis in a.analyse:
-            found = ANALYSES[analysis](families, t, a, out)
-            if found:
+            if found := ANALYSES[analysis](families, t, a, out):
                 write_csv(out / f'{analysis}_{slug(data, *t.names)}.csv', found)
-        for mode in sorted(a.mode, key='frozen'.__ne__) if not a.analyse else ():            # its pass over the data serves the others
-            usual = not a.ablate and (mode == 'finetune' or (made and len(families) == 1 and mode in ('linear', 'frozen')))
+        if a.analyse:
+            continue
+        showcase = data.startswith('synthetic') and len(families) == 1
+        for mode in sorted(a.mode, key='frozen'.__ne__):         # frozen first: its pass over the data serves the others
+            usual = not a.ablate and (mode == 'finetune' or (showcase and mode in ('linear', 'frozen')))
             a.scratch = usual if wished is None else wished
-            counts = a.labels or ([100, 300, 1000, 'all'] if made and mode == 'linear' and len(families) == 1 else ['all'])
+            counts = a.labels or ([100, 300, 1000, 'all'] if showcase and mode == 'linear' else ['all'])
             for kept, new in zip((rows, classes, pairs), evaluate_task(families, t, mode, counts, a, out)):
                 kept += new
     if a.analyse:
         return print(f'\ntables and figures are in {out}/: {written(*(f"{n}_*" for n in a.analyse))}')
     if not rows:
         raise Stop('nothing was scored')
-    tasks = a.task or []
-    name = [*(a.data or []), *(tasks if len(tasks) < 4 else (tasks[0], 'to', tasks[-1])), *a.mode, *(['ablation'] if a.ablate else []), *([a.protocol] if a.protocol != 'quick' else []),
-            *(['against'] + [Path(g[0]['path']).name for g in list(families.values())[1:4]] if len(families) > 1 else [])]
-    name = slug(*name)
+    name = results_name(a, families)
     write_csv(out / f'results_{name}.csv', rows)
     write_csv(out / f'classes_{name}.csv', classes)
     write_markdown(out / f'results_{name}.md', rows, pairs)
