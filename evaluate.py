@@ -12,8 +12,8 @@ Modes, as in arXiv 2605.12241: linear (mean pooling, frozen encoder), frozen (at
 learns), scratch; and training-free knn and prototypes. Beside each pretraining stand random encoders of its shape, whose BatchNorm has
 seen data. Finished scores are kept in out/scores, so a command that was stopped goes on where it was.
 """
-import argparse, copy, csv, dataclasses, functools, hashlib, itertools, json, math, shlex, shutil, sys, tempfile, textwrap, time
-from dataclasses import dataclass
+import argparse, copy, csv, functools, hashlib, itertools, json, math, shlex, shutil, sys, tempfile, textwrap, time
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -129,17 +129,17 @@ def thresholds(score, y):
 WORK = 1e10                                                      # resamples x records x columns that a Score may take: a minute or two
 
 
-def resample_patients(patient, resamples=1000, seed=0, bayesian=False):
+def resample_patients(patient, resamples=1000, bayesian=False):
     """Bootstrap over patients: how often each record counts in each resample, (R, n). bayesian: with weights drawn from a flat Dirichlet
     (Rubin 1981), under which no record, and so no rare class, ever vanishes."""
     names, index = np.unique(patient, return_inverse=True)
-    return patient_weights(len(names), resamples, seed, bayesian)[:, index].astype(float)
+    return patient_weights(len(names), resamples, bayesian)[:, index].astype(float)
 
 
 @functools.lru_cache(2)
-def patient_weights(n, resamples, seed, bayesian):
+def patient_weights(n, resamples, bayesian):
     """Weights of n patients (resamples, n), kept: with tens of thousands they take seconds."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     return n * rng.dirichlet(np.ones(n), resamples) if bayesian else rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.int16)
 
 
@@ -300,21 +300,18 @@ class Tokens:
                 h, pad = mean[:, None], None
             if self.h is None:
                 longest = h.shape[1] if pad is None else 1 + 12 * encoder.stem.most          # beats: as many as there is room for
-                self.h = self.room((len(owner), longest, h.shape[2]), np.dtype(dtype), ds.name)
+                shape, folder, self.file = (len(owner), longest, h.shape[2]), tempfile.gettempdir(), tempfile.TemporaryFile()
+                need, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free
+                if need > .9 * free:
+                    raise Stop(f'{ds.name}: the tokens take {need / 1e9:,.1f} GB, {folder} has {free / 1e9:,.1f}: set TMPDIR to a larger disk, '
+                               'or take --protocol released, which keeps none')
+                self.h = np.memmap(self.file, dtype, 'w+', shape=shape)
             for i, tokens in enumerate(h.float().cpu().numpy()):
                 tokens = tokens if pad is None else tokens[~pad[i].cpu().numpy()]
                 self.h[mine.start + i, :len(tokens)] = tokens
                 self.count[mine.start + i] = len(tokens)
 
-    def room(self, shape, dtype, name):
-        """An array on disk. Stops where the disk is too small."""
-        folder = tempfile.gettempdir()
-        need, free = math.prod(shape) * dtype.itemsize, shutil.disk_usage(folder).free
-        if need > .9 * free:
-            raise Stop(f'{name}: the tokens take {need / 1e9:,.1f} GB, {folder} has {free / 1e9:,.1f}: set TMPDIR to a larger disk, '
-                       'or take --protocol released, which keeps none')
-        self.file = tempfile.TemporaryFile()
-        return np.memmap(self.file, dtype, 'w+', shape=shape)
+
 
     def collate(self, rows, starts, samples):
         at = [self.at[row, start] for row, start in zip(rows.tolist(), starts.tolist())]
@@ -455,11 +452,11 @@ def unit_rows(x):
 @dataclass(frozen=True)
 class Recipe:
     """How a head, or everything, is trained downstream."""
-    epochs: dict = dataclasses.field(default_factory=lambda: dict(linear=20, frozen=20, finetune=6, scratch=6))
+    epochs: dict = field(default_factory=lambda: dict(linear=20, frozen=20, finetune=6, scratch=6))
     batch: int = 32
     lr: float = 1e-3                                             # of the head, times `factor`
-    steps: dict = dataclasses.field(default_factory=lambda: dict(linear=500, frozen=500, finetune=70, scratch=70))          # at the least
-    factor: dict = dataclasses.field(default_factory=lambda: dict(linear=1., frozen=10., finetune=20., scratch=5.))          # of lr: steps are few
+    steps: dict = field(default_factory=lambda: dict(linear=500, frozen=500, finetune=70, scratch=70))          # at the least
+    factor: dict = field(default_factory=lambda: dict(linear=1., frozen=10., finetune=20., scratch=5.))          # of lr: steps are few
     standardise: bool = True                                     # tokens of frozen encoders, by mean and SD over the training records
     weight_decay: float = 1e-3
     schedule: str = 'cosine'
@@ -511,6 +508,17 @@ def rates(encoder, head, mode, recipe):
     return [g for m, rate in parts for g in groups(m, rate, recipe.weight_decay)]
 
 
+def new_head(dim, classes, mode, dropout, start):
+    """Attention pooling for frozen, else mean pooling, whose weights may start as a probe (D + 1, K) on mean embeddings."""
+    if mode == 'frozen':
+        return AttentionPool(dim, classes)
+    head = MeanPool(dim, classes, dropout or 0.)
+    if start is not None:
+        head.out.weight.data.copy_(torch.from_numpy(start[:-1].T))
+        head.out.bias.data.copy_(torch.from_numpy(start[-1]))
+    return head
+
+
 def fit(encoder, source, y, train, val, test, samples, mode, recipe, device, seed=0, numbers=None, epochs=None, start=None):
     """The downstream loop. linear and frozen: mean or attention pooling on a fixed encoder in eval mode; finetune and scratch: mean
     pooling, everything learns. source: the Dataset, of which each epoch takes one random crop per record, or Tokens of it. y (len(ds), K)
@@ -520,17 +528,11 @@ def fit(encoder, source, y, train, val, test, samples, mode, recipe, device, see
     rng, cached, still = np.random.default_rng(seed), isinstance(source, Tokens), mode in ('linear', 'frozen')
     numbers = np.zeros(y.shape[1], bool) if numbers is None else numbers
     kinds = torch.from_numpy(numbers).to(device)
-    if mode == 'frozen':
-        head = AttentionPool(encoder.dim, y.shape[1]).to(device)
-    else:
-        head = MeanPool(encoder.dim, y.shape[1], recipe.dropout or 0.).to(device)
+    head = new_head(encoder.dim, y.shape[1], mode, recipe.dropout, start).to(device)
     if not still:
         encoder = copy.deepcopy(encoder).requires_grad_(True)
         regularise(encoder, recipe.path, recipe.dropout)
     encoder = encoder.to(device)
-    if start is not None:
-        head.out.weight.data.copy_(torch.from_numpy(start[:-1].T))
-        head.out.bias.data.copy_(torch.from_numpy(start[-1]))
     optimiser = torch.optim.AdamW(rates(encoder, head, mode, recipe), lr=recipe.lr)
     learns = [p for g in optimiser.param_groups for p in g['params']]
     size = min(recipe.batch, len(train))
@@ -644,12 +646,9 @@ def draw_labels(train, val, count, draw):
     return rows[count // 5:], rows[:count // 5]
 
 
-FIRST = 'findings', 'super', 'snomed', 'dx2020', 'label', 'sequence'
-
-
 def first_task(ds):
     """The task taken where none is named."""
-    for name in FIRST:
+    for name in ('findings', 'super', 'snomed', 'dx2020', 'label', 'sequence'):
         if name in ds.tasks:
             return name
     raise Stop(f'{ds.name} has no labels to predict: prepare it with labels, or name another set with --data')
@@ -726,13 +725,14 @@ class Task:
         self.plans, self.folded = plans(self.ds, rows, self.seen, target and target.folds, 'overlap' in allow)
         kept &= ~numbers | np.all([np.isfinite(y[train]).any(0) for train, _, _ in self.plans], 0)
         self.columns, self.numbers, self.raw = columns[kept].tolist(), numbers[kept], y[:, kept]
+        self.label_names = [self.ds.label_names[c] for c in self.columns]
 
         # test records, and which columns can be scored on them
         self.test = np.concatenate([p[2] for p in self.plans])
         self.group = np.concatenate([np.full(len(p[2]), i) for i, p in enumerate(self.plans)])
         y = self.raw[self.test]
         scored = np.where(self.numbers, np.isfinite(y).any(0), np.isfinite(auroc(np.zeros(y.shape), y, self.group)[0]))
-        self.unscored = [self.ds.label_names[c] for c, s in zip(self.columns, scored) if not s]              # trained on all the same
+        self.unscored = [n for n, s in zip(self.label_names, scored) if not s]               # trained on all the same
         if not scored.any():
             raise Stop(f'{data}, task {self.names[0]}: no class has both labels among the {len(self.test)} test records; take more, or an '
                        'encoder pretrained on other data, so that every fold can be tested on')
@@ -748,11 +748,11 @@ class Task:
 
     def part(self, name, scored):
         """Positions, among the columns trained on, of those that task `name` is scored on."""
-        full = [self.ds.label_names[c] for c in self.columns]
         wanted = {self.ds.label_names[c] for c in self.ds.columns(TASKS[name].scored if name in TASKS else name)}
-        if not wanted & set(full):                               # such as diag/IMI for all/IMI
-            wanted = {n for n in full if n.split('/', 1)[1] in {w.split('/', 1)[1] for w in wanted}}
-        found = [i for i, n in enumerate(full) if n in wanted and scored[i]]
+        if not wanted & set(self.label_names):                   # such as diag/IMI for all/IMI
+            codes = {n.split('/', 1)[1] for n in wanted}
+            wanted = {n for n in self.label_names if n.split('/', 1)[1] in codes}
+        found = [i for i, n in enumerate(self.label_names) if n in wanted and scored[i]]
         if not found:
             raise Stop(f'{self.ds.name}, task {name}: too few positives here for any of its labels')
         return found
@@ -845,8 +845,8 @@ class Task:
 
     def output(self, encoder, arm, count, seed, draw):
         """Scores and margins (n, K) on the test records of all plans, from out/scores where they are known."""
-        how = [SOURCE, self.ds.hash, self.columns, arm.mode, dataclasses.asdict(arm.recipe), arm.epochs, count, seed, draw, self.crop(encoder),
-               dataclasses.asdict(encoder.config)]
+        how = [SOURCE, self.ds.hash, self.columns, arm.mode, asdict(arm.recipe), arm.epochs, count, seed, draw, self.crop(encoder),
+               asdict(encoder.config)]
         file = Path('out/scores', digest(how, *encoder.state_dict().values(), *itertools.chain(*self.plans)) + '.npz')
         if file.exists():
             return tuple(np.load(file)[k] for k in ('scores', 'margins'))
@@ -868,11 +868,9 @@ class Task:
         """{task: Score} over all encoders (one per seed) and label draws, the same for each."""
         draws = 1 if count == 'all' else draws
         out = [[self.output(e, arm, count, seed, d) for d in range(draws)] for seed, e in enumerate(arm.encoders)]
-
-        def score_of(columns):
-            scores, margins = ([[o[which][:, columns] for o in of_seed] for of_seed in out] for which in (0, 1))
-            return Score(scores, self.y[:, columns], self.patient, self.group, margins, self.numbers[columns], bayesian, self.empty)
-        return {name: score_of(columns) for name, columns in self.parts.items()}
+        pick = lambda which, columns: [[o[which][:, columns] for o in of_seed] for of_seed in out]
+        return {name: Score(pick(0, c), self.y[:, c], self.patient, self.group, pick(1, c), self.numbers[c], bayesian, self.empty)
+                for name, c in self.parts.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -931,11 +929,11 @@ def arms_of(families, t, mode='linear', recipe=PROTOCOLS['quick'], epochs=None, 
             for name, runs in members:
                 made.append(Arm(name, [r['net'] for r in runs], mode, recipe, epochs, runs, 'random encoder' + tail))
             continue
-        plain = dataclasses.replace(recipe, preview=False, path=0., dropout=None, schedule='constant', decay=None)
+        plain = replace(recipe, preview=False, path=0., dropout=None, schedule='constant', decay=None)
         parts = {'plain': {}, **{f'+ {k}': {k: v} for k, v in POST.items()}, 'all parts': POST}
         for (name, runs), (part, changes) in itertools.product(members, parts.items()):
             called = f'{name} ' if len(families) > 1 else ''
-            made.append(Arm(called + part, [r['net'] for r in runs], mode, dataclasses.replace(plain, **changes), epochs, runs, called + 'plain'))
+            made.append(Arm(called + part, [r['net'] for r in runs], mode, replace(plain, **changes), epochs, runs, called + 'plain'))
     return {arm.name: arm for arm in made}
 
 
@@ -954,7 +952,7 @@ def evaluate_task(families, t, mode, counts, a, out):
     if (people := t.patients or len(t.test)) < 20:
         print(f'  ! {people} patients are too few to say anything: test on all, with an encoder that was pretrained on other data')
     given = dict(lr=a.lr, batch=a.batch, preview=a.preview, path=a.drop_path, dropout=a.dropout, schedule=a.schedule, decay=a.layer_decay)
-    recipe = dataclasses.replace(PROTOCOLS[a.protocol], **{k: v for k, v in given.items() if v is not None})
+    recipe = replace(PROTOCOLS[a.protocol], **{k: v for k, v in given.items() if v is not None})
     arms, asked = arms_of(families, t, mode, recipe, a.epochs, a.ablate, a.scratch), []
     for count in dict.fromkeys(int(c * t.available) if isinstance(c, float) else c for c in counts):
         if count == 'all' or 10 <= count <= t.available:
@@ -989,15 +987,12 @@ def evaluate_task(families, t, mode, counts, a, out):
     return rows, classes, pairs
 
 
-
-
-
 def report(t, task, arms, scores, count, a, several):
     """Print one table and write one JSON file per run (none for random encoders); returns rows for the CSV file."""
     first = next(iter(scores.values()))
     main, resamples = first.main, len(first.boot[first.main])
     others = [m for m in first.point if m != main]
-    names, rows, wide = [t.ds.label_names[t.columns[c]] for c in t.parts[task]], [], max(map(len, scores)) + 2
+    names, rows, wide = [t.label_names[c] for c in t.parts[task]], [], max(map(len, scores)) + 2
     print(f'  {task}: {len(names)} labels' + (f'; intervals from {resamples} resamples, since there is so much' if resamples < 1000 else ''))
     print(f'{"labels":>8s}  {"arm":{wide}s}macro {main:7s}95 % interval   ' + ''.join(f'{m:7s}' for m in others) + 'minus its reference')
     for name, score in scores.items():
@@ -1021,7 +1016,7 @@ def report(t, task, arms, scores, count, a, several):
                              'minus_reference': ' '.join(f'{v:.4f}' for v in minus[metric]), 'seed': seed, 'point': points.mean()})
                 if arm.runs and metric == main:
                     result = dict(rows[-1], command=' '.join(sys.argv), checkpoint=arm.runs[i]['hash'], contract=arm.runs[i]['contract'],
-                                  recipe=dataclasses.asdict(arm.recipe), names=names, left_out=t.unscored,
+                                  recipe=asdict(arm.recipe), names=names, left_out=t.unscored,
                                   per_class={m: dict(zip(names, score.per_class[m].tolist())) for m in score.per_class})
                     special = [*([name] if name not in ('pretrained', 'from scratch') else []), arm.mode, *([a.protocol] if a.protocol != 'quick' else [])]
                     file = f'results_{slug(t.ds.name, task, *special, count, seed)}.json'
@@ -1045,7 +1040,7 @@ def per_class(t, task, scores, mode, count):
     rows = []
     for i, c in enumerate(t.parts[task]):
         y = t.y[:, c]
-        rows.append(dict(data=t.ds.name, task=task, mode=mode, labels=count, label=t.ds.label_names[t.columns[c]], known=int(np.isfinite(y).sum()),
+        rows.append(dict(data=t.ds.name, task=task, mode=mode, labels=count, label=t.label_names[c], known=int(np.isfinite(y).sum()),
                          positive='' if t.numbers[c] else int((y > 0).sum()),
                          **{f'{n} {m}': f'{v[i]:.4f}' for n, s in scores.items() for m, v in s.per_class.items() if np.isfinite(v[i])}))
     return rows
@@ -1075,7 +1070,7 @@ def draw_pca(arms, t, path):
         points = U[:, :2] * S[:2]
         ax.scatter(*points.T, s=4, color='#cccccc', label='others')
         for c, color in zip(common, ('C0', 'C3')):
-            ax.scatter(*points[t.raw[rows, c] > 0].T, s=6, color=color, label=t.ds.label_names[t.columns[c]])
+            ax.scatter(*points[t.raw[rows, c] > 0].T, s=6, color=color, label=t.label_names[c])
         share = S ** 2 / (S ** 2).sum()
         rank = np.exp(-(share * np.log(share + 1e-12)).sum())
         ax.set_title(f'{name}: {100 * share[:2].sum():.0f} % of variance, effective rank {rank:.1f}', size=9)
@@ -1150,13 +1145,13 @@ def at_rate(fs, to):
 
 def cohort(t, name):
     """Records of another dataset that the probes of task `t` can be asked about: (dataset, its rows, columns of the probe, labels)."""
-    other, names = Dataset(name), [t.ds.label_names[c] for c in t.columns]
-    common = [c for c in t.parts[t.names[0]] if names[c] in other.label_names]
+    other = Dataset(name)
+    common = [c for c in t.parts[t.names[0]] if t.label_names[c] in other.label_names]
     rows = np.flatnonzero((other.length >= t.samples) & ~overlap(other, t.seen | {*t.ds.patient.tolist(), *t.ds.id.tolist()}))
     if not common or other.contract.differs(t.ds.contract) or not len(rows) or t.numbers.any():
         raise Stop(f'--cohort {name}: a dataset of patients seen neither here nor in pretraining, with the same contract and some of the same '
                    'yes/no labels is needed')
-    return other, rows, common, np.array(other.labels[rows][:, [other.label_names.index(names[c]) for c in common]], float)
+    return other, rows, common, np.array(other.labels[rows][:, [other.label_names.index(t.label_names[c]) for c in common]], float)
 
 
 def robustness(families, t, a, out):
@@ -1289,14 +1284,11 @@ def hsic(K, L):
     return ((K * L).sum() + K.sum() * L.sum() / (n - 1) / (n - 2) - 2 / (n - 2) * K.sum(0) @ L.sum(0)) / n / (n - 3)
 
 
-def cka(X, Y, debiased=True):
+def cka(X, Y):
     """Linear centred kernel alignment (Kornblith et al. 2019) of X (n, p) and Y (n, q), the same records in rows: 1 where one is the other
-    up to rotation and scale. Debiased (Nguyen et al. 2021) it is near 0, and may be below, for unrelated ones at any width; n >= 4."""
-    if debiased:
-        K, L = X @ X.T, Y @ Y.T
-        return hsic(K, L) / math.sqrt(hsic(K, K) * hsic(L, L))
-    X, Y = X - X.mean(0), Y - Y.mean(0)
-    return ((X.T @ Y) ** 2).sum() / np.linalg.norm(X.T @ X) / np.linalg.norm(Y.T @ Y)
+    up to rotation and scale. Debiased (Nguyen et al. 2021): near 0, and it may be below, for unrelated ones at any width; n >= 4."""
+    K, L = X @ X.T, Y @ Y.T
+    return hsic(K, L) / math.sqrt(hsic(K, K) * hsic(L, L))
 
 
 def layer_features(encoder, ds, rows, samples, device):
@@ -1381,7 +1373,7 @@ def embeddings(families, t, a, out):
             file = Path(r['path'], f'embeddings_{slug(t.ds.name)}.npz')
             X = embed(r['net'], t.ds, rows, t.crop(r['net']), t.device).astype(np.float32)
             np.savez(file, X=X, id=t.ds.id[rows], patient=t.ds.patient[rows], fold=t.ds.fold[rows], y=t.raw[rows].astype(np.float32),
-                     labels=np.array([t.ds.label_names[c] for c in t.columns]))
+                     labels=np.array(t.label_names))
             print(f'{file}: {X.shape[0]:,} x {X.shape[1]}')
     return []
 
@@ -1514,7 +1506,7 @@ def parse(argv=None):
     p.add_argument('runs', nargs='*', help='run folders (default: the newest in out/); those alike but for seeds are averaged, others compared')
     p.add_argument('--data', nargs='+', help='prepared datasets (default: the task\'s, else synthetic and sample)')
     p.add_argument('--task', nargs='+', help='tasks of the papers (--list) or label sets of the data (default: the first of '
-                   f'{", ".join(FIRST)})')
+                   'findings, super, snomed, dx2020, label, sequence)')
     p.add_argument('--mode', nargs='+', choices=['linear', 'frozen', 'finetune', 'scratch', 'knn', 'prototypes'], default=['linear'])
     p.add_argument('--protocol', choices=list(PROTOCOLS), default='quick',
                    help='released: 100 epochs of random crops as in 2605.12241; sc: the probe of 2605.17276')
