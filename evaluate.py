@@ -1337,8 +1337,15 @@ def similarity(families, t, a, out):
             for (i, (m, l)), (j, (n, k)) in itertools.combinations(enumerate(stages), 2)]
 
 
+def reliability(p, y):
+    """Of probabilities p (n,) in ten bins of equal width (3, 10): how many, their sum, how many of the labels y (n,) are positive."""
+    bins = np.minimum((p * 10).astype(int), 9)
+    return np.array([np.bincount(bins, w, 10) for w in (np.ones_like(p), p, y.astype(float))])
+
+
 def calibration(families, t, a, out):
-    """Reliability and ROC curves of linear probes, all classes pooled, with the expected calibration error."""
+    """Reliability and ROC curves of linear probes, all classes pooled, with the expected calibration error and Brier score: of each
+    encoder's probe, averaged, since the mean of several probes is another model, and better calibrated than any."""
     arms, task, rows = arms_of(families, t), t.names[0], []
     columns = [c for c in t.parts[task] if not t.numbers[c]]
     if not columns:
@@ -1347,15 +1354,17 @@ def calibration(families, t, a, out):
     y = t.y[:, columns][known] > 0
     fig, (left, right) = figure(1, 2, figsize=(10, 4.4), layout='constrained')
     for i, (name, arm) in enumerate(arms.items()):
-        p = np.mean([scipy.special.expit(t.output(e, arm, 'all', s, 0)[0]) for s, e in enumerate(arm.encoders)], 0)[:, columns][known]
-        bins = np.minimum((p * 10).astype(int), 9)
-        count, says, true = (np.bincount(bins, w, 10) for w in (np.ones_like(p), p, y.astype(float)))
-        error, brier, there = np.abs(says - true).sum() / len(p), float(((p - y) ** 2).mean()), count > 0
+        each = [scipy.special.expit(t.output(e, arm, 'all', s, 0)[0])[:, columns][known] for s, e in enumerate(arm.encoders)]
+        bins = [reliability(p, y) for p in each]
+        error = np.mean([np.abs(says - true).sum() / len(y) for _, says, true in bins])
+        brier = np.mean([((p - y) ** 2).mean() for p in each])
         print(f'  {name}: expected calibration error {error:.3f}, Brier {brier:.4f}')
         rows.append(dict(data=t.ds.name, task=task, arm=name, n=len(t.test), expected_calibration_error=error, brier=brier))
+        count, says, true = np.sum(bins, 0)
+        there = count > 0
         left.plot(says[there] / count[there], true[there] / count[there], 'o-', color=f'C{i}', label=f'{name}, expected calibration error {error:.3f}')
-        order = np.argsort(-p)
-        right.plot(np.cumsum(~y[order]) / (~y).sum(), np.cumsum(y[order]) / y.sum(), color=f'C{i}', label=name)
+        ranked = np.tile(y, len(each))[np.argsort(-np.concatenate(each))]
+        right.plot(np.cumsum(~ranked) / (~ranked).sum(), np.cumsum(ranked) / ranked.sum(), color=f'C{i}', label=name)
     left.set(xlabel='predicted probability', ylabel='share of positives', title=f'{t.ds.name}, {task}')
     right.set(xlabel='false positive rate', ylabel='true positive rate', title='all labels pooled')
     for ax, corner in ((left, 'upper left'), (right, 'lower right')):

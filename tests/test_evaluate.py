@@ -864,6 +864,20 @@ def test_subsets_keep_records_without_labels(here, run):
     assert (np.abs(table[half].sum(0) - table.sum(0) / 2) <= 2).all()
 
 
+def test_calibration_is_of_each_encoder(here, others, tmp_path):
+    """Not of their mean: beside one pretraining stand three random encoders, and an ensemble is calibrated better."""
+    runs = [open_run(r) for r in ('out/short', 'out/second')]
+    t, arm = Task('few', ['code'], runs, CPU), Arm('pretrained', [r['net'] for r in runs], 'linear', PROTOCOLS['quick'])
+    found = {r['arm']: r for r in evaluate.calibration({'pretrained': runs}, t, None, tmp_path)}['pretrained']
+    known, errors, briers = np.isfinite(t.y), [], []
+    for s, encoder in enumerate(arm.encoders):
+        p, y = scipy.special.expit(t.output(encoder, arm, 'all', s, 0)[0])[known], t.y[known]
+        bins = [(p >= k / 10) & (p < (k + 1) / 10) for k in range(10)]
+        errors.append(sum(abs(p[b].mean() - y[b].mean()) * b.mean() for b in bins if b.any()))
+        briers.append(np.mean((p - y) ** 2))
+    assert found['expected_calibration_error'] == pytest.approx(np.mean(errors)) and found['brier'] == pytest.approx(np.mean(briers))
+
+
 def test_changed_signals(here):
     x = Dataset('synthetic').crop(np.arange(20), np.zeros(20, int), 600)
     swapped = swap_arms(x)
