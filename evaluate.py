@@ -1194,9 +1194,11 @@ def robustness(families, t, a, out):
         for condition, change in changes.items():
             show(arm.name, condition, len(t.test), score_of(outputs(change)), clean)
         for condition, mine in people.items():
-            y = t.y[mine][:, columns]
-            if mine.sum() >= 20 and np.isfinite(auroc(np.zeros(y.shape), y, t.group[mine])[0]).any() or (t.numbers[columns].all() and mine.any()):
-                show(arm.name, condition, int(mine.sum()), score_of(plain, mine))
+            if mine.sum() < 20:
+                continue
+            score = score_of(plain, mine)
+            if np.isfinite(score.point[score.main]).all():       # some class has both labels
+                show(arm.name, condition, int(mine.sum()), score)
         for name, (other, known, common, y) in cohorts.items():
             found = [[probe[-1](embed(e, other, known, t.crop(e), t.device))[:, common]] for e, probe in zip(arm.encoders, probes)]
             show(arm.name, f'cohort {name}', len(known), Score(found, y, other.patient[known]))

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -801,7 +802,7 @@ def test_runs_are_grouped_and_named_by_what_differs():
 
 
 def test_tasks_are_sorted_by_training():
-    from types import SimpleNamespace as A
+    A = SimpleNamespace
     assert jobs_of(A(task=['ptbxl_all', 'ptbxl_super', 'ptbxl_form'], data=None)) == [('ptbxl', ['ptbxl_all', 'ptbxl_form']), ('ptbxl', ['ptbxl_super'])]
     assert jobs_of(A(task=None, data=None)) == [('synthetic', []), ('sample', [])] and jobs_of(A(task=['super'], data=['a', 'b'])) == [('a', ['super']), ('b', ['super'])]
     for task in (['super'], ['ptbxl_all', 'super']):
@@ -876,6 +877,15 @@ def test_calibration_is_of_each_encoder(here, others, tmp_path):
         errors.append(sum(abs(p[b].mean() - y[b].mean()) * b.mean() for b in bins if b.any()))
         briers.append(np.mean((p - y) ** 2))
     assert found['expected_calibration_error'] == pytest.approx(np.mean(errors)) and found['brier'] == pytest.approx(np.mean(briers))
+
+
+def test_groups_of_patients_are_twenty_records_or_more(here, run, tmp_path):
+    """Of numbers as of labels: one record would have an interval of no width."""
+    runs = [open_run(run)]
+    t = Task('few', ['target'], runs, CPU)
+    rows = evaluate.robustness({'pretrained': runs}, t, SimpleNamespace(cohort=[]), tmp_path)
+    count = {f'age {low} to {high - 1}': int(((t.ds.age >= low) & (t.ds.age < high)).sum()) for low, high in ((0, 40), (40, 60), (60, 80), (80, 120))}
+    assert {r['condition']: r['n'] for r in rows if 'age' in r['condition']} == {c: n for c, n in count.items() if n >= 20} and 0 < min(count.values()) < 20
 
 
 def test_changed_signals(here):
