@@ -1253,7 +1253,8 @@ def efficiency(families, t, a, out):
             rows.append(dict(data=t.ds.name, task=task, arm=name, labels=n, metric=f'macro {score.main}', mean=mean, low=low, high=high))
     if len(rows) < 5 * len(arms):
         print('  fewer than five sizes have ten labelled records: no law is fitted')
-    draw_laws(found, arms, 'macro MAE' if t.numbers.all() else '1 - macro AUROC', f'{t.ds.name}, {task}', out / f'efficiency_{slug(t.ds.name, task)}.png')
+    what = 'macro MAE' if t.numbers[columns].all() else '1 - macro AUROC'
+    draw_laws(found, arms, what, f'{t.ds.name}, {task}', out / f'efficiency_{slug(t.ds.name, task)}.png')
     return rows
 
 

@@ -888,6 +888,15 @@ def test_groups_of_patients_are_twenty_records_or_more(here, run, tmp_path):
     assert {r['condition']: r['n'] for r in rows if 'age' in r['condition']} == {c: n for c, n in count.items() if n >= 20} and 0 < min(count.values()) < 20
 
 
+def test_efficiency_names_the_metric_of_its_task(here, run, tmp_path, monkeypatch):
+    """Numbers that are trained together with labels, as MIMIC's age is."""
+    monkeypatch.setitem(TASKS, 'joint', replace(TASKS['ptbxl_all'], trained='code+target', scored='target', least=1))
+    drawn, runs = [], [open_run(run)]
+    monkeypatch.setattr(evaluate, 'figure', lambda *a, **k: drawn.append(data.figure(*a, **k)) or drawn[-1])
+    rows = evaluate.efficiency({'pretrained': runs}, Task('few', ['joint'], runs, CPU), SimpleNamespace(draws=1), tmp_path)
+    assert {r['metric'] for r in rows} == {'macro MAE'} and drawn[0][1].get_ylabel() == 'macro MAE'
+
+
 def test_changed_signals(here):
     x = Dataset('synthetic').crop(np.arange(20), np.zeros(20, int), 600)
     swapped = swap_arms(x)
