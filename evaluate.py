@@ -311,8 +311,6 @@ class Tokens:
                 self.h[mine.start + i, :len(tokens)] = tokens
                 self.count[mine.start + i] = len(tokens)
 
-
-
     def collate(self, rows, starts, samples):
         at = [self.at[row, start] for row, start in zip(rows.tolist(), starts.tolist())]
         count = torch.from_numpy(self.count[at])
