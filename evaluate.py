@@ -12,8 +12,8 @@ Modes, as in arXiv 2605.12241: linear (mean pooling, frozen encoder), frozen (at
 learns), scratch; and training-free knn and prototypes. Beside each pretraining stand random encoders of its shape, whose BatchNorm has
 seen data. Finished scores are kept in out/scores, so a command that was stopped goes on where it was.
 """
-import argparse, copy, csv, dataclasses, functools, hashlib, itertools, json, math, shlex, shutil, sys, tempfile, textwrap, time
-from dataclasses import dataclass
+import argparse, copy, csv, functools, hashlib, itertools, json, math, shlex, shutil, sys, tempfile, textwrap, time
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import TASKS, Contract, Dataset, Stop, arguments, figure, peak_memory, script, stratify
+from data import HERE, TASKS, Contract, Dataset, Stop, arguments, figure, peak_memory, script, stratify
 from models import (AttentionPool, Config, Encoder, MeanPool, groups, learning_rate, load, load_encoder, pick_device, pool, precision,
                     regularise, see_data, to_device)
 
@@ -51,7 +51,10 @@ def cells(score, y, group, weight):
         has = np.logical_or.reduceat(positive, first)
         first = first[new_group[first] | has | np.r_[False, has[:-1]]]                       # of each cell
         ends = np.r_[first, len(s)]
-        total = lambda mine: scipy.sparse.csr_array((np.ones(mine.sum()), known[mine], np.r_[0, np.cumsum(mine)][ends]), (len(first), len(y))) @ weight
+
+        def total(mine):                                         # a row for each cell, with 1 in the columns of its records
+            table = scipy.sparse.csr_array((np.ones(mine.sum()), known[mine], np.r_[0, np.cumsum(mine)][ends]), (len(first), len(y)))
+            return table @ weight
         yield k, total(positive), total(~positive), np.flatnonzero(new_group[first])
 
 
@@ -64,7 +67,8 @@ def auroc(score, y, group=None, weight=None):
     out = np.full((1 if weight is None else len(weight), y.shape[1]), np.nan)
     for k, P, N, starts in cells(score, y, group, weight):
         below = np.cumsum(N, 0) - N / 2                          # negatives at a tie count half
-        p, n, others = np.add.reduceat(P, starts), np.add.reduceat(N, starts), (below - N / 2)[starts]       # of each group, of those before it
+        others = (below - N / 2)[starts]                         # those of the groups before do not count
+        p, n = np.add.reduceat(P, starts), np.add.reduceat(N, starts)
         with np.errstate(invalid='ignore'):
             out[:, k] = (np.einsum('cr,cr->r', P, below) - (p * others).sum(0)) / (p * n).sum(0)
     return out
@@ -76,8 +80,8 @@ def average_precision(score, y, group=None, weight=None):
     out = np.full((1 if weight is None else len(weight), y.shape[1]), np.nan)
     if group is not None:
         score = score.copy()
-        for mine, k in itertools.product([group == g for g in np.unique(group)], range(y.shape[1])):
-            known = mine & np.isfinite(y[:, k])
+        for g, k in itertools.product(np.unique(group), range(y.shape[1])):
+            known = (group == g) & np.isfinite(y[:, k])
             score[known, k] = scipy.stats.rankdata(score[known, k]) / known.sum()
     for k, P, N, _ in cells(score, y, None, weight):
         found, asked = (np.cumsum(x[::-1], 0)[::-1] for x in (P, P + N))                     # at this score or above
@@ -91,15 +95,17 @@ def f1(margin, y, group=None, weight=None):
     weight = np.ones((1, len(y))) if weight is None else weight
     known, yes, true = np.isfinite(y), margin > 0, y > 0
     hits, asked, there = (weight @ (m & known).astype(float) for m in (yes & true, yes, true))
+    both = (true & known).any(0) & (~true & known).any(0)
     with np.errstate(invalid='ignore'):
-        return np.where(((true & known).any(0) & (~true & known).any(0)) & (there > 0), 2 * hits / (asked + there), np.nan)
+        return np.where(both & (there > 0), 2 * hits / (asked + there), np.nan)
 
 
 def mae(score, y, group=None, weight=None):
     """Mean absolute error of each target, in the unit of y."""
-    weight, known = np.ones((1, len(y))) if weight is None else weight, np.isfinite(y)
+    weight = np.ones((1, len(y))) if weight is None else weight
+    known = np.isfinite(y)
     with np.errstate(invalid='ignore'):
-        return weight @ np.where(known, np.abs(score - np.where(known, y, 0)), 0) / (weight @ known.astype(float))
+        return weight @ np.where(known, np.abs(score - y), 0) / (weight @ known.astype(float))
 
 
 def thresholds(score, y):
@@ -123,17 +129,17 @@ def thresholds(score, y):
 WORK = 1e10                                                      # resamples x records x columns that a Score may take: a minute or two
 
 
-def resample_patients(patient, resamples=1000, seed=0, bayesian=False):
+def resample_patients(patient, resamples=1000, bayesian=False):
     """Bootstrap over patients: how often each record counts in each resample, (R, n). bayesian: with weights drawn from a flat Dirichlet
     (Rubin 1981), under which no record, and so no rare class, ever vanishes."""
     names, index = np.unique(patient, return_inverse=True)
-    return patient_weights(len(names), resamples, seed, bayesian)[:, index].astype(float)
+    return patient_weights(len(names), resamples, bayesian)[:, index].astype(float)
 
 
 @functools.lru_cache(2)
-def patient_weights(n, resamples, seed, bayesian):
+def patient_weights(n, resamples, bayesian):
     """Weights of n patients (resamples, n), kept: with tens of thousands they take seconds."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     return n * rng.dirichlet(np.ones(n), resamples) if bayesian else rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.int16)
 
 
@@ -188,13 +194,13 @@ class Score:
         weight = resample_patients(patient, int(np.clip(WORK / y.size, 200, 1000)), bayesian=bayesian)
         weights = np.array_split(weight, -(-weight.size // 20_000_000))                      # a few hundred MB at once
         numbers = np.zeros(y.shape[1], bool) if numbers is None else numbers
+        none = None if empty is None else 0.                     # AUPRC and F1 of a class without both labels, where it counts
         self.point, self.boot, self.per_class = {}, {}, {}       # by metric: (S, draws), (R,), (K,)
-        for name, metric, values, mine in (('AUROC', auroc, outputs, ~numbers), ('AUPRC', average_precision, outputs, ~numbers),
-                                           ('F1', f1, margins, ~numbers), ('MAE', mae, outputs, numbers)):
+        for name, metric, values, mine, fill in (('AUROC', auroc, outputs, ~numbers, empty), ('AUPRC', average_precision, outputs, ~numbers, none),
+                                                 ('F1', f1, margins, ~numbers, none), ('MAE', mae, outputs, numbers, None)):
             if values is None or not mine.any():
                 continue
             value = lambda s, w=None: metric(s[:, mine], y[:, mine], group, w)
-            fill = {'AUROC': empty, 'AUPRC': empty and 0., 'F1': empty and 0.}.get(name)
             tables = [[value(s)[0] for s in draws] for draws in values]
             self.point[name] = np.array([[macro(t[None], fill)[0] for t in draws] for draws in tables])
             self.boot[name] = np.mean([np.concatenate([macro(value(s, w), fill) for w in weights]) for draws in values for s in draws], 0)
@@ -219,21 +225,35 @@ def compare(scores, margin=.005):
     """All pairs of a dict {name: Score}: rows with the paired difference, its 95 % interval, p, Holm's p over all pairs, and a verdict:
     equivalent (the 90 % interval lies within +-margin: two one-sided tests), however surely it is not 0; else better or worse (Holm's p
     under .05); else can't tell. And ranks: 1 + how many are better, so that models nobody can tell apart, or need to, tie."""
-    rows, sign = [], -1 if next(iter(scores.values())).main == 'MAE' else 1
+    rows, alike, sign = [], [], -1 if next(iter(scores.values())).main == 'MAE' else 1
     for (a, A), (b, B) in itertools.combinations(scores.items(), 2):
         points, boot = A.difference(B)
+        difference, low, high = interval(points, boot)
+        rows.append(dict(a=a, b=b, difference=difference, low=low, high=high, p=p_value(points, boot)))
         _, low, high = interval(points, boot, .9)
-        rows.append(dict(a=a, b=b, **dict(zip(('difference', 'low', 'high'), interval(points, boot))), p=p_value(points, boot),
-                         equivalent=-margin < low and high < margin))
-    for row, p in zip(rows, holm([r['p'] for r in rows])):
-        gain = 'better' if sign * row['difference'] > 0 else 'worse'
-        row |= dict(p_holm=p, verdict=f'equivalent within {margin:g}' if row.pop('equivalent') else gain if p < .05 else "can't tell")
-    beaten = {n: sum((r['a'] == n and r['verdict'] == 'worse') or (r['b'] == n and r['verdict'] == 'better') for r in rows) for n in scores}
-    return rows, {n: 1 + k for n, k in beaten.items()}
+        alike.append(-margin < low and high < margin)
+    beaten = []
+    for row, equivalent, p in zip(rows, alike, holm([r['p'] for r in rows])):
+        row |= dict(p_holm=p, verdict="can't tell")
+        if equivalent:
+            row['verdict'] = f'equivalent within {margin:g}'
+        elif p < .05:
+            better = sign * row['difference'] > 0
+            row['verdict'] = 'better' if better else 'worse'
+            beaten.append(row['b'] if better else row['a'])
+    return rows, {name: 1 + beaten.count(name) for name in scores}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what an encoder makes of records: embeddings, and tokens kept for heads on a frozen encoder
+
+def batches(ds, owner, start, samples, device, name):
+    """The crops of records `owner` from `start` on, in order: (slice of them, their batch)."""
+    size = max(1, 128 * 600 // samples)                          # crops at once: what a processor's cache likes
+    for i in tqdm(range(0, len(owner), size), desc=name, leave=False, disable=None):
+        mine = slice(i, i + size)
+        yield mine, to_device(ds.collate(owner[mine], start[mine], samples), device)
+
 
 @torch.no_grad()
 def per_record(encode, ds, rows, samples, device, name='predicting', first=False):
@@ -241,14 +261,13 @@ def per_record(encode, ds, rows, samples, device, name='predicting', first=False
     assert len(set(rows)) == len(rows), 'a record is asked for twice'
     owner, start = (rows, np.zeros(len(rows), int)) if first else ds.crops(rows, samples)
     out = []
-    size = max(1, 128 * 600 // samples)                          # crops at once: what a processor's cache likes
-    for i in tqdm(range(0, len(owner), size), desc=name, leave=False, disable=None):
+    for _, batch in batches(ds, owner, start, samples, device, name):
         with precision(device):
-            out.append(encode(to_device(ds.collate(owner[i:i + size], start[i:i + size], samples), device)).double().cpu())
-    place = {row: i for i, row in enumerate(rows)}
-    place, out = torch.tensor([place[r] for r in owner]), torch.cat(out)
-    total = torch.zeros(len(rows), out.shape[1], dtype=torch.float64).index_add_(0, place, out)
-    return (total / torch.bincount(place, minlength=len(rows))[:, None]).numpy()
+            out.append(encode(batch).double().cpu())
+    out, place = torch.cat(out), {row: i for i, row in enumerate(rows)}
+    at = torch.tensor([place[row] for row in owner])
+    total = torch.zeros(len(rows), out.shape[1], dtype=torch.float64).index_add_(0, at, out)
+    return (total / torch.bincount(at, minlength=len(rows))[:, None]).numpy()
 
 
 def embed(encoder, ds, rows, samples, device, name='embedding', first=False):
@@ -262,31 +281,35 @@ class Tokens:
     that vanishes with the process. Serves `per_record` and `fit` in the Dataset's place: its batches hold h (B, L, D) and pad instead
     of x. pooled: only the mean over tokens, L = 1. mean and square: of each record's tokens, (len(ds), D)."""
 
+    @torch.no_grad()
     def __init__(self, encoder, ds, rows, samples, device, pooled=False, dtype=np.float16):
-        encoder, self.crops, self.length, self.samples = encoder.to(device).eval(), ds.crops, ds.length, samples
+        encoder, self.crops, self.length = encoder.to(device).eval(), ds.crops, ds.length
         owner, start = ds.crops(rows, samples)
-        self.at, self.file, self.h, self.count = dict(zip(zip(owner.tolist(), start.tolist()), range(len(owner)))), tempfile.TemporaryFile(), None, None
+        self.at = {crop: i for i, crop in enumerate(zip(owner.tolist(), start.tolist()))}    # where a crop's tokens lie
+        self.h, self.count = None, np.zeros(len(owner), int)
         self.mean, self.square = np.zeros((2, len(ds.length), encoder.dim))                  # the first is what `embed` gives
-        size = max(1, 128 * 600 // samples)
-        for i in tqdm(range(0, len(owner), size), desc='tokens', leave=False, disable=None):
-            with torch.no_grad(), precision(device):
-                h, pad = encoder(to_device(ds.collate(owner[i:i + size], start[i:i + size], samples), device))
+        for mine, batch in batches(ds, owner, start, samples, device, 'tokens'):
+            with precision(device):
+                h, pad = encoder(batch)
                 mean = pool(h, pad)
-                for total, part in ((self.mean, mean), (self.square, pool(h.float() ** 2, pad))):
-                    np.add.at(total, owner[i:i + size], part.double().cpu().numpy() / (ds.length[owner[i:i + size]] // samples)[:, None])
-                if pooled:
-                    h, pad = mean[:, None], None
+                square = pool(h.float() ** 2, pad)
+            crops = (ds.length[owner[mine]] // samples)[:, None]
+            np.add.at(self.mean, owner[mine], mean.double().cpu().numpy() / crops)
+            np.add.at(self.square, owner[mine], square.double().cpu().numpy() / crops)
+            if pooled:
+                h, pad = mean[:, None], None
             if self.h is None:
                 longest = h.shape[1] if pad is None else 1 + 12 * encoder.stem.most          # beats: as many as there is room for
-                need, free = len(owner) * longest * h.shape[2] * np.dtype(dtype).itemsize, shutil.disk_usage(tempfile.gettempdir()).free
+                shape, folder, self.file = (len(owner), longest, h.shape[2]), tempfile.gettempdir(), tempfile.TemporaryFile()
+                need, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free
                 if need > .9 * free:
-                    raise Stop(f'{ds.name}: the tokens take {need / 1e9:,.1f} GB, {tempfile.gettempdir()} has {free / 1e9:,.1f}: set TMPDIR to a '
-                               'larger disk, or take --protocol released, which keeps none')
-                self.h = np.memmap(self.file, dtype, 'w+', shape=(len(owner), longest, h.shape[2]))
-                self.count = np.zeros(len(owner), int)
-            for j, tokens in enumerate(h.float().cpu().numpy()):
-                tokens = tokens if pad is None else tokens[~pad[j].cpu().numpy()]
-                self.h[i + j, :len(tokens)], self.count[i + j] = tokens, len(tokens)
+                    raise Stop(f'{ds.name}: the tokens take {need / 1e9:,.1f} GB, {folder} has {free / 1e9:,.1f}: set TMPDIR to a larger disk, '
+                               'or take --protocol released, which keeps none')
+                self.h = np.memmap(self.file, dtype, 'w+', shape=shape)
+            for i, tokens in enumerate(h.float().cpu().numpy()):
+                tokens = tokens if pad is None else tokens[~pad[i].cpu().numpy()]
+                self.h[mine.start + i, :len(tokens)] = tokens
+                self.count[mine.start + i] = len(tokens)
 
     def collate(self, rows, starts, samples):
         at = [self.at[row, start] for row, start in zip(rows.tolist(), starts.tolist())]
@@ -307,14 +330,14 @@ def logistic(X, Y, l2):
 
     L-BFGS in the principal axes of X, each axis and class scaled by its curvature: the same minimum in far fewer steps."""
     X, Y = torch.from_numpy(X), torch.from_numpy(Y).double()
-    known, D = Y.isfinite(), X.shape[1]
+    known = Y.isfinite()
     T, share = torch.where(known, Y, 0.), known / known.sum(0).clamp(min=1)                  # an unknown label has no share
+    rate = (T * share).sum(0).clamp(1e-3, 1 - 1e-3)
     variance, axes = torch.linalg.eigh(X.T @ X / len(X))
-    Z, rate = torch.cat([X @ axes, X.new_ones(len(X), 1)], 1), (T * share).sum(0).clamp(1e-3, 1 - 1e-3)
-    penalty = torch.cat([X.new_full((D, 1), l2), X.new_zeros(1, 1)])
+    Z = torch.cat([X @ axes, X.new_ones(len(X), 1)], 1)          # (n, D + 1)
     variance = torch.cat([variance.clamp(min=0), X.new_ones(1)])
+    penalty = torch.cat([X.new_full((X.shape[1], 1), l2), X.new_zeros(1, 1)])
     scale = (variance[:, None] * rate * (1 - rate) + penalty) ** -.5                         # (D + 1, K)
-
     v = torch.zeros_like(scale)
 
     def loss():
@@ -327,9 +350,10 @@ def logistic(X, Y, l2):
     torch.set_num_threads(threads if Z.numel() * scale.shape[1] > 2e7 else 1)
     torch.optim.LBFGS([v], max_iter=1000, tolerance_grad=1e-6, tolerance_change=0, history_size=10, line_search_fn='strong_wolfe').step(loss)
     torch.set_num_threads(threads)
-    if v.grad.abs().max() > 1e-4:
-        print(f'  the probe at l2 {l2} has not converged: gradient {v.grad.abs().max():.1e}', file=sys.stderr)
-    return torch.cat([axes @ (v * scale)[:-1], (v * scale)[-1:]]).numpy()
+    if (steepest := v.grad.abs().max()) > 1e-4:
+        print(f'  the probe at l2 {l2} has not converged: gradient {steepest:.1e}', file=sys.stderr)
+    w = v * scale
+    return torch.cat([axes @ w[:-1], w[-1:]]).numpy()
 
 
 def ridge(X, Y, l2):
@@ -341,7 +365,8 @@ def ridge(X, Y, l2):
         if not known.any():
             continue
         Z = np.c_[X[known], np.ones(known.sum())]
-        out[:, k] = np.linalg.lstsq(Z.T @ Z / len(Z) + np.diag(np.r_[np.full(X.shape[1], l2), 0]), Z.T @ Y[known, k] / len(Z), rcond=None)[0]
+        penalty = np.diag(np.r_[np.full(X.shape[1], l2), 0])
+        out[:, k] = np.linalg.lstsq(Z.T @ Z / len(Z) + penalty, Z.T @ Y[known, k] / len(Z), rcond=None)[0]
     return out
 
 
@@ -358,21 +383,24 @@ def linear_probe(X, Y, train, val, numbers=None, refit=True, worth=None):
                 w[:, mine] = solve(Z, Y[rows][:, mine], penalty)
         return lambda features: (features - mean) / std @ w[:-1] + w[-1]
 
-    best = [None, None]
+    best = [None, None]                                          # of classes and of numbers: value, L2, scores on val
     for l2 in L2:                                                # from strong to weak: of equals the strongest
         z, y = fitted(train, (l2, l2))(X[val]), Y[val]
         for i, (mine, value) in enumerate(((~numbers, worth or probe_value), (numbers, number_value))):
             v = value(z[:, mine], y[:, mine])
             if best[i] is None or v > best[i][0]:
                 best[i] = v, l2, z
+    (_, l2_classes, z_classes), (_, l2_numbers, z_numbers) = best
     rows = np.concatenate([train, val]) if refit else train
-    return fitted(rows, (best[0][1], best[1][1])), np.where(numbers, best[1][2], best[0][2])
+    return fitted(rows, (l2_classes, l2_numbers)), np.where(numbers, z_numbers, z_classes)
 
 
 def probe_value(z, y):
     """Macro AUROC, or minus the BCE where no class has both labels; 0 where nothing is known."""
     table = auroc(z, y)
-    return macro(table)[0] if np.isfinite(table).any() else -entropy(z, y) if np.isfinite(y).any() else 0.
+    if np.isfinite(table).any():
+        return macro(table)[0]
+    return -entropy(z, y) if np.isfinite(y).any() else 0.
 
 
 def entropy(z, y):
@@ -392,19 +420,20 @@ def training_free(X, Y, train, val, how, k=20):
     records, weighted by similarity; prototypes: similarity to the mean of a class's positives less that to the mean of the others."""
     def fitted(rows):
         mean, std = X[rows].mean(0), X[rows].std(0) + 1e-6
-        known, unit = np.isfinite(Y[rows]), lambda features: unit_rows((features - mean) / std)
-        Z, y = unit(X[rows]), np.where(known, Y[rows], 0)       # what is unknown has weight 0
+        unit = lambda features: unit_rows((features - mean) / std)
+        known = np.isfinite(Y[rows])                             # what is unknown has weight 0
+        Z, y = unit(X[rows]), np.where(known, Y[rows], 0)
 
         def knn(features):
             if len(features) > 500:                              # what fits into memory, many records and labels as there may be
                 return np.concatenate([knn(part) for part in np.array_split(features, -(-len(features) // 500))])
             similar = unit(features) @ Z.T                       # (n, labelled)
             near = np.argsort(-similar, 1, kind='stable')[:, :k]
-            w = np.maximum(np.take_along_axis(similar, near, 1), 0)[..., None] * known[near] + 1e-9 * known[near]             # (n, k, K)
+            w = (np.maximum(np.take_along_axis(similar, near, 1), 0) + 1e-9)[..., None] * known[near]        # (n, k, K)
             return (w * y[near]).sum(1) / w.sum(1).clip(1e-12)
 
         def prototypes(features):
-            centre = lambda share: unit_rows(share.T @ Z / share.sum(0)[:, None].clip(1e-12))                                 # (K, D)
+            centre = lambda members: unit_rows(members.T @ Z / members.sum(0)[:, None].clip(1e-12))          # (K, D)
             return unit(features) @ (centre(known * (y > 0)) - centre(known * (y == 0))).T
         return knn if how == 'knn' else prototypes
     return fitted(np.concatenate([train, val])), fitted(train)(X[val])
@@ -421,11 +450,11 @@ def unit_rows(x):
 @dataclass(frozen=True)
 class Recipe:
     """How a head, or everything, is trained downstream."""
-    epochs: dict = dataclasses.field(default_factory=lambda: dict(linear=20, frozen=20, finetune=6, scratch=6))
+    epochs: dict = field(default_factory=lambda: dict(linear=20, frozen=20, finetune=6, scratch=6))
     batch: int = 32
     lr: float = 1e-3                                             # of the head, times `factor`
-    steps: dict = dataclasses.field(default_factory=lambda: dict(linear=500, frozen=500, finetune=70, scratch=70))          # at the least
-    factor: dict = dataclasses.field(default_factory=lambda: dict(linear=1., frozen=10., finetune=20., scratch=5.))          # of lr: steps are few
+    steps: dict = field(default_factory=lambda: dict(linear=500, frozen=500, finetune=70, scratch=70))          # at the least
+    factor: dict = field(default_factory=lambda: dict(linear=1., frozen=10., finetune=20., scratch=5.))          # of lr: steps are few
     standardise: bool = True                                     # tokens of frozen encoders, by mean and SD over the training records
     weight_decay: float = 1e-3
     schedule: str = 'cosine'
@@ -454,7 +483,8 @@ def loss_of(logits, target, numbers):
     batch knows nothing do not count (2605.12241's joint loss)."""
     known = target.isfinite()
     y = torch.where(known, target, 0.)
-    error = torch.where(numbers, (logits - y).abs(), F.binary_cross_entropy_with_logits(logits, y.clamp(0, 1), reduction='none')) * known
+    bce = F.binary_cross_entropy_with_logits(logits, y.clamp(0, 1), reduction='none')
+    error = torch.where(numbers, (logits - y).abs(), bce) * known                            # (B, K)
     column, counts = error.sum(0) / known.sum(0).clamp(min=1), known.any(0)
     return sum(column[mine].sum() / mine.sum().clamp(min=1) for mine in (counts & ~numbers, counts & numbers))
 
@@ -462,14 +492,29 @@ def loss_of(logits, target, numbers):
 def rates(encoder, head, mode, recipe):
     """Optimiser groups. finetune: head lr, backbone lr / 10, stem lr / 100, as in 2605.12241, or layer by layer where recipe.decay is
     given; scratch: one rate."""
-    lr, L = recipe.lr * recipe.factor[mode], len(encoder.blocks)
+    lr = recipe.lr * recipe.factor[mode]
     middle = nn.ModuleList([encoder.blocks, encoder.norm])
-    parts = {'finetune': [(head, lr), (middle, lr / 10), (encoder.stem, lr / 100)],
-             'scratch': [(m, lr) for m in (head, middle, encoder.stem)]}.get(mode, [(head, lr)])
     if mode == 'finetune' and recipe.decay:
         layers = [encoder.stem, *encoder.blocks[:-1], nn.ModuleList([encoder.blocks[-1], encoder.norm]), head]
-        parts = [(m, lr * recipe.decay ** (L + 1 - l)) for l, m in enumerate(layers)]
+        parts = [(m, lr * recipe.decay ** (len(layers) - 1 - l)) for l, m in enumerate(layers)]
+    elif mode == 'finetune':
+        parts = [(head, lr), (middle, lr / 10), (encoder.stem, lr / 100)]
+    elif mode == 'scratch':
+        parts = [(m, lr) for m in (head, middle, encoder.stem)]
+    else:
+        parts = [(head, lr)]
     return [g for m, rate in parts for g in groups(m, rate, recipe.weight_decay)]
+
+
+def new_head(dim, classes, mode, dropout, start):
+    """Attention pooling for frozen, else mean pooling, whose weights may start as a probe (D + 1, K) on mean embeddings."""
+    if mode == 'frozen':
+        return AttentionPool(dim, classes)
+    head = MeanPool(dim, classes, dropout or 0.)
+    if start is not None:
+        head.out.weight.data.copy_(torch.from_numpy(start[:-1].T))
+        head.out.bias.data.copy_(torch.from_numpy(start[-1]))
+    return head
 
 
 def fit(encoder, source, y, train, val, test, samples, mode, recipe, device, seed=0, numbers=None, epochs=None, start=None):
@@ -481,18 +526,17 @@ def fit(encoder, source, y, train, val, test, samples, mode, recipe, device, see
     rng, cached, still = np.random.default_rng(seed), isinstance(source, Tokens), mode in ('linear', 'frozen')
     numbers = np.zeros(y.shape[1], bool) if numbers is None else numbers
     kinds = torch.from_numpy(numbers).to(device)
-    head = (AttentionPool(encoder.dim, y.shape[1]) if mode == 'frozen' else MeanPool(encoder.dim, y.shape[1], recipe.dropout or 0.)).to(device)
-    encoder = encoder.to(device) if still else copy.deepcopy(encoder).to(device).requires_grad_(True)
+    head = new_head(encoder.dim, y.shape[1], mode, recipe.dropout, start).to(device)
     if not still:
+        encoder = copy.deepcopy(encoder).requires_grad_(True)
         regularise(encoder, recipe.path, recipe.dropout)
-    if start is not None:
-        head.out.weight.data.copy_(torch.from_numpy(start[:-1].T))
-        head.out.bias.data.copy_(torch.from_numpy(start[-1]))
+    encoder = encoder.to(device)
     optimiser = torch.optim.AdamW(rates(encoder, head, mode, recipe), lr=recipe.lr)
     learns = [p for g in optimiser.param_groups for p in g['params']]
     size = min(recipe.batch, len(train))
-    per_epoch, best, since = len(train) // size, (-math.inf, None), 0
+    per_epoch = len(train) // size
     epochs = epochs or max(recipe.epochs[mode], -(-recipe.steps[mode] // per_epoch))
+    warmup = .05 if recipe.schedule == 'cosine' else 0.
 
     shift, scale = 0., 1.
     if cached and recipe.standardise:
@@ -506,21 +550,29 @@ def fit(encoder, source, y, train, val, test, samples, mode, recipe, device, see
             h, pad = encoder(batch)
         return head(h, pad).float()
 
-    def predict(rows):
-        encoder.eval(), head.eval()
-        return per_record(lambda batch: torch.where(kinds, z := output(batch), z.sigmoid()), source, rows, samples, device)
+    def scores(batch):
+        z = output(batch)
+        return torch.where(kinds, z, z.sigmoid())
 
+    def predict(rows):
+        encoder.eval()
+        head.eval()
+        return per_record(scores, source, rows, samples, device)
+
+    best, since = (-math.inf, None, None), 0                     # value, weights, scores on val
     for epoch in tqdm(range(epochs), desc=mode, leave=False, disable=None):
-        encoder.train(not still), head.train()
+        encoder.train(not still)
+        head.train()
         order = rng.permutation(train)
         for i in range(per_epoch):
             rows = order[i * size:(i + 1) * size]
             u, room = rng.random(size), source.length[rows]
             starts = (u * (room // samples)).astype(int) * samples if cached else (u * (room - samples + 1)).astype(int)
             for group in optimiser.param_groups:
-                group['lr'] = learning_rate(epoch * per_epoch + i, epochs * per_epoch, group['peak'], recipe.schedule, .05 * (recipe.schedule == 'cosine'))
+                group['lr'] = learning_rate(epoch * per_epoch + i, epochs * per_epoch, group['peak'], recipe.schedule, warmup)
+            batch = to_device(source.collate(rows, starts, samples), device)
             with precision(device):
-                loss = loss_of(output(to_device(source.collate(rows, starts, samples), device)), torch.from_numpy(y[rows]).float().to(device), kinds)
+                loss = loss_of(output(batch), torch.from_numpy(y[rows]).float().to(device), kinds)
             if not loss.isfinite():
                 raise Stop(f'{mode}: the loss is {loss.item()} in epoch {epoch}; try a lower rate')
             loss.backward()
@@ -528,16 +580,18 @@ def fit(encoder, source, y, train, val, test, samples, mode, recipe, device, see
             optimiser.step()
             optimiser.zero_grad()
         z = predict(val)
-        logits, known = scipy.special.logit(z[:, ~numbers].clip(1e-12, 1 - 1e-12)), y[val][:, ~numbers]
-        value = (-entropy(logits, known) if recipe.by_loss else probe_value(logits, known)) + number_value(z[:, numbers], y[val][:, numbers])
+        logits, truth = scipy.special.logit(z[:, ~numbers].clip(1e-12, 1 - 1e-12)), y[val][:, ~numbers]
+        value = -entropy(logits, truth) if recipe.by_loss else probe_value(logits, truth)
+        value += number_value(z[:, numbers], y[val][:, numbers])
         if not best[0] >= value:
             best, since = (value, copy.deepcopy((head.state_dict(), None if still else encoder.state_dict())), z), 0
         elif recipe.patience and (since := since + 1) >= recipe.patience:
             break
-    head.load_state_dict(best[1][0])
+    _, (head_weights, encoder_weights), z = best
+    head.load_state_dict(head_weights)
     if not still:
-        encoder.load_state_dict(best[1][1])
-    return best[2], predict(test)
+        encoder.load_state_dict(encoder_weights)
+    return z, predict(test)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -565,15 +619,18 @@ def plans(ds, rows, seen, folds=None, allow=False):
     if len(names) < 3:
         raise Stop(f'{ds.name}: labelled records in {len(names)} folds; three are needed for train, validation and test')
     which = lambda *f: rows[np.isin(ds.fold[rows], f)]
-    result = [[rows[~np.isin(ds.fold[rows], (f, names[i - 1]))], which(names[i - 1]), which(f)] for i, f in enumerate(names)]
-    result = [[which(*f) for f in folds]] if folds else result if small else result[-1:]
+    if folds:
+        result = [[which(*f) for f in folds]]
+    else:
+        result = [[rows[~np.isin(ds.fold[rows], (f, names[i - 1]))], which(names[i - 1]), which(f)] for i, f in enumerate(names)]
+        result = result if small else result[-1:]
     for train, val, test in result:
         assert not set(ds.patient[test]) & set(ds.patient[np.r_[train, val]]), 'a patient of the test fold is in training or validation'
     known = overlap(ds, seen)
     clean = [p for p in result if allow or not known[p[2]].any()]
     if n := sum(known[p[2]].sum() for p in result):
-        print(f'  {n:,} test records are of patients seen in pretraining' + (', allowed' if allow else f'; {len(result) - len(clean)} of {len(result)} test folds '
-              'are left out'))
+        fate = ', allowed' if allow else f'; {len(result) - len(clean)} of {len(result)} test folds are left out'
+        print(f'  {n:,} test records are of patients seen in pretraining{fate}')
     if not clean:
         raise Stop(f'{ds.name}: the encoder was pretrained on patients of every test fold: take other data, pretrain on its training folds, or --allow overlap')
     return clean, small
@@ -599,11 +656,13 @@ def digest(*things):
     """A short hash of arrays, tensors and whatever json can write."""
     h = hashlib.blake2b(digest_size=10)
     for t in things:
-        h.update(t.cpu().numpy().tobytes() if torch.is_tensor(t) else t.tobytes() if isinstance(t, np.ndarray) else json.dumps(t, sort_keys=True, default=str).encode())
+        if torch.is_tensor(t):
+            t = t.cpu().numpy()
+        h.update(t.tobytes() if isinstance(t, np.ndarray) else json.dumps(t, sort_keys=True, default=str).encode())
     return h.hexdigest()
 
 
-SOURCE = digest(*(np.frombuffer((Path(__file__).parent / f).read_bytes(), np.uint8) for f in ('data.py', 'models.py', 'evaluate.py')))
+SOURCE = digest(*((HERE / f).read_text() for f in ('data.py', 'models.py', 'evaluate.py')))
 
 
 @dataclass(eq=False)
@@ -616,6 +675,11 @@ class Arm:
     epochs: int = None
     runs: list = ()
     reference: str = ''
+
+    @property
+    def solved(self):
+        """Whether its probe is solved, or nothing learns: no epochs."""
+        return self.mode in ('knn', 'prototypes') or (self.mode == 'linear' and self.recipe.solved)
 
 
 def shape(run):
@@ -635,52 +699,58 @@ class Task:
     encoder on them. Names are the papers' (data.TASKS) or the dataset's own label sets."""
 
     def __init__(self, data, names, runs, device, allow=(), empty=None):
-        target = TASKS.get((names or [''])[0])
+        target = TASKS.get(names[0]) if names else None
         if target and data == target.data and not Path('datasets', data).exists():
             raise Stop(f'task {names[0]} needs datasets/{data}: {target.prepare}')
         self.ds, self.device, self.empty = Dataset(data), device, empty
         self.names = names or [first_task(self.ds)]
-        trained = target.trained if target else self.names[0]
-        columns = self.ds.columns(trained)
+        columns = np.array(self.ds.columns(target.trained if target else self.names[0]))
         for r in runs:
             if (differs := Contract.read(r['contract']).differs(self.ds.contract)) and 'contract' not in allow:
                 raise Stop(f'{r["path"]} was trained under another contract than datasets/{data} ({differs}): prepare the data with '
                            f'--fs {r["contract"]["fs"]} --filter {r["contract"]["filter"]} --norm {r["contract"]["norm"]}, or --allow contract')
         self.samples = max(self.crop(r['net']) for r in runs)    # records long enough for all
-        y = np.array(self.ds.labels[:, columns])
-        self.numbers = (np.isfinite(y) & ~np.isin(y, (0, 1))).any(0)
-        least = target.least if target else 1
-        common = self.numbers | (((y > 0).sum(0) >= least) & ((y == 0).sum(0) >= least))
-        columns, y, self.numbers = [c for c, keep in zip(columns, common) if keep], y[:, common], self.numbers[common]
-        if not columns:
-            raise Stop(f'{data}, task {self.names[0]}: too few positives: none of its labels is positive, and negative, in {least} of {len(self.ds):,} records')
-        rows = np.flatnonzero((self.ds.length >= self.samples) & np.isfinite(y).any(1))
         self.seen = set().union(*(r['patients'] for r in runs))
+
+        # columns: labels often enough yes and no, and numbers that every plan can learn
+        y = np.array(self.ds.labels[:, columns])
+        numbers = (np.isfinite(y) & ~np.isin(y, (0, 1))).any(0)
+        least = target.least if target else 1
+        kept = numbers | (((y > 0).sum(0) >= least) & ((y == 0).sum(0) >= least))
+        if not kept.any():
+            raise Stop(f'{data}, task {self.names[0]}: too few positives: none of its labels is positive, and negative, in {least} of {len(self.ds):,} records')
+        rows = np.flatnonzero((self.ds.length >= self.samples) & np.isfinite(y[:, kept]).any(1))
         self.plans, self.folded = plans(self.ds, rows, self.seen, target and target.folds, 'overlap' in allow)
-        learnt = ~self.numbers | np.all([np.isfinite(y[p[0]]).any(0) for p in self.plans], 0)
-        self.columns, self.numbers, self.raw = [c for c, k in zip(columns, learnt) if k], self.numbers[learnt], y[:, learnt]
+        kept &= ~numbers | np.all([np.isfinite(y[train]).any(0) for train, _, _ in self.plans], 0)
+        self.columns, self.numbers, self.raw = columns[kept].tolist(), numbers[kept], y[:, kept]
+        self.label_names = [self.ds.label_names[c] for c in self.columns]
+
+        # test records, and which columns can be scored on them
         self.test = np.concatenate([p[2] for p in self.plans])
         self.group = np.concatenate([np.full(len(p[2]), i) for i, p in enumerate(self.plans)])
         y = self.raw[self.test]
         scored = np.where(self.numbers, np.isfinite(y).any(0), np.isfinite(auroc(np.zeros(y.shape), y, self.group)[0]))
-        self.unscored = [self.ds.label_names[c] for c, s in zip(self.columns, scored) if not s]              # trained on all the same
+        self.unscored = [n for n, s in zip(self.label_names, scored) if not s]               # trained on all the same
         if not scored.any():
             raise Stop(f'{data}, task {self.names[0]}: no class has both labels among the {len(self.test)} test records; take more, or an '
-                       f'encoder pretrained on other data, so that every fold can be tested on')
+                       'encoder pretrained on other data, so that every fold can be tested on')
         self.parts = {name: self.part(name, scored | (empty is not None)) for name in self.names}
         self.y = np.concatenate([self.scaled(p)[p[2]] for p in self.plans])
         self.patient = self.ds.patient[self.test]
-        self.patients = None if np.array_equal(self.patient, self.ds.id[self.test]) else len(set(self.patient))               # None: the source names none
-        self.available = min(len(p[0]) + len(p[1]) for p in self.plans)
-        self.embeddings, self.fresh, self.tokens, self.encoded, self.seconds = {}, {}, (None, None), 0, 0.
+        self.patients = len(set(self.patient))
+        if np.array_equal(self.patient, self.ds.id[self.test]):
+            self.patients = None                                 # the source names none
+        self.available = min(len(train) + len(val) for train, val, _ in self.plans)
+        self.embeddings, self.fresh, self.tokens = {}, {}, (None, None)                      # kept for the next arm that asks
+        self.encoded, self.seconds = 0, 0.
 
     def part(self, name, scored):
         """Positions, among the columns trained on, of those that task `name` is scored on."""
-        full = [self.ds.label_names[c] for c in self.columns]
         wanted = {self.ds.label_names[c] for c in self.ds.columns(TASKS[name].scored if name in TASKS else name)}
-        if not wanted & set(full):                               # such as diag/IMI for all/IMI
-            wanted = {n for n in full if n.split('/', 1)[1] in {w.split('/', 1)[1] for w in wanted}}
-        found = [i for i, n in enumerate(full) if n in wanted and scored[i]]
+        if not wanted & set(self.label_names):                   # such as diag/IMI for all/IMI
+            codes = {n.split('/', 1)[1] for n in wanted}
+            wanted = {n for n in self.label_names if n.split('/', 1)[1] in codes}
+        found = [i for i, n in enumerate(self.label_names) if n in wanted and scored[i]]
         if not found:
             raise Stop(f'{self.ds.name}, task {name}: too few positives here for any of its labels')
         return found
@@ -691,8 +761,9 @@ class Task:
         made, samples = self.fresh.setdefault(shape(run), []), self.crop(run['net'])
         if len(made) >= count:
             return made[:count]
-        held = np.concatenate([part for p in self.plans for part in p[1:]])
-        held, contract = {*self.ds.patient[held].tolist(), *self.ds.id[held].tolist()}, Contract.read(run['contract'])
+        rows = np.concatenate([part for p in self.plans for part in p[1:]])
+        held = {*self.ds.patient[rows].tolist(), *self.ds.id[rows].tolist()}
+        contract = Contract.read(run['contract'])
         for name in (run['data'], self.ds.name, 'synthetic', 'sample'):
             if name in ('synthetic', 'sample') or all(Path('datasets', part).is_dir() for part in name.split(',')):
                 ds = Dataset(name)
@@ -701,7 +772,8 @@ class Task:
                 if len(rows) and not contract.differs(ds.contract):
                     break
         else:
-            raise Stop(f'random encoders must see records of {run["path"]}\'s contract that nothing is tested on: prepare {run["data"]}, on which it was pretrained')
+            raise Stop(f'random encoders must see records of {run["path"]}\'s contract that nothing is tested on: prepare {run["data"]}, '
+                       'on which it was pretrained')
         for i in range(len(made), count):
             torch.manual_seed(10_000 + i)
             made.append(see_data(fresh(run), (ds.batch(rows, samples, min(64, len(rows)), i, s) for s in range(8))))
@@ -711,7 +783,8 @@ class Task:
         """Labels (len(ds), K), numbers to mean 0 and SD 1 of the plan's training records."""
         if not self.numbers.any():
             return self.raw
-        y, train = self.raw.copy(), self.raw[plan[0]][:, self.numbers].astype(float)
+        y = self.raw.copy()
+        train = y[plan[0]][:, self.numbers].astype(float)
         y[:, self.numbers] = (y[:, self.numbers] - np.nanmean(train, 0)) / np.nanstd(train, 0).clip(1e-9)
         return y
 
@@ -734,7 +807,7 @@ class Task:
         if id(encoder) not in self.embeddings:
             rows, X = self.rows(), np.zeros((len(self.ds), encoder.dim))
             X[rows] = self.timed(lambda: embed(encoder, self.ds, rows, self.crop(encoder), self.device, name), rows)
-            self.embeddings[id(encoder)] = encoder, X
+            self.embeddings[id(encoder)] = encoder, X            # with the encoder, lest another gets its id
         return self.embeddings[id(encoder)][1]
 
     def source(self, encoder, mode, recipe):
@@ -750,37 +823,39 @@ class Task:
 
     def fitted(self, encoder, plan, arm, count='all', seed=0, draw=0):
         """One training: (scores on val, on test), and the labelled val rows."""
-        train, val = draw_labels(*plan[:2], count, draw)
-        y, free = self.scaled(plan), arm.mode in ('knn', 'prototypes')
+        (train, val), test = draw_labels(*plan[:2], count, draw), plan[2]
+        y = self.scaled(plan)
         if arm.mode == 'prototypes' and self.numbers.any():
             raise Stop(f'{self.ds.name}, task {self.names[0]}: prototypes are of yes/no labels, and some of these are numbers')
-        if free or (arm.mode == 'linear' and arm.recipe.solved):
+        if arm.solved:
             X = self.embedding(encoder, arm.name)
-            predict, z = training_free(X, y, train, val, arm.mode) if free else linear_probe(X, y, train, val, self.numbers)
-            return z, predict(X[plan[2]]), val
+            predict, z = linear_probe(X, y, train, val, self.numbers) if arm.mode == 'linear' else training_free(X, y, train, val, arm.mode)
+            return z, predict(X[test]), val
         start = None
-        if arm.mode == 'finetune' and arm.recipe.preview:
-            predict, _ = linear_probe(self.embedding(encoder, arm.name), y, train, val, self.numbers, refit=False)           # val still chooses the epoch
+        if arm.mode == 'finetune' and arm.recipe.preview:        # not refitted: val still chooses the epoch
+            predict, _ = linear_probe(self.embedding(encoder, arm.name), y, train, val, self.numbers, refit=False)
             bias = predict(np.zeros((1, encoder.dim)))
             start = np.r_[predict(np.eye(encoder.dim)) - bias, bias]
         source = self.source(encoder, arm.mode, arm.recipe)
-        return *fit(encoder, source, y, train, val, plan[2], self.crop(encoder), arm.mode, arm.recipe, self.device, 1000 * seed + draw,
-                    self.numbers, arm.epochs, start), val
+        z, scores = fit(encoder, source, y, train, val, test, self.crop(encoder), arm.mode, arm.recipe, self.device, 1000 * seed + draw,
+                        self.numbers, arm.epochs, start)
+        return z, scores, val
 
     def output(self, encoder, arm, count, seed, draw):
         """Scores and margins (n, K) on the test records of all plans, from out/scores where they are known."""
-        how = [SOURCE, self.ds.hash, self.columns, arm.mode, dataclasses.asdict(arm.recipe), arm.epochs, count, seed, draw, self.crop(encoder),
-               dataclasses.asdict(encoder.config)]
+        how = [SOURCE, self.ds.hash, self.columns, arm.mode, asdict(arm.recipe), arm.epochs, count, seed, draw, self.crop(encoder),
+               asdict(encoder.config)]
         file = Path('out/scores', digest(how, *encoder.state_dict().values(), *itertools.chain(*self.plans)) + '.npz')
         if file.exists():
             return tuple(np.load(file)[k] for k in ('scores', 'margins'))
         before = digest(*encoder.state_dict().values())
-        parts = []
+        scores, margins = [], []
         for plan in self.plans:
             z, test, val = self.fitted(encoder, plan, arm, count, seed, draw)
-            parts.append((test, test - thresholds(z, self.scaled(plan)[val])))
+            scores.append(test)
+            margins.append(test - thresholds(z, self.scaled(plan)[val]))
         assert digest(*encoder.state_dict().values()) == before, 'evaluation changed the encoder that was given to it'
-        scores, margins = (np.concatenate(p) for p in zip(*parts))
+        scores, margins = np.concatenate(scores), np.concatenate(margins)
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, suffix='.npz', delete=False) as f:
             np.savez(f, scores=scores, margins=margins)
@@ -789,8 +864,9 @@ class Task:
 
     def score(self, arm, count='all', draws=1, bayesian=False):
         """{task: Score} over all encoders (one per seed) and label draws, the same for each."""
-        out = [[self.output(e, arm, count, seed, d) for d in range(1 if count == 'all' else draws)] for seed, e in enumerate(arm.encoders)]
-        pick = lambda which, columns: [[o[which][:, columns] for o in draws_] for draws_ in out]
+        draws = 1 if count == 'all' else draws
+        out = [[self.output(e, arm, count, seed, d) for d in range(draws)] for seed, e in enumerate(arm.encoders)]
+        pick = lambda which, columns: [[o[which][:, columns] for o in of_seed] for of_seed in out]
         return {name: Score(pick(0, c), self.y[:, c], self.patient, self.group, pick(1, c), self.numbers[c], bayesian, self.empty)
                 for name, c in self.parts.items()}
 
@@ -798,25 +874,37 @@ class Task:
 # ---------------------------------------------------------------------------------------------------------------------
 # arms, tables, figures
 
+def slug(*words):
+    """Words as part of a file name."""
+    return '_'.join(str(w).replace(',', '+').replace(' ', '-').replace('/', '-') for w in words)
+
+
+def signed(difference, low, high):
+    return f'{difference:+.3f} [{low:+.3f}, {high:+.3f}]'
+
+
 def grouped(runs):
     """Runs that differ in nothing but their seeds, together: {name: runs}, named by what sets them apart. Stops where seeds collide or
     groups have other seeds than each other, since their differences are taken seed by seed."""
     free = ('seed', 'log_every', 'save_every', 'probe_every', 'probe_records', 'tokenizer')
-    kind, out = lambda r: json.dumps([r['step'], {k: v for k, v in r['args'].items() if k not in free}], sort_keys=True, default=str), {}
+    alike = {}
     for r in runs:
-        out.setdefault(kind(r), []).append(r)
-    found = [sorted(g, key=lambda r: r['seed']) for g in out.values()]
+        settings = {k: v for k, v in r['args'].items() if k not in free}
+        alike.setdefault(json.dumps([r['step'], settings], sort_keys=True, default=str), []).append(r)
+    found = [sorted(g, key=lambda r: r['seed']) for g in alike.values()]
     if any(len({r['seed'] for r in g}) < len(g) for g in found):
         raise Stop('two of these runs share all settings and the seed: give each once')
     if len({tuple(r['seed'] for r in g) for g in found}) > 1:
         raise Stop('compared pretrainings need the same seeds, since differences are taken seed by seed; here: '
                    + '; '.join(f'{Path(g[0]["path"]).name} ... {", ".join(str(r["seed"]) for r in g)}' for g in found))
-    names = [''] * len(found)
-    for key in ('objective', 'backbone', 'size', *(k for k in dict.fromkeys(k for g in found for k in g[0]['args']) if k not in free), 'step'):
+    if len(found) == 1:
+        return {'pretrained': found[0]}
+    plain, names = ('objective', 'backbone', 'size'), [''] * len(found)
+    for key in dict.fromkeys([*plain, *(k for g in found for k in g[0]['args'] if k not in free), 'step']):
         values = [str(g[0]['args'].get(key, g[0].get(key))) for g in found]
         if len(set(zip(names, values))) > len(set(names)):
-            names = [f'{n} {v if key in ("objective", "backbone", "size") else f"{key}={v}"}'.strip() for n, v in zip(names, values)]
-    return dict(zip(names if len(found) > 1 else ['pretrained'], found))
+            names = [f'{n} {v}' if key in plain else f'{n} {key}={v}' for n, v in zip(names, values)]
+    return dict(zip(map(str.strip, names), found))
 
 
 def arms_of(families, t, mode='linear', recipe=PROTOCOLS['quick'], epochs=None, ablate=False, scratch=False):
@@ -826,8 +914,8 @@ def arms_of(families, t, mode='linear', recipe=PROTOCOLS['quick'], epochs=None, 
         shapes.setdefault(shape(runs[0]), []).append((name, runs))
     for members in shapes.values():
         runs = members[0][1]
-        c, window = runs[0]['config'], runs[0]['contract']['window']
-        tail = '' if len(shapes) == 1 else f' ({c["backbone"]} {c["dim"]}x{c["layers"]}{" causal" * c["causal"]}, {window:g} s)'
+        c = runs[0]['config']
+        tail = f' ({c["backbone"]} {c["dim"]}x{c["layers"]}{" causal" * c["causal"]}, {runs[0]["contract"]["window"]:g} s)' if len(shapes) > 1 else ''
         if scratch or mode == 'scratch':
             torch.manual_seed(0)
             made.append(Arm('from scratch' + tail, [fresh(r) for r in runs], 'scratch', recipe, epochs, runs))
@@ -836,34 +924,39 @@ def arms_of(families, t, mode='linear', recipe=PROTOCOLS['quick'], epochs=None, 
         if not ablate:
             count = 3 if len(runs) == 1 and mode in ('linear', 'knn', 'prototypes') else len(runs)
             made.append(Arm('random encoder' + tail, t.random_encoders(runs[0], count), mode, recipe, epochs))
-        variants, reference = {'': recipe}, 'random encoder' + tail
-        if ablate:
-            plain = dataclasses.replace(recipe, preview=False, path=0., dropout=None, schedule='constant', decay=None)
-            parts = {'plain': {}, **{f'+ {k}': {k: v} for k, v in POST.items()}, 'all parts': POST}
-            variants = {name: dataclasses.replace(plain, **changes) for name, changes in parts.items()}
-        for (name, runs), (extra, r) in itertools.product(members, variants.items()):
-            called = lambda extra: f'{name if len(families) > 1 or not extra else ""} {extra}'.strip()
-            made.append(Arm(called(extra), [r['net'] for r in runs], mode, r, epochs, runs, called('plain') if ablate else reference))
+            for name, runs in members:
+                made.append(Arm(name, [r['net'] for r in runs], mode, recipe, epochs, runs, 'random encoder' + tail))
+            continue
+        plain = replace(recipe, preview=False, path=0., dropout=None, schedule='constant', decay=None)
+        parts = {'plain': {}, **{f'+ {k}': {k: v} for k, v in POST.items()}, 'all parts': POST}
+        for (name, runs), (part, changes) in itertools.product(members, parts.items()):
+            called = f'{name} ' if len(families) > 1 else ''
+            made.append(Arm(called + part, [r['net'] for r in runs], mode, replace(plain, **changes), epochs, runs, called + 'plain'))
     return {arm.name: arm for arm in made}
 
 
 def evaluate_task(families, t, mode, counts, a, out):
     """All arms on one dataset in one mode: prints tables, writes JSON files and figures, returns the rows of the CSV files: of scores, of
     classes, of comparisons."""
-    began, rows, classes, pairs, t.encoded, t.seconds = time.time(), [], [], [], 0, 0.
-    several = len(next(iter(families.values()))) > 1
-    print(f'\n{t.ds.name}, {mode}: {len(t.test):,} test records of {t.patients or "unknown"} patients, {len(t.columns)} labels'
-          + (f' ({len(t.unscored)} trained on, but without both values among these records: {", ".join(t.unscored[:6])}{" ..." if len(t.unscored) > 6 else ""})' if t.unscored else '')
-          + (f'; {len(t.plans)} folds, each record predicted by a probe that never saw its patient, pairs counted within folds' if t.folded else ''))
+    began, rows, classes, pairs = time.time(), [], [], []
+    t.encoded, t.seconds, seeds = 0, 0., len(next(iter(families.values())))
+    text = f'\n{t.ds.name}, {mode}: {len(t.test):,} test records of {t.patients or "unknown"} patients, {len(t.columns)} labels'
+    if t.unscored:
+        some = ', '.join(t.unscored[:6]) + (' ...' if len(t.unscored) > 6 else '')
+        text += f' ({len(t.unscored)} trained on, but without both values among these records: {some})'
+    if t.folded:
+        text += f'; {len(t.plans)} folds, each record predicted by a probe that never saw its patient, pairs counted within folds'
+    print(text)
     if (people := t.patients or len(t.test)) < 20:
         print(f'  ! {people} patients are too few to say anything: test on all, with an encoder that was pretrained on other data')
     given = dict(lr=a.lr, batch=a.batch, preview=a.preview, path=a.drop_path, dropout=a.dropout, schedule=a.schedule, decay=a.layer_decay)
-    recipe = dataclasses.replace(PROTOCOLS[a.protocol], **{k: v for k, v in given.items() if v is not None})
-    counts = list(dict.fromkeys(int(c * t.available) if isinstance(c, float) and c < 1 else 'all' if c == 1 else c for c in counts))
-    arms = arms_of(families, t, mode, recipe, a.epochs, a.ablate, a.scratch)
-    for count in [c for c in counts if c != 'all' and not 10 <= c <= t.available]:
-        print(f'{count:8d}  left out: between 10 and {t.available:,} labelled records can be drawn')
-    asked = [(count, [arm for arm in arms.values() if count == 'all' or arm.mode == mode]) for count in counts if count == 'all' or 10 <= count <= t.available]
+    recipe = replace(PROTOCOLS[a.protocol], **{k: v for k, v in given.items() if v is not None})
+    arms, asked = arms_of(families, t, mode, recipe, a.epochs, a.ablate, a.scratch), []
+    for count in dict.fromkeys(int(c * t.available) if isinstance(c, float) else c for c in counts):
+        if count == 'all' or 10 <= count <= t.available:
+            asked.append((count, [arm for arm in arms.values() if count == 'all' or arm.mode == mode]))
+        else:
+            print(f'{count:8d}  left out: between 10 and {t.available:,} labelled records can be drawn')
     for arm in arms.values():                                    # encoder by encoder, while its tokens are at hand; `score` reads what is kept
         for seed, encoder in enumerate(arm.encoders):
             for count, draw in [(c, d) for c, those in asked if arm in those for d in range(1 if c == 'all' else a.draws)]:
@@ -872,52 +965,45 @@ def evaluate_task(families, t, mode, counts, a, out):
         scores = {arm.name: t.score(arm, count, a.draws, a.bootstrap == 'bayesian') for arm in those}
         for task in t.parts:
             mine = {name: s[task] for name, s in scores.items()}
-            rows += report(t, task, arms, mine, count, a, several)
+            rows += report(t, task, arms, mine, count, a, seeds > 1)
             classes += per_class(t, task, mine, mode, count)
             if len(families) > 1 or a.ablate:
                 found, ranks = compare(mine, a.margin)
+                show_pairs(found, ranks, arms)
                 pairs += [dict(data=t.ds.name, task=task, mode=mode, labels=count, **r) for r in found]
-                shown = [r for r in found if all(arms[r[k]].runs for k in 'ab')]
-                for r in shown[:15]:
-                    print(f'  {r["a"]} minus {r["b"]}: {r["difference"]:+.3f} [{r["low"]:+.3f}, {r["high"]:+.3f}], {r["verdict"]}')
-                if len(shown) > 15:
-                    print(f'  and {len(shown) - 15} more pairs: see pairs_*.csv')
-                best = sorted(ranks, key=ranks.get)
-                print(f'  ranks (ties: no difference beyond doubt, or none that matters; Holm over {len(found)} pairs): ' + ', '.join(f'{ranks[n]} {n}' for n in best))
                 draw_arms(mine, ranks, f'{t.ds.name} {task}, {mode}, {count} labels', out / f'arms_{slug(t.ds.name, task, mode, count)}.png')
     if mode == 'linear' and rows:
         shown = [arm for arm in arms.values() if arm.mode == 'linear'][:4]
         draw_pca([(arm.name, t.embedding(arm.encoders[0])) for arm in shown], t, out / f'pca_{slug(t.ds.name)}.png')
-    few = '; with two seeds intervals are very wide: three or more tell more' if len(next(iter(families.values()))) == 2 else ''
-    print('  * the interval of the paired difference excludes 0' + few if several else
-          '  one pretraining seed: its variance is not in these intervals; give several runs to have it in them')
+    if seeds == 1:
+        print('  one pretraining seed: its variance is not in these intervals; give several runs to have it in them')
+    else:
+        print('  * the interval of the paired difference excludes 0'
+              + ('; with two seeds intervals are very wide: three or more tell more' if seeds == 2 else ''))
     speed = f'; {t.encoded:,} records encoded at {t.encoded / t.seconds:,.0f}/s' if t.seconds else ''
     print(f'  {time.time() - began:.0f} s{speed}; peak memory {peak_memory():,.0f} MB')
     return rows, classes, pairs
 
 
-def slug(*words):
-    """Words as part of a file name."""
-    return '_'.join(str(w).replace(',', '+').replace(' ', '-').replace('/', '-') for w in words)
-
-
 def report(t, task, arms, scores, count, a, several):
     """Print one table and write one JSON file per run (none for random encoders); returns rows for the CSV file."""
-    main = next(iter(scores.values())).main
-    others = [m for m in next(iter(scores.values())).point if m != main]
-    names, rows, wide = [t.ds.label_names[t.columns[c]] for c in t.parts[task]], [], max(map(len, scores)) + 2
-    resamples = len(next(iter(scores.values())).boot[main])
-    print(f'  {task}: {len(names)} labels' + (f'; intervals from {resamples} resamples, since there is so much' if resamples < 1000 else '')
-          + f'\n{"labels":>8s}  {"arm":{wide}s}macro {main:7s}95 % interval   ' + ''.join(f'{m:7s}' for m in others) + 'minus its reference')
+    first = next(iter(scores.values()))
+    main, resamples = first.main, len(first.boot[first.main])
+    others = [m for m in first.point if m != main]
+    names, rows, wide = [t.label_names[c] for c in t.parts[task]], [], max(map(len, scores)) + 2
+    print(f'  {task}: {len(names)} labels' + (f'; intervals from {resamples} resamples, since there is so much' if resamples < 1000 else ''))
+    print(f'{"labels":>8s}  {"arm":{wide}s}macro {main:7s}95 % interval   ' + ''.join(f'{m:7s}' for m in others) + 'minus its reference')
     for name, score in scores.items():
         arm, reference = arms[name], scores.get(arms[name].reference)
         minus = {m: score.minus(reference, m) if reference and reference is not score else () for m in score.point}
-        closed = arm.mode in ('knn', 'prototypes') or (arm.mode == 'linear' and arm.recipe.solved)
-        epochs = '' if closed else arm.epochs or arm.recipe.epochs[arm.mode]
+        text = '{:.3f}        [{:.3f}, {:.3f}]  '.format(*score.interval()) + ''.join(f'{score.point[m].mean():.3f}  ' for m in others)
+        if minus[main]:
+            _, low, high = minus[main]
+            text += signed(*minus[main]) + (' *' if several and low * high > 0 else '')
+        print(f'{count!s:>8s}  {name:{wide}s}{text}')
+        epochs = '' if arm.solved else arm.epochs or arm.recipe.epochs[arm.mode]
         if epochs and not arm.epochs and arm.recipe.steps[arm.mode]:
             epochs = f'{epochs}, or {arm.recipe.steps[arm.mode]} steps'
-        text = '{:+.3f} [{:+.3f}, {:+.3f}]'.format(*d) + (' *' if several and d[1] * d[2] > 0 else '') if (d := minus[main]) else ''
-        print(f'{str(count):>8s}  {name:{wide}s}' + '{:.3f}        [{:.3f}, {:.3f}]  '.format(*score.interval()) + ''.join(f'{score.point[m].mean():.3f}  ' for m in others) + text)
         common = dict(data=t.ds.name, task=task, arm=name, mode=arm.mode, protocol=a.protocol, epochs=epochs, draws=a.draws, labels=count, n=len(t.test),
                       patients=t.patients, classes=len(names), runs=len(arm.encoders))
         for metric in score.point:
@@ -928,7 +1014,7 @@ def report(t, task, arms, scores, count, a, several):
                              'minus_reference': ' '.join(f'{v:.4f}' for v in minus[metric]), 'seed': seed, 'point': points.mean()})
                 if arm.runs and metric == main:
                     result = dict(rows[-1], command=' '.join(sys.argv), checkpoint=arm.runs[i]['hash'], contract=arm.runs[i]['contract'],
-                                  recipe=dataclasses.asdict(arm.recipe), names=names, left_out=t.unscored,
+                                  recipe=asdict(arm.recipe), names=names, left_out=t.unscored,
                                   per_class={m: dict(zip(names, score.per_class[m].tolist())) for m in score.per_class})
                     special = [*([name] if name not in ('pretrained', 'from scratch') else []), arm.mode, *([a.protocol] if a.protocol != 'quick' else [])]
                     file = f'results_{slug(t.ds.name, task, *special, count, seed)}.json'
@@ -936,12 +1022,23 @@ def report(t, task, arms, scores, count, a, several):
     return rows
 
 
+def show_pairs(pairs, ranks, arms, most=15):
+    """Print the verdicts on pairs of pretrainings, and every arm's rank."""
+    shown = [r for r in pairs if all(arms[r[k]].runs for k in 'ab')]
+    for r in shown[:most]:
+        print(f'  {r["a"]} minus {r["b"]}: {signed(r["difference"], r["low"], r["high"])}, {r["verdict"]}')
+    if len(shown) > most:
+        print(f'  and {len(shown) - most} more pairs: see pairs_*.csv')
+    best = ', '.join(f'{ranks[n]} {n}' for n in sorted(ranks, key=ranks.get))
+    print(f'  ranks (ties: no difference beyond doubt, or none that matters; Holm over {len(pairs)} pairs): {best}')
+
+
 def per_class(t, task, scores, mode, count):
     """Rows of the table of classes: how many positives of how many known, and each arm's metrics."""
     rows = []
     for i, c in enumerate(t.parts[task]):
         y = t.y[:, c]
-        rows.append(dict(data=t.ds.name, task=task, mode=mode, labels=count, label=t.ds.label_names[t.columns[c]], known=int(np.isfinite(y).sum()),
+        rows.append(dict(data=t.ds.name, task=task, mode=mode, labels=count, label=t.label_names[c], known=int(np.isfinite(y).sum()),
                          positive='' if t.numbers[c] else int((y > 0).sum()),
                          **{f'{n} {m}': f'{v[i]:.4f}' for n, s in scores.items() for m, v in s.per_class.items() if np.isfinite(v[i])}))
     return rows
@@ -968,11 +1065,13 @@ def draw_pca(arms, t, path):
     for ax, (name, X) in zip(axes[0], arms):
         X = (X[rows] - X[rows].mean(0)) / (X[rows].std(0) + 1e-6)
         U, S, _ = np.linalg.svd(X, full_matrices=False)
-        ax.scatter(*(U[:, :2] * S[:2]).T, s=4, color='#cccccc', label='others')
+        points = U[:, :2] * S[:2]
+        ax.scatter(*points.T, s=4, color='#cccccc', label='others')
         for c, color in zip(common, ('C0', 'C3')):
-            ax.scatter(*(U[:, :2] * S[:2])[t.raw[rows, c] > 0].T, s=6, color=color, label=t.ds.label_names[t.columns[c]])
+            ax.scatter(*points[t.raw[rows, c] > 0].T, s=6, color=color, label=t.label_names[c])
         share = S ** 2 / (S ** 2).sum()
-        ax.set_title(f'{name}: {100 * share[:2].sum():.0f} % of variance, effective rank {np.exp(-(share * np.log(share + 1e-12)).sum()):.1f}', size=9)
+        rank = np.exp(-(share * np.log(share + 1e-12)).sum())
+        ax.set_title(f'{name}: {100 * share[:2].sum():.0f} % of variance, effective rank {rank:.1f}', size=9)
         ax.set(xlabel='first principal component', ylabel='second')
         ax.legend(fontsize=7)
     fig.savefig(path, dpi=120)
@@ -1042,32 +1141,41 @@ def at_rate(fs, to):
     return change
 
 
+def cohort(t, name):
+    """Records of another dataset that the probes of task `t` can be asked about: (dataset, its rows, columns of the probe, labels)."""
+    other = Dataset(name)
+    common = [c for c in t.parts[t.names[0]] if t.label_names[c] in other.label_names]
+    rows = np.flatnonzero((other.length >= t.samples) & ~overlap(other, t.seen | {*t.ds.patient.tolist(), *t.ds.id.tolist()}))
+    if not common or other.contract.differs(t.ds.contract) or not len(rows) or t.numbers.any():
+        raise Stop(f'--cohort {name}: a dataset of patients seen neither here nor in pretraining, with the same contract and some of the same '
+                   'yes/no labels is needed')
+    return other, rows, common, np.array(other.labels[rows][:, [other.label_names.index(t.label_names[c]) for c in common]], float)
+
+
 def robustness(families, t, a, out):
     """Linear probes fitted on unchanged records, then asked about changed ones, about groups of patients, and about other cohorts with the
     same labels. Like every analysis returns rows for the CSV file."""
-    fs, task, rows, cohorts = t.ds.contract.fs, t.names[0], [], {}
-    for name in a.cohort:
-        other = Dataset(name)
-        at = {c: t.ds.label_names[t.columns[c]] for c in t.parts[task] if t.ds.label_names[t.columns[c]] in other.label_names}
-        known = np.flatnonzero((other.length >= t.samples) & ~overlap(other, t.seen | {*t.ds.patient.tolist(), *t.ds.id.tolist()}))
-        if not at or other.contract.differs(t.ds.contract) or not len(known) or t.numbers.any():
-            raise Stop(f'--cohort {name}: a dataset of patients seen neither here nor in pretraining, with the same contract and some of the same yes/no labels is needed')
-        cohorts[name] = other, known, list(at), np.array(other.labels[known][:, [other.label_names.index(n) for n in at.values()]], float)
-    arms = arms_of(families, t)
-    changes = {f'noise at {s} dB': noisy(s) for s in (20, 10, 0)} | {'limb leads only': without(*range(6, 12)), 'lead I only': without(*range(1, 12)),
-                                                                     'arm electrodes swapped': swap_arms, 'through 100 Hz': at_rate(fs, 100)}
-    age, sex, columns = t.ds.age[t.test], t.ds.sex[t.test], t.parts[task]
-    groups_ = {'women': sex == 1, 'men': sex == 0, **{f'age {lo} to {hi - 1}': (age >= lo) & (age < hi) for lo, hi in ((0, 40), (40, 60), (60, 80), (80, 120))}}
-    print(f'\n{t.ds.name}, {task}: linear probes fitted on unchanged records\n{"arm":24s} {"condition":26s}      n  macro  95 % interval   minus unchanged')
+    task, columns, rows = t.names[0], t.parts[t.names[0]], []
+    cohorts, arms = {name: cohort(t, name) for name in a.cohort}, arms_of(families, t)
+    changes = {f'noise at {snr} dB': noisy(snr) for snr in (20, 10, 0)}
+    changes |= {'limb leads only': without(*range(6, 12)), 'lead I only': without(*range(1, 12)), 'arm electrodes swapped': swap_arms,
+                'through 100 Hz': at_rate(t.ds.contract.fs, 100)}
+    age, sex = t.ds.age[t.test], t.ds.sex[t.test]
+    people = {'women': sex == 1, 'men': sex == 0}
+    people |= {f'age {low} to {high - 1}': (age >= low) & (age < high) for low, high in ((0, 40), (40, 60), (60, 80), (80, 120))}
+    print(f'\n{t.ds.name}, {task}: linear probes fitted on unchanged records')
+    print(f'{"arm":24s} {"condition":26s}      n  macro  95 % interval   minus unchanged')
 
     def show(arm, condition, n, score, clean=None):
-        (mean, low, high), d = score.interval(), score.minus(clean) if clean else ()
-        print(f'{arm:24s} {condition:26s} {n:6,}  {mean:.3f}  [{low:.3f}, {high:.3f}]  ' + ('{:+.3f} [{:+.3f}, {:+.3f}]'.format(*d) if clean else ''))
+        mean, low, high = score.interval()
+        minus = score.minus(clean) if clean else ()
+        print(f'{arm:24s} {condition:26s} {n:6,}  {mean:.3f}  [{low:.3f}, {high:.3f}]  ' + (signed(*minus) if clean else ''))
         rows.append(dict(data=t.ds.name, task=task, arm=arm, condition=condition, n=n, metric=f'macro {score.main}', mean=mean, low=low, high=high,
-                         minus_unchanged=' '.join(f'{v:.4f}' for v in d)))
+                         minus_unchanged=' '.join(f'{v:.4f}' for v in minus)))
 
-    score_of = lambda outputs, rows_=slice(None): Score([[o[rows_][:, columns]] for o in outputs], t.y[rows_][:, columns], t.patient[rows_], t.group[rows_],
-                                                        numbers=t.numbers[columns])
+    def score_of(outputs, of=slice(None)):
+        return Score([[o[of][:, columns]] for o in outputs], t.y[of][:, columns], t.patient[of], t.group[of], numbers=t.numbers[columns])
+
     for arm in arms.values():
         probes = [[linear_probe(t.embedding(e, arm.name), t.scaled(p), *p[:2], t.numbers)[0] for p in t.plans] for e in arm.encoders]
 
@@ -1077,15 +1185,18 @@ def robustness(families, t, a, out):
                 X = embed(e, Changed(t.ds, change), t.test, t.crop(e), t.device) if change else t.embedding(e)[t.test]
                 found.append(np.concatenate([f(X[t.group == i]) for i, f in enumerate(predict)]))
             return found
+
         plain = outputs()
         clean = score_of(plain)
         show(arm.name, 'unchanged', len(t.test), clean)
         for condition, change in changes.items():
             show(arm.name, condition, len(t.test), score_of(outputs(change)), clean)
-        for condition, mine in groups_.items():
-            y = t.y[mine][:, columns]
-            if mine.sum() >= 20 and np.isfinite(auroc(np.zeros(y.shape), y, t.group[mine])[0]).any() or (t.numbers[columns].all() and mine.any()):
-                show(arm.name, condition, int(mine.sum()), score_of(plain, mine))
+        for condition, mine in people.items():
+            if mine.sum() < 20:
+                continue
+            score = score_of(plain, mine)
+            if np.isfinite(score.point[score.main]).all():       # some class has both labels
+                show(arm.name, condition, int(mine.sum()), score)
         for name, (other, known, common, y) in cohorts.items():
             found = [[probe[-1](embed(e, other, known, t.crop(e), t.device))[:, common]] for e, probe in zip(arm.encoders, probes)]
             show(arm.name, f'cohort {name}', len(known), Score(found, y, other.patient[known]))
@@ -1107,21 +1218,22 @@ def balance(t, rows):
 def label_law(n, error):
     """(C, a, L0) of error = C n^-a + L0, by least squares in relative error, 0 <= a <= 3 and 0 <= L0 <= the lowest error."""
     n, error = np.asarray(n, float), np.asarray(error, float)
-    model = lambda v: v[0] * (n / n[0]) ** -v[1] + v[2]
-    starts = [scipy.optimize.least_squares(lambda v: model(v) / error - 1, (error[0] - f * error.min(), a, f * error.min()), bounds=((0, 0, 0), (np.inf, 3, error.min())))
-              for a in (.2, .5, 1.) for f in (.1, .5, .9)]
-    C, alpha, floor = min(starts, key=lambda r: r.cost).x
+    lowest = error.min()
+    miss = lambda v: (v[0] * (n / n[0]) ** -v[1] + v[2]) / error - 1
+    found = [scipy.optimize.least_squares(miss, (error[0] - f * lowest, a, f * lowest), bounds=((0, 0, 0), (np.inf, 3, lowest)))
+             for a in (.2, .5, 1.) for f in (.1, .5, .9)]
+    C, alpha, floor = min(found, key=lambda r: r.cost).x
     return C * n[0] ** alpha, alpha, floor
 
 
 def efficiency(families, t, a, out):
     """1 to 1 / 128 of the labelled records, one per patient, stratified, linear probe: points, fitted laws, and the share of labels with
-    which a pretraining reaches what its reference has with all of them."""
-    arms, rows = arms_of(families, t), []
-    task, (train, val, _) = t.names[0], t.plans[-1]
+    which a pretraining reaches its reference's error."""
+    arms, task, columns = arms_of(families, t), t.names[0], t.parts[t.names[0]]
+    rows, found = [], {name: [] for name in arms}
+    train, val, tested = t.plans[-1]
     train, val = one_per_patient(t.ds, train), one_per_patient(t.ds, val)
     y, test = t.scaled(t.plans[-1]), t.group == len(t.plans) - 1
-    columns, found = t.parts[task], {name: [] for name in arms}
     print(f'\n{t.ds.name}, {task}: {len(train) + len(val):,} labelled records, one per patient, halved seven times or while ten remain, '
           f'{a.draws} stratified draws; {test.sum():,} test records')
     for k in range(8):
@@ -1130,19 +1242,26 @@ def efficiency(families, t, a, out):
         if n < 10 or min(len(q) for _, q in draws) < 2:
             break
         for name, arm in arms.items():
-            asked = lambda X, p, q: linear_probe(X, y, p, q, t.numbers)[0](X[t.plans[-1][2]])[:, columns]
+            asked = lambda X, p, q: linear_probe(X, y, p, q, t.numbers)[0](X[tested])[:, columns]
             outputs = [[asked(t.embedding(e, name), p, q) for p, q in draws] for e in arm.encoders]
             score = Score(outputs, t.y[test][:, columns], t.patient[test], numbers=t.numbers[columns])
-            found[name].append((n, score))
             mean, low, high = score.interval()
+            found[name].append((n, 1 - mean if score.main == 'AUROC' else mean))
             print(f'{n:8,d}  {name:24s} {mean:.3f} [{low:.3f}, {high:.3f}]')
             rows.append(dict(data=t.ds.name, task=task, arm=name, labels=n, metric=f'macro {score.main}', mean=mean, low=low, high=high))
-    fig, ax = figure(figsize=(6, 4.2), layout='constrained')
-    laws = {}
     if len(rows) < 5 * len(arms):
         print('  fewer than five sizes have ten labelled records: no law is fitted')
+    what = 'macro MAE' if t.numbers[columns].all() else '1 - macro AUROC'
+    draw_laws(found, arms, what, f'{t.ds.name}, {task}', out / f'efficiency_{slug(t.ds.name, task)}.png')
+    return rows
+
+
+def draw_laws(found, arms, what, title, path):
+    """Fit, print and draw the law of every arm's points {arm: [(labelled records, error)]}; compare it with that of its reference."""
+    fig, ax = figure(figsize=(6, 4.2), layout='constrained')
+    laws = {}
     for i, (name, points) in enumerate(found.items()):
-        n, error = np.array([p[0] for p in points], float), np.array([1 - p[1].interval()[0] if p[1].main == 'AUROC' else p[1].interval()[0] for p in points])
+        n, error = np.array(points, float).reshape(-1, 2).T
         ax.loglog(n, error, 'o', color=f'C{i}', label=name)
         if len(n) >= 5 and error.min() > 0:
             C, alpha, floor = laws[name] = label_law(n, error)
@@ -1155,10 +1274,9 @@ def efficiency(families, t, a, out):
             reached = [(m, ((v - floor) / C) ** (-1 / max(alpha, 1e-9)) / m) for m, v in zip(n, level) if v > floor]
             print(f'  {name} reaches its reference\'s error with this share of the labels: '
                   + ', '.join(f'{share:.2g} of {m:.0f}' for m, share in reached if np.isfinite(share)))
-    ax.set(xlabel='labelled records', ylabel='1 - macro AUROC' if not t.numbers.all() else 'macro MAE', title=f'{t.ds.name}, {task}')
+    ax.set(xlabel='labelled records', ylabel=what, title=title)
     ax.legend(fontsize=7)
-    fig.savefig(out / f'efficiency_{slug(t.ds.name, task)}.png', dpi=120)
-    return rows
+    fig.savefig(path, dpi=120)
 
 
 def hsic(K, L):
@@ -1167,18 +1285,17 @@ def hsic(K, L):
     return ((K * L).sum() + K.sum() * L.sum() / (n - 1) / (n - 2) - 2 / (n - 2) * K.sum(0) @ L.sum(0)) / n / (n - 3)
 
 
-def cka(X, Y, debiased=True):
+def cka(X, Y):
     """Linear centred kernel alignment (Kornblith et al. 2019) of X (n, p) and Y (n, q), the same records in rows: 1 where one is the other
-    up to rotation and scale. Debiased (Nguyen et al. 2021) it is near 0, and may be below, for unrelated ones at any width; n >= 4."""
-    if debiased:
-        K, L = X @ X.T, Y @ Y.T
-        return hsic(K, L) / math.sqrt(hsic(K, K) * hsic(L, L))
-    X, Y = X - X.mean(0), Y - Y.mean(0)
-    return ((X.T @ Y) ** 2).sum() / np.linalg.norm(X.T @ X) / np.linalg.norm(Y.T @ Y)
+    up to rotation and scale. Debiased (Nguyen et al. 2021): near 0, and it may be below, for unrelated ones at any width; n >= 4."""
+    K, L = X @ X.T, Y @ Y.T
+    return hsic(K, L) / math.sqrt(hsic(K, K) * hsic(L, L))
 
 
 def layer_features(encoder, ds, rows, samples, device):
     """Mean over tokens of every stage on the records' first crops: [(len(rows), width)], the stem's tokens first."""
+    encoder, widths = encoder.to(device).eval(), []
+
     def stages(batch):
         z, pad = encoder.tokens(batch)
         layers = []
@@ -1186,7 +1303,6 @@ def layer_features(encoder, ds, rows, samples, device):
         pooled = [pool(x, pad if pad is None or pad.shape[1] == x.shape[1] else None) for x in (z, *(output for _, output in layers))]
         widths[:] = [p.shape[1] for p in pooled]
         return torch.cat(pooled, 1)
-    encoder, widths = encoder.to(device).eval(), []
     return np.split(per_record(stages, ds, rows, samples, device, 'layers', first=True), np.cumsum(widths)[:-1], 1)
 
 
@@ -1205,12 +1321,14 @@ def similarity(families, t, a, out):
     fig, ax = figure(figsize=(2.5 + .16 * len(table), 2 + .16 * len(table)), layout='constrained')
     image = ax.imshow(table, vmin=0, vmax=1, cmap='magma')
     ticks, models = [l.replace('layer ', '') for _, l in stages], [m for m, _ in stages]
-    ax.set_xticks(range(len(ticks)), ticks, rotation=90, fontsize=6), ax.set_yticks(range(len(ticks)), ticks, fontsize=6)
+    ax.set_xticks(range(len(ticks)), ticks, rotation=90, fontsize=6)
+    ax.set_yticks(range(len(ticks)), ticks, fontsize=6)
     for name in dict.fromkeys(models):                           # written once beside its layers, with a line above them
         first, size, text = models.index(name), models.count(name), textwrap.fill(name, 20)
         ax.text(-2.5, first + (size - 1) / 2, text, fontsize=7, ha='right', va='center')
         ax.text(first + (size - 1) / 2, len(ticks) + 1.5, text, fontsize=7, ha='center', va='top', rotation=90)
-        ax.axhline(first - .5, color='w', lw=1), ax.axvline(first - .5, color='w', lw=1)
+        ax.axhline(first - .5, color='w', lw=1)
+        ax.axvline(first - .5, color='w', lw=1)
     fig.colorbar(image, shrink=.6, label=f'CKA, {len(rows)} records')
     fig.savefig(out / f'cka_{slug(t.ds.name)}.png', dpi=120)
     print(f'\n{t.ds.name}: debiased CKA of last layers on {len(rows)} records')
@@ -1220,31 +1338,40 @@ def similarity(families, t, a, out):
             for (i, (m, l)), (j, (n, k)) in itertools.combinations(enumerate(stages), 2)]
 
 
+def reliability(p, y):
+    """Of probabilities p (n,) in ten bins of equal width (3, 10): how many, their sum, how many of the labels y (n,) are positive."""
+    bins = np.minimum((p * 10).astype(int), 9)
+    return np.array([np.bincount(bins, w, 10) for w in (np.ones_like(p), p, y.astype(float))])
+
+
 def calibration(families, t, a, out):
-    """Reliability and ROC curves of linear probes, all classes pooled, with the expected calibration error."""
-    arms, rows = arms_of(families, t), []
-    fig, axes = figure(1, 2, figsize=(10, 4.4), layout='constrained')
-    columns = [c for c in t.parts[t.names[0]] if not t.numbers[c]]
-    known = np.isfinite(t.y[:, columns])
+    """Reliability and ROC curves of linear probes, all classes pooled, with the expected calibration error and Brier score: of each
+    encoder's probe, averaged, since the mean of several probes is another model, and better calibrated than any."""
+    arms, task, rows = arms_of(families, t), t.names[0], []
+    columns = [c for c in t.parts[task] if not t.numbers[c]]
     if not columns:
         raise Stop('calibration is of yes/no labels')
+    known = np.isfinite(t.y[:, columns])
+    y = t.y[:, columns][known] > 0
+    fig, (left, right) = figure(1, 2, figsize=(10, 4.4), layout='constrained')
     for i, (name, arm) in enumerate(arms.items()):
-        p = np.mean([scipy.special.expit(t.output(e, arm, 'all', s, 0)[0]) for s, e in enumerate(arm.encoders)], 0)[:, columns][known]
-        y = t.y[:, columns][known] > 0
-        bins = np.minimum((p * 10).astype(int), 9)
-        count, says, is_ = (np.bincount(bins, w, 10) for w in (np.ones_like(p), p, y.astype(float)))
-        error = np.abs(says - is_).sum() / len(p)
+        each = [scipy.special.expit(t.output(e, arm, 'all', s, 0)[0])[:, columns][known] for s, e in enumerate(arm.encoders)]
+        bins = [reliability(p, y) for p in each]
+        error = np.mean([np.abs(says - true).sum() / len(y) for _, says, true in bins])
+        brier = np.mean([((p - y) ** 2).mean() for p in each])
+        print(f'  {name}: expected calibration error {error:.3f}, Brier {brier:.4f}')
+        rows.append(dict(data=t.ds.name, task=task, arm=name, n=len(t.test), expected_calibration_error=error, brier=brier))
+        count, says, true = np.sum(bins, 0)
         there = count > 0
-        axes[0].plot(says[there] / count[there], is_[there] / count[there], 'o-', color=f'C{i}', label=f'{name}, expected calibration error {error:.3f}')
-        order = np.argsort(-p)
-        axes[1].plot(np.cumsum(~y[order]) / (~y).sum(), np.cumsum(y[order]) / y.sum(), color=f'C{i}', label=name)
-        rows.append(dict(data=t.ds.name, task=t.names[0], arm=name, n=len(t.test), expected_calibration_error=error, brier=float(((p - y) ** 2).mean())))
-        print(f'  {name}: expected calibration error {error:.3f}, Brier {rows[-1]["brier"]:.4f}')
-    axes[0].plot([0, 1], [0, 1], ':', color='C7'), axes[0].set(xlabel='predicted probability', ylabel='share of positives', title=f'{t.ds.name}, {t.names[0]}')
-    axes[1].plot([0, 1], [0, 1], ':', color='C7'), axes[1].set(xlabel='false positive rate', ylabel='true positive rate', title='all labels pooled')
-    for ax in axes:
-        ax.legend(fontsize=7, loc='upper left' if ax is axes[0] else 'lower right')
-    fig.savefig(out / f'calibration_{slug(t.ds.name, t.names[0])}.png', dpi=120)
+        left.plot(says[there] / count[there], true[there] / count[there], 'o-', color=f'C{i}', label=f'{name}, expected calibration error {error:.3f}')
+        ranked = np.tile(y, len(each))[np.argsort(-np.concatenate(each))]
+        right.plot(np.cumsum(~ranked) / (~ranked).sum(), np.cumsum(ranked) / ranked.sum(), color=f'C{i}', label=name)
+    left.set(xlabel='predicted probability', ylabel='share of positives', title=f'{t.ds.name}, {task}')
+    right.set(xlabel='false positive rate', ylabel='true positive rate', title='all labels pooled')
+    for ax, corner in ((left, 'upper left'), (right, 'lower right')):
+        ax.plot([0, 1], [0, 1], ':', color='C7')
+        ax.legend(fontsize=7, loc=corner)
+    fig.savefig(out / f'calibration_{slug(t.ds.name, task)}.png', dpi=120)
     return rows
 
 
@@ -1256,7 +1383,7 @@ def embeddings(families, t, a, out):
             file = Path(r['path'], f'embeddings_{slug(t.ds.name)}.npz')
             X = embed(r['net'], t.ds, rows, t.crop(r['net']), t.device).astype(np.float32)
             np.savez(file, X=X, id=t.ds.id[rows], patient=t.ds.patient[rows], fold=t.ds.fold[rows], y=t.raw[rows].astype(np.float32),
-                     labels=np.array([t.ds.label_names[c] for c in t.columns]))
+                     labels=np.array(t.label_names))
             print(f'{file}: {X.shape[0]:,} x {X.shape[1]}')
     return []
 
@@ -1274,7 +1401,8 @@ def open_run(path):
         raise Stop(f'no run matches {path}')
     file = path / 'ckpt.pt'
     if not file.exists() and (inside := sorted(str(f.parent) for f in path.glob('*/ckpt.pt'))):
-        raise Stop(f'{path} is a folder of runs, no run: name some of {" ".join(inside[:6])}' + (f' ... ({len(inside)} in all)' if len(inside) > 6 else ''))
+        more = f' ... ({len(inside)} in all)' if len(inside) > 6 else ''
+        raise Stop(f'{path} is a folder of runs, no run: name some of {" ".join(inside[:6])}{more}')
     try:
         c = load(file)
         c |= dict(path=str(path), hash=hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest(), patients=set(c['patients']))
@@ -1312,28 +1440,32 @@ def show_tasks():
         except (ValueError, KeyError, TypeError):
             print(f'datasets/{file.parent.name}: damaged, prepare it again')
     print('task                   labels  scored by  data')
-    heading = ''
+    last = ''
     for name, task in TASKS.items():
-        if heading != (heading := f'{task.category}, ' + ('out of distribution in arXiv 2605.17276' if name.startswith('sc_') else 'arXiv 2605.12241')):
+        paper = 'out of distribution in arXiv 2605.17276' if name.startswith('sc_') else 'arXiv 2605.12241'
+        if (heading := f'{task.category}, {paper}') != last:
             print(heading)
-        state = f'not prepared: {task.prepare}'
+        last, state = heading, f'not prepared: {task.prepare}'
         if m := metas.get(task.data):
-            slow = '--rate 500' in task.prepare and '--rate 500' not in m['source'] and 'from the 100 Hz files'
-            differs = m['contract'].differs(arguments(shlex.split(task.prepare)[2:])[1]) or slow
-            state = f'{m["records"]:,} records in datasets/{task.data}' + (f', but {differs}; as in the paper: {task.prepare}' if differs else '')
+            state = f'{m["records"]:,} records in datasets/{task.data}'
+            differs = m['contract'].differs(arguments(shlex.split(task.prepare)[2:])[1])
+            if not differs and '--rate 500' in task.prepare and '--rate 500' not in m['source']:
+                differs = 'from the 100 Hz files'
+            if differs:
+                state += f', but {differs}; as in the paper: {task.prepare}'
         print(f'  {name:19s} {task.classes or "by data":>7}  {task.metric:9s}  {state}')
     for name, m in metas.items():
         print(f'datasets/{name}: {m["records"]:,} records; label sets ' + (', '.join(f'{t} ({len(c)})' for t, c in m['tasks'].items()) or 'none'))
 
 
 def labels(text):
-    """--labels: all, a fraction up to 1, or a number of records."""
-    if text == 'all':
-        return text
-    value = float(text)
+    """--labels: all (or 1), a fraction (float) or a number of records (int)."""
+    value = 1. if text == 'all' else float(text)
     if not 0 < value < 1e9 or (value > 1 and value % 1):
         raise argparse.ArgumentTypeError('must be all, a fraction up to 1 or a number of records')
-    return int(value) if value > 1 else value
+    if value == 1:
+        return 'all'
+    return value if value < 1 else int(value)
 
 
 def jobs_of(a):
@@ -1365,15 +1497,16 @@ def write_csv(path, rows):
 
 def write_markdown(path, rows, pairs):
     """The table of arms, and of their differences, as markdown."""
-    last, shown = {tuple(r[k] for k in ('data', 'task', 'mode', 'labels', 'arm', 'metric')): r for r in rows}, '{:+.3f} [{:+.3f}, {:+.3f}]'.format      # of the seeds
     table = [['data, task', 'mode', 'labels', 'arm', 'metric', 'value', 'minus reference'], ['---'] * 7]
-    for (data, task, *what), r in last.items():
-        minus = map(float, r['minus_reference'].split())
-        table.append([f'{data}, {task}', *what, f'{r["mean"]:.3f} [{r["low"]:.3f}, {r["high"]:.3f}]', shown(*minus) if r['minus_reference'] else ''])
+    one_of_the_seeds = {tuple(r[k] for k in ('data', 'task', 'mode', 'labels', 'arm', 'metric')): r for r in rows}
+    for (data, task, *what), r in one_of_the_seeds.items():
+        minus = [float(v) for v in r['minus_reference'].split()]
+        table.append([f'{data}, {task}', *what, f'{r["mean"]:.3f} [{r["low"]:.3f}, {r["high"]:.3f}]', signed(*minus) if minus else ''])
     if pairs:
         table += [[], ['data, task', 'mode', 'labels', 'a', 'b', 'a - b', 'p, Holm', 'a is'], ['---'] * 8]
     for r in pairs:
-        table.append([f'{r["data"]}, {r["task"]}', r['mode'], r['labels'], r['a'], r['b'], shown(r['difference'], r['low'], r['high']), f'{r["p_holm"]:.3f}', r['verdict']])
+        table.append([f'{r["data"]}, {r["task"]}', r['mode'], r['labels'], r['a'], r['b'], signed(r['difference'], r['low'], r['high']),
+                      f'{r["p_holm"]:.3f}', r['verdict']])
     Path(path).write_text(''.join(f'| {" | ".join(map(str, line))} |\n' if line else '\n' for line in table))
 
 
@@ -1382,9 +1515,11 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('runs', nargs='*', help='run folders (default: the newest in out/); those alike but for seeds are averaged, others compared')
     p.add_argument('--data', nargs='+', help='prepared datasets (default: the task\'s, else synthetic and sample)')
-    p.add_argument('--task', nargs='+', help='tasks of the papers (--list) or label sets of the data (default: the first of findings, super, snomed, dx2020, label)')
+    p.add_argument('--task', nargs='+', help='tasks of the papers (--list) or label sets of the data (default: the first of '
+                   'findings, super, snomed, dx2020, label, sequence)')
     p.add_argument('--mode', nargs='+', choices=['linear', 'frozen', 'finetune', 'scratch', 'knn', 'prototypes'], default=['linear'])
-    p.add_argument('--protocol', choices=list(PROTOCOLS), default='quick', help='released: 100 epochs of random crops as in 2605.12241; sc: the probe of 2605.17276')
+    p.add_argument('--protocol', choices=list(PROTOCOLS), default='quick',
+                   help='released: 100 epochs of random crops as in 2605.12241; sc: the probe of 2605.17276')
     p.add_argument('--labels', nargs='+', type=labels, help='numbers of labelled records, or fractions up to 1 '
                    '(default: 100 300 1000 all for a linear probe on synthetic data, else all)')
     p.add_argument('--draws', type=int, default=3, help='draws of few labels')
@@ -1395,20 +1530,24 @@ def parse(argv=None):
     g = p.add_argument_group('training, where the protocol shall not decide')
     g.add_argument('--epochs', type=int, help='quick: 20 of frozen, or as many as make 500 steps; 6 of finetune and scratch, or 70 steps')
     g.add_argument('--batch', type=int)
-    g.add_argument('--lr', type=float, help='of the head (1e-3); quick: 10 times as much for attention pooling, 20 for fine-tuning, 5 for training from scratch')
-    g.add_argument('--scratch', action=argparse.BooleanOptionalAction, help='train from scratch too (default: on synthetic data with one pretraining, and beside finetune)')
+    g.add_argument('--lr', type=float,
+                   help='of the head (1e-3); quick: 10 times as much for attention pooling, 20 for fine-tuning, 5 for training from scratch')
+    g.add_argument('--scratch', action=argparse.BooleanOptionalAction,
+                   help='train from scratch too (default: on synthetic data with one pretraining, and beside finetune)')
     g = p.add_argument_group('post-training (2509.12991), parts of --mode finetune')
     g.add_argument('--preview', action='store_true', default=None, help='the head starts as the linear probe')
     g.add_argument('--drop-path', type=float, help='stochastic depth, growing to this at the last block')
     g.add_argument('--dropout', type=float)
     g.add_argument('--schedule', choices=['cosine', 'constant'], help='of any training')
     g.add_argument('--layer-decay', type=float, help='rate of each layer below the head, as a multiple of the one above')
-    g.add_argument('--ablate', action='store_true', help='plain fine-tuning, each part alone (' + ', '.join(f'{k} {v}' for k, v in POST.items()) + '), all of them')
+    g.add_argument('--ablate', action='store_true',
+                   help='plain fine-tuning, each part alone (' + ', '.join(f'{k} {v}' for k, v in POST.items()) + '), all of them')
     g = p.add_argument_group('statistics')
     g.add_argument('--bootstrap', choices=['patients', 'bayesian'], default='patients', help='bayesian: no rare class ever vanishes from a resample')
     g.add_argument('--benchmark-convention', action='store_true', help='a class without positives counts, as .5')
     g.add_argument('--margin', type=float, default=.005, help='difference that would not matter: within it two arms are equivalent')
-    g.add_argument('--allow', nargs='+', choices=['overlap', 'contract'], default=[], help='go on although test patients were pretrained on, or under another contract')
+    g.add_argument('--allow', nargs='+', choices=['overlap', 'contract'], default=[],
+                   help='go on although test patients were pretrained on, or under another contract')
     a = p.parse_args(argv)
     for name, low, high in (('draws', 1, 1000), ('epochs', 1, 10000), ('batch', 1, 65536), ('lr', 1e-9, 10), ('drop_path', 0, .99), ('dropout', 0, .99),
                             ('layer_decay', .01, 1), ('margin', 0, 1)):
@@ -1425,6 +1564,17 @@ def parse(argv=None):
     return a
 
 
+def results_name(a, families):
+    """What the files of a command's results have in their names."""
+    tasks, others = a.task or [], [Path(g[0]['path']).name for g in list(families.values())[1:4]]
+    words = [*(a.data or []), *(tasks if len(tasks) < 4 else (tasks[0], 'to', tasks[-1])), *a.mode]
+    if a.ablate:
+        words.append('ablation')
+    if a.protocol != 'quick':
+        words.append(a.protocol)
+    return slug(*words, *(['against', *others] if others else []))
+
+
 def main(argv=None):
     """The command line: see the top of the file."""
     a = parse(argv)
@@ -1435,25 +1585,24 @@ def main(argv=None):
     written = lambda *patterns: ', '.join(sorted(f.name for p in patterns for f in out.glob(p) if f.stat().st_mtime >= began - 1))
     wished, rows, classes, pairs = a.scratch, [], [], []
     for data, names in jobs_of(a):
-        t, made = Task(data, names, runs, device, a.allow, .5 if a.benchmark_convention else None), data.startswith('synthetic')
+        t = Task(data, names, runs, device, a.allow, .5 if a.benchmark_convention else None)
         for analysis in a.analyse:
-            found = ANALYSES[analysis](families, t, a, out)
-            if found:
+            if found := ANALYSES[analysis](families, t, a, out):
                 write_csv(out / f'{analysis}_{slug(data, *t.names)}.csv', found)
-        for mode in sorted(a.mode, key='frozen'.__ne__) if not a.analyse else ():            # its pass over the data serves the others
-            usual = not a.ablate and (mode == 'finetune' or (made and len(families) == 1 and mode in ('linear', 'frozen')))
+        if a.analyse:
+            continue
+        showcase = data.startswith('synthetic') and len(families) == 1
+        for mode in sorted(a.mode, key='frozen'.__ne__):         # frozen first: its pass over the data serves the others
+            usual = not a.ablate and (mode == 'finetune' or (showcase and mode in ('linear', 'frozen')))
             a.scratch = usual if wished is None else wished
-            counts = a.labels or ([100, 300, 1000, 'all'] if made and mode == 'linear' and len(families) == 1 else ['all'])
+            counts = a.labels or ([100, 300, 1000, 'all'] if showcase and mode == 'linear' else ['all'])
             for kept, new in zip((rows, classes, pairs), evaluate_task(families, t, mode, counts, a, out)):
                 kept += new
     if a.analyse:
         return print(f'\ntables and figures are in {out}/: {written(*(f"{n}_*" for n in a.analyse))}')
     if not rows:
         raise Stop('nothing was scored')
-    tasks = a.task or []
-    name = [*(a.data or []), *(tasks if len(tasks) < 4 else (tasks[0], 'to', tasks[-1])), *a.mode, *(['ablation'] if a.ablate else []), *([a.protocol] if a.protocol != 'quick' else []),
-            *(['against'] + [Path(g[0]['path']).name for g in list(families.values())[1:4]] if len(families) > 1 else [])]
-    name = slug(*name)
+    name = results_name(a, families)
     write_csv(out / f'results_{name}.csv', rows)
     write_csv(out / f'classes_{name}.csv', classes)
     write_markdown(out / f'results_{name}.md', rows, pairs)

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -801,7 +802,7 @@ def test_runs_are_grouped_and_named_by_what_differs():
 
 
 def test_tasks_are_sorted_by_training():
-    from types import SimpleNamespace as A
+    A = SimpleNamespace
     assert jobs_of(A(task=['ptbxl_all', 'ptbxl_super', 'ptbxl_form'], data=None)) == [('ptbxl', ['ptbxl_all', 'ptbxl_form']), ('ptbxl', ['ptbxl_super'])]
     assert jobs_of(A(task=None, data=None)) == [('synthetic', []), ('sample', [])] and jobs_of(A(task=['super'], data=['a', 'b'])) == [('a', ['super']), ('b', ['super'])]
     for task in (['super'], ['ptbxl_all', 'super']):
@@ -811,18 +812,23 @@ def test_tasks_are_sorted_by_training():
 
 # --- analyses
 
+def biased_cka(X, Y):
+    """As it was first defined (Kornblith et al. 2019, eq. 3 and 4)."""
+    X, Y = X - X.mean(0), Y - Y.mean(0)
+    return ((X.T @ Y) ** 2).sum() / np.linalg.norm(X.T @ X) / np.linalg.norm(Y.T @ Y)
+
+
 def test_cka_golden_values():
     """Google's notebook, numpy's legacy seed 1337; and why debiasing matters: 50 records of 400 unrelated features."""
     rng = np.random.RandomState(1337)
     X = rng.randn(100, 10)
     Y = rng.randn(100, 10) + X
-    assert cka(X, Y, debiased=False) == pytest.approx(.55761, abs=1e-5) and cka(X, Y) == pytest.approx(.51346, abs=1e-5)
+    assert biased_cka(X, Y) == pytest.approx(.55761, abs=1e-5) and cka(X, Y) == pytest.approx(.51346, abs=1e-5)
     rotation = np.linalg.qr(rng.randn(10, 10))[0]
-    for debiased in (True, False):
-        assert cka(3 * X @ rotation + 5 * (not debiased), Y, debiased) == pytest.approx(cka(X, Y, debiased)) and cka(X, -2 * X, debiased) == pytest.approx(1)
-        assert abs(cka(X @ rng.randn(10, 10), Y, debiased) - cka(X, Y, debiased)) > .01      # not to any linear map
+    assert cka(3 * X @ rotation + 5, Y) == pytest.approx(cka(X, Y)) and cka(X, -2 * X) == pytest.approx(1)
+    assert abs(cka(X @ rng.randn(10, 10), Y) - cka(X, Y)) > .01  # not to any linear map
     A, B = rng.randn(50, 400), rng.randn(50, 400)
-    assert cka(A, B, debiased=False) > .85 and abs(cka(A, B)) < .05
+    assert biased_cka(A, B) > .85 and abs(cka(A, B)) < .05
 
 
 def test_hsic_equals_the_sum_over_distinct_indices():
@@ -857,6 +863,38 @@ def test_subsets_keep_records_without_labels(here, run):
     assert evaluate.balance(t, rows).any(1).all()
     assert table.any(1).all() and abs(half.sum() - len(rows) / 2) <= 2 and table[:, len(t.columns)].sum() > 10
     assert (np.abs(table[half].sum(0) - table.sum(0) / 2) <= 2).all()
+
+
+def test_calibration_is_of_each_encoder(here, others, tmp_path):
+    """Not of their mean: beside one pretraining stand three random encoders, and an ensemble is calibrated better."""
+    runs = [open_run(r) for r in ('out/short', 'out/second')]
+    t, arm = Task('few', ['code'], runs, CPU), Arm('pretrained', [r['net'] for r in runs], 'linear', PROTOCOLS['quick'])
+    found = {r['arm']: r for r in evaluate.calibration({'pretrained': runs}, t, None, tmp_path)}['pretrained']
+    known, errors, briers = np.isfinite(t.y), [], []
+    for s, encoder in enumerate(arm.encoders):
+        p, y = scipy.special.expit(t.output(encoder, arm, 'all', s, 0)[0])[known], t.y[known]
+        bins = [(p >= k / 10) & (p < (k + 1) / 10) for k in range(10)]
+        errors.append(sum(abs(p[b].mean() - y[b].mean()) * b.mean() for b in bins if b.any()))
+        briers.append(np.mean((p - y) ** 2))
+    assert found['expected_calibration_error'] == pytest.approx(np.mean(errors)) and found['brier'] == pytest.approx(np.mean(briers))
+
+
+def test_groups_of_patients_are_twenty_records_or_more(here, run, tmp_path):
+    """Of numbers as of labels: one record would have an interval of no width."""
+    runs = [open_run(run)]
+    t = Task('few', ['target'], runs, CPU)
+    rows = evaluate.robustness({'pretrained': runs}, t, SimpleNamespace(cohort=[]), tmp_path)
+    count = {f'age {low} to {high - 1}': int(((t.ds.age >= low) & (t.ds.age < high)).sum()) for low, high in ((0, 40), (40, 60), (60, 80), (80, 120))}
+    assert {r['condition']: r['n'] for r in rows if 'age' in r['condition']} == {c: n for c, n in count.items() if n >= 20} and 0 < min(count.values()) < 20
+
+
+def test_efficiency_names_the_metric_of_its_task(here, run, tmp_path, monkeypatch):
+    """Numbers that are trained together with labels, as MIMIC's age is."""
+    monkeypatch.setitem(TASKS, 'joint', replace(TASKS['ptbxl_all'], trained='code+target', scored='target', least=1))
+    drawn, runs = [], [open_run(run)]
+    monkeypatch.setattr(evaluate, 'figure', lambda *a, **k: drawn.append(data.figure(*a, **k)) or drawn[-1])
+    rows = evaluate.efficiency({'pretrained': runs}, Task('few', ['joint'], runs, CPU), SimpleNamespace(draws=1), tmp_path)
+    assert {r['metric'] for r in rows} == {'macro MAE'} and drawn[0][1].get_ylabel() == 'macro MAE'
 
 
 def test_changed_signals(here):
