@@ -975,9 +975,9 @@ def evaluate_task(families, t, mode, counts, a, out):
     if mode == 'linear' and rows:
         shown = [arm for arm in arms.values() if arm.mode == 'linear'][:4]
         draw_pca([(arm.name, t.embedding(arm.encoders[0])) for arm in shown], t, out / f'pca_{slug(t.ds.name)}.png')
-    if seeds == 1:
+    if seeds == 1 and rows:
         print('  one pretraining seed: its variance is not in these intervals; give several runs to have it in them')
-    else:
+    elif rows:
         print('  * the interval of the paired difference excludes 0'
               + ('; with two seeds intervals are very wide: three or more tell more' if seeds == 2 else ''))
     speed = f'; {t.encoded:,} records encoded at {t.encoded / t.seconds:,.0f}/s' if t.seconds else ''
@@ -1272,8 +1272,8 @@ def draw_laws(found, arms, what, title, path):
             (C, alpha, floor), (C0, alpha0, floor0) = laws[name], laws[arms[name].reference]
             level = C0 * n ** -alpha0 + floor0                   # the reference's error with n labels
             reached = [(m, ((v - floor) / C) ** (-1 / max(alpha, 1e-9)) / m) for m, v in zip(n, level) if v > floor]
-            print(f'  {name} reaches its reference\'s error with this share of the labels: '
-                  + ', '.join(f'{share:.2g} of {m:.0f}' for m, share in reached if np.isfinite(share)))
+            told = ', '.join(f'{times:.2g} times {m:.0f}' for m, times in reached if np.isfinite(times))
+            print(f"  {name} reaches its reference's error with so many labels: {told or 'none, however many'}")
     ax.set(xlabel='labelled records', ylabel=what, title=title)
     ax.legend(fontsize=7)
     fig.savefig(path, dpi=120)

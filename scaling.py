@@ -2147,6 +2147,8 @@ def finetune_one(folder, a):
     with contextlib.redirect_stdout(io.StringIO()):
         run = open_run(folder / 'best')
         t = Task(data, [task] if task else None, [run], pick_device(a.device))
+    if t.numbers.any():
+        raise Stop(f'{a.ood[0]} has labels that are numbers: sweep finetune takes a task of yes/no labels')
     recipe = replace(PROTOCOLS['quick'], batch=a.batch, schedule='constant', patience=10, by_loss=True)
     origin, rows = rows_in(folder / 'rows.csv')[0], []
     for mode, count in itertools.product(('finetune', 'scratch'), a.records):
