@@ -2480,9 +2480,12 @@ def claims_command(a):
         again = i and found[i - 1]['claim'] == r['claim']
         print(f'| {"" if again else r["claim"]} | {", ".join(look_of(r))} | {r["n"]:,}, {r["seeds"]} | {r["against"]} '
               f'{r["difference"]:+.3f} [{r["low"]:+.3f}, {r["high"]:+.3f}] | {r["detectable"]:.3f} | {r["verdict"]} |')
+    families = dict.fromkeys((f'{r["part"]}: {r["family"]}', ', '.join(look_of(r)), r['ranks']) for r in found)
+    apart = [f for f in families if re.search(r' [2-9](,|$)', f[2])]
     print('\n| part: what is compared | data, mode, labels | ranks: 1 + how many are better |\n|---|---|---|')
-    for family, at, ranks in dict.fromkeys((f'{r["part"]}: {r["family"]}', ', '.join(look_of(r)), r['ranks']) for r in found):
-        print(f"| {family} | {at} | {ranks} |")
+    for family in apart:
+        print('| ' + ' | '.join(family) + ' |')
+    print(f'in {len(families) - len(apart)} of {len(families)} all are ranked 1, since nothing is told apart')
     draw_claims(found, out / 'claims.png')
     parts = [name for name in STUDY if f'study_{name}_arms' in tables]
     for name in parts:
@@ -2511,7 +2514,8 @@ def draw_claims(found, path):
 def draw_part(rows, path):
     """Macro AUROC of every arm of a part in each look, random encoders as bars."""
     looks = list(dict.fromkeys(map(look_of, rows)))
-    arms = [n for n in dict.fromkeys(r['arm'] for r in rows) if n in STUDY[rows[0]['part']].arms][::-1]
+    there = {r['arm'] for r in rows}
+    arms = [n for n in STUDY[rows[0]['part']].arms if n in there][::-1]
     last = list(dict.fromkeys(n.partition(' ')[2] for n in reversed(arms)))                  # levels of the second factor, if there is one
     fig, axes = figure(1, len(looks), figsize=(2.6 * len(looks) + 1, .27 * len(arms) + 1.2), layout='constrained', sharey=True, squeeze=False)
     for ax, at in zip(axes[0], looks):
