@@ -715,7 +715,7 @@ def draw_growth(rows, path):
     fig, axes = figure(2, len(axes_of), figsize=(3.2 * len(axes_of), 6), squeeze=False, layout='constrained')
     for k, (what, title) in enumerate((('ms', 'milliseconds'), ('memory_mb', 'MB'))):
         for ax, axis in zip(axes[k], axes_of):
-            x, y = np.array([(float(r['value']), float(r[what])) for r in rows if r['axis'] == axis]).T
+            x, y = np.array([(float(r['value']), max(float(r[what]), 1e-3)) for r in rows if r['axis'] == axis]).T         # 0 MB has no logarithm
             ax.loglog(x, y, marker='o')
             ax.loglog(x, y[0] * x / x[0], ls=':', color='C7', label='in proportion')
             ax.minorticks_off()
