@@ -766,7 +766,7 @@ def finish(record, contract, peaks=True):
         record.peaks = np.rint(np.asarray(record.peaks) * contract.fs).astype(np.int32)
     except Defect as e:
         counts, facts = None, str(e)
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         counts, facts = None, 'file missing'
     except Exception as e:                                       # whatever a damaged file makes a library raise
         counts, facts = None, f'unreadable ({type(e).__name__})'

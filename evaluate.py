@@ -662,7 +662,7 @@ def digest(*things):
     return h.hexdigest()
 
 
-SOURCE = digest(*((HERE / f).read_text() for f in ('data.py', 'models.py', 'evaluate.py')))
+SOURCE = digest(*((HERE / f).read_text(encoding='utf-8') for f in ('data.py', 'models.py', 'evaluate.py')))
 
 
 @dataclass(eq=False)

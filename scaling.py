@@ -144,19 +144,18 @@ def configurations(rows):
     return groups
 
 
-def moving_targets(rows):
-    """The objective of a configuration whose targets move with the run, else ''."""
-    objective = rows[0].get('objective', '').lower().rstrip('+')
-    return objective if objective in MOVING else ''
+def objective_of(rows):
+    """The name of a configuration's objective as train.py has it, of HuBERT++ too."""
+    return rows[0].get('objective', '').lower().rstrip('+')
 
 
 def incomparable(rows, loss):
     """Why these runs' losses cannot be held against each other, or ''."""
     if loss.startswith('ood_'):
         return ''
-    if objective := moving_targets(rows):
+    if (objective := objective_of(rows)) in MOVING:
         return f"{objective}'s targets come from a network or codebook that learns too, so losses of two runs do not compare: only ood_*_test is fitted"
-    if rows[0].get('objective', '').lower() == 'cmsc' and len({str(r.get('batch')) for r in rows}) > 1:
+    if objective == 'cmsc' and len({str(r.get('batch')) for r in rows}) > 1:
         return "cmsc's loss depends on the batch size (the number of negatives), and these runs have several"
     return ''
 
@@ -261,7 +260,8 @@ def frontier_curve(C, a, b, c, d):
 
 
 def pareto(C, L):
-    """Indices, by growing compute, of points that no point of as little compute beats (2605.17276, Figure 5a). Of ties the first stays."""
+    """Indices, by growing compute, of points that no point of as little compute beats (2605.17276, Figure 5a). Of ties the first stays.
+    C, L (n,)."""
     order = np.lexsort((L, C))
     lowest_before = np.r_[math.inf, np.minimum.accumulate(L[order])[:-1]]
     return order[L[order] < lowest_before].tolist()
@@ -779,7 +779,8 @@ def print_fits(fits):
               f'{spread(f, lambda w: w.E):24s} {alpha:22s} {beta:22s} {share:22s} {c["R2"]:6.3f} {c["log_RMSE"]:6.4f} '
               f'{known(c["held_out_N"], "+.1%"):>6s} {known(c["held_out_D"], "+.1%"):>6s} {known(c["AICc_minus_line"], "+.0f"):>6s}  {"; ".join(f.flags)}')
     print('drop: log of highest over lowest loss; an exponent says how soon a curve nears its own floor, not how low it is or how far it fell. '
-          'out: error at the largest N or D, left out.\nAICc: against a straight line in log-log space; above zero the line does better')
+          'out: error at the largest N or D, left out.\nAICc: against a straight line in log-log space; above zero the line does better, '
+          'blank: too few runs to say')
 
 
 def panels(rows, columns, width=4.6, height=3.6):
@@ -1463,7 +1464,7 @@ def error_command(a):
         if not chosen:
             print(f'{group}: left out, no id_test')
             continue
-        if moving_targets(chosen):
+        if objective_of(chosen) in MOVING:
             print(f'{group}: careful, the targets move with the run, so its loss is no common scale')
         elif reason := incomparable(chosen, 'id_test'):
             print(f'{group}: left out, {reason}')
@@ -2664,14 +2665,17 @@ def check(a):
     if a.command == 'sweep':
         for family, size in itertools.product(a.family, a.size or ()):
             sized(family, size)
-        if not a.ood and (a.kind == 'finetune' or set(MOVING) & set(a.objective)):
+        if not a.ood and (a.kind == 'finetune' or a.kind != 'labels' and set(MOVING) & set(a.objective)):
             raise Stop(f'--ood names no data: by them finetune, and {", ".join(MOVING)}, whose targets move, are judged')
 
 
 def main(argv=None):
     """The command line: see the top of the file."""
-    a = parse(argv)
-    COMMANDS[a.command](a)
+    a, threads = parse(argv), torch.get_num_threads()
+    try:
+        COMMANDS[a.command](a)
+    finally:
+        torch.set_num_threads(threads)                           # of which `share_threads` may have taken a part
 
 
 if __name__ == '__main__':
