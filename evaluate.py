@@ -880,6 +880,7 @@ def slug(*words):
 
 
 def signed(difference, low, high):
+    """A difference and its interval as text."""
     return f'{difference:+.3f} [{low:+.3f}, {high:+.3f}]'
 
 
