@@ -1,70 +1,92 @@
-"""Real and synthetic 12-lead ECGs, all in one form: millivolts, leads by name, one sampling rate.
+"""Real and synthetic 12-lead ECGs in one form: millivolts, leads by name, one sampling rate.
 
-    python data.py                                       # the 500 real ECGs in the box and 4,000 synthetic ones, ready to train
-    python data.py show sample --record 0                # a 12-lead picture in out/
-    python data.py calibrate                             # synthetic against real, measure by measure, with a figure
-    python data.py peaks --root DIR --annotation ii      # R-peaks found against annotated ones, such as those of LUDB
-    python data.py ptbxl --root DIR [--rate 500]         # PTB-XL in its official layout; --download fetches it first
-    python data.py challenge --root DIR --cohort georgia # PhysioNet/CinC Challenge 2020/2021 cohorts
-    python data.py SOURCE --root DIR                     # zzu, sph, code15, echonext or mimic, in their published layouts (--help)
-    python data.py sequences                             # generated sequences that are no ECGs, in eight classes
-    python data.py wfdb --root DIR                       # any folder of WFDB records, without labels
-    python data.py array --root x.npy --fs-in 500        # your own (N, 12, T) or (N, T, 12) array
+    python data.py                                        # the 500 real ECGs here, 4,000 synthetic
+    python data.py show sample --record 0                 # a 12-lead picture in out/
+    python data.py array --root x.npy --fs-in 500 [--labels labels.csv]    # your own (N, 12, T)
+    python data.py wfdb --root DIR [--labels labels.csv]  # your own folder of WFDB records
+    python data.py ptbxl --root DIR [--rate 500] [--download --folders 00000 01000]
+    python data.py challenge --root DIR --cohort georgia  # PhysioNet/CinC Challenge 2020/2021
+    python data.py SOURCE --root DIR                      # zzu, sph, code15, echonext, mimic
+    python data.py sequences                              # no ECGs: sines, noise, random walks ...
 
-File on disk -> Record -> prepared dataset -> batch. A prepared dataset is a folder datasets/NAME of signals.i16, labels.npy,
-index.npz and meta.json. The signal contract follows arXiv 2605.12241 (12 leads, mV, 240 Hz, 2.5 s, no filter);
---contract sc gives the setting of arXiv 2605.17276 (100 Hz, 10 s, high-pass and mains notch). TASKS lists the tasks of both papers,
-each with the command that prepares its data.
+File on disk -> Record -> prepared dataset -> batch. A prepared dataset is a folder datasets/NAME of
+signals.i16, labels.npy, index.npz and meta.json. The default signal contract is that of arXiv
+2605.12241 (12 leads, mV, 240 Hz, 2.5 s, no filter); --contract sc gives that of 2605.17276. TASKS
+lists the tasks of both papers with the commands that prepare their data.
 """
-import argparse, ast, contextlib, csv, functools, hashlib, itertools, json, math, os, re, shutil, sys, time, tokenize, warnings, zipfile, zlib
-from array import array as typed
-from collections import Counter as Tally
+import argparse
+import ast
+import csv
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+import tokenize
+import zipfile
+import zlib
+from array import array as compact
+from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import scipy.ndimage
 import scipy.signal
 import torch
+from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 LEADS = ('I', 'II', 'III', 'aVR', 'aVL', 'aVF', 'V1', 'V2', 'V3', 'V4', 'V5', 'V6')
 HERE = Path(__file__).resolve().parent
+MAX_SECONDS = 3600
+# what numpy raises for a damaged or foreign file
+UNREADABLE = (ValueError, TypeError, KeyError, OSError, EOFError, MemoryError, OverflowError,
+              RuntimeError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 
 
 class Stop(SystemExit):
-    """A defect of the run: one line that says what to do; a script that meets it ends with exit code 1."""
+    """A fault of the whole run: one line that says what to do; the exit code is 1."""
 
 
-class Defect(Exception):
-    """A defect of one record: its text is the reason under which the record is dropped and counted."""
+class BadRecord(Exception):
+    """A fault of one record. Its text is the reason under which the record is dropped."""
 
 
-def script(main, stopped):
-    """A script's main, where Ctrl-C and what the system refuses, such as writing to a full disk, become one line."""
+def run_script(main):
+    """Run a script's main(). Ctrl-C and system errors (a full disk, say) end it with one line
+    instead of a traceback."""
     try:
         main()
     except KeyboardInterrupt:
-        raise Stop(stopped)
+        raise Stop('stopped')
     except OSError as e:
-        raise Stop(f'{e.filename or "output"}: {e.strerror or e}; what was complete before is intact')
+        raise Stop(f'{e.filename or "output"}: {e.strerror or e}')
 
 
 @dataclass(frozen=True)
 class Contract:
-    """What a stored sample means. Checkpoints carry it, and evaluating on data with another one is refused."""
-    fs: int = 240                                                # Hz
+    """What a stored sample means. Checkpoints carry it, and evaluation on data with another
+    contract is refused."""
+    fs: int = 240                                                   # Hz
     leads: tuple = LEADS
-    unit: str = 'mV'                                             # 'SD' under norm = 'record'
-    scale: float = 1e-3                                          # units per stored int16 count
-    filter: str = 'none'                                         # zero-phase steps joined by +: hp0.5, lp40, notch60
-    norm: str = 'none'                                           # 'record': each lead of a record to mean 0, SD 1
-    window: float = 2.5                                          # s: shorter records are dropped, a model's crop
+    unit: str = 'mV'                                                # 'SD' if norm is 'record'
+    scale: float = 1e-3                                             # units per stored int16 count
+    filter: str = 'none'                                            # e.g. hp0.5+lp40+notch60
+    norm: str = 'none'                                              # 'record': each lead to SD 1
+    window: float = 2.5                                             # s: shorter records are dropped
 
     def differs(self, other):
-        """Fields in which two contracts disagree, as text; the window is a model's own affair. '' if none."""
+        """The fields in which two contracts differ, as text; '' if none. The window is not
+        compared."""
         a, b = asdict(self), asdict(other)
         return ', '.join(f'{k} {a[k]} against {b[k]}' for k in a if k != 'window' and a[k] != b[k])
 
@@ -73,377 +95,465 @@ class Contract:
         return Contract(**{**d, 'leads': tuple(d['leads'])})
 
 
-# the second paper gives neither cut-off nor filter order: 0.5 Hz, second order, are our choice
+# 2605.17276 gives neither cut-off nor order of its filter: 0.5 Hz and second order are our choice
 CONTRACTS = {'ps': Contract(), 'sc': Contract(fs=100, filter='hp0.5+notch60', window=10.)}
 
 
 @dataclass
 class Record:
-    """One recording as a reader yields it. x (T, C) in `unit` at `fs` Hz; `load(record)` fills in what only the signal file says
-    (x, fs, leads, unit, ...) later, in a worker. labels: name -> 0, 1, a number or NaN, names being namespaced (super/MI). Within the
-    namespaces that a record uses, what it does not name is 0; the others are unknown, and all are where labels is None."""
+    """One recording as a reader yields it. load(record) fills in later, in a worker process, what
+    stands in the signal file alone. labels: {name: 0, 1, a number, or NaN for unknown}; names begin
+    with a label set (super/MI). A label that the record does not name is 0 if it belongs to a label
+    set that the record uses, else unknown. labels=None: all unknown."""
     id: str
-    patient: str = ''                                            # '' where unknown: then the record stands for itself
-    x: object = None
+    patient: str = ''                                               # '': known by its id alone
+    x: object = None                                                # (T, C) in `unit` at `fs` Hz
     fs: float = 0.
     leads: tuple = ()
     unit: str = ''
-    age: float = math.nan                                        # years
-    sex: float = math.nan                                        # 1 female, 0 male
+    age: float = math.nan                                           # years
+    sex: float = math.nan                                           # 1 female, 0 male
     labels: dict = None
-    fold: int = -1                                               # -1: none given, a hash of the patient or stratification decides
-    strata: tuple = None                                         # what stratified folds balance; None: the labels
-    peaks: object = None                                         # R-peaks in s; None: to be found
+    fold: int = -1                                                  # -1: to be drawn
+    strata: tuple = None                                            # what stratified folds balance
+    r_peaks: object = None                                          # in s; None: to be found
     load: object = None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# readers: one generator each, all yielding Record
+# -------------------------------------------------------------------------------------------------
+# tables and their cells
 
-BITS = {'8': 8, '16': 16, '24': 24, '32': 32, '61': 16, '80': 8, '160': 16, '212': 12, '310': 32 / 3, '311': 32 / 3}
-MAX_SECONDS = 3600
-
-
-def signal_line(fields):
-    """(file, format, offset, gain, baseline, unit, name) of one signal of a WFDB header, from the words of its line. Raises Defect."""
-    form = re.fullmatch(r'(\d+)(?:x(\d+))?(?::\d+)?(?:\+(\d+))?', fields[1] if len(fields) > 1 else '')
-    if not form or os.path.basename(fields[0]) != fields[0] or form[2] not in (None, '1'):
-        raise Defect('unreadable header')
-    gain = re.fullmatch(r'([-+]?[\d.]+(?:[eE][-+]?\d+)?)(?:\(([-+]?\d+)\))?(?:/(\S+))?', fields[2] if len(fields) > 2 else '')
-    if not gain:
-        raise Defect('gain absent')
-    if not gain[3]:
-        raise Defect('unit absent')
-    if not 1e-3 <= abs(float(gain[1])) <= 1e9:
-        raise Defect('absurd gain')
-    if len(fields) < 9:
-        raise Defect('unnamed lead')
-    baseline = float(fields[4] if gain[2] is None else gain[2])  # absent: the ADC's zero
-    return fields[0], form[1], int(form[3] or 0), float(gain[1]), baseline, gain[3], ' '.join(fields[8:])
+UNKNOWN = ('', 'missing', 'unknown', 'nan', 'none', 'null', 'n/a', 'na', 'other')
 
 
-def check_header(path):
-    """Parse the text of a WFDB header and refuse what wfdb would forgive: an absent fs becomes 250 there, a gain of 0 becomes 200,
-    and memory for any promised length is taken. Returns a dict of fs, samples, comments and, one entry per signal, file, format, offset,
-    gain, baseline, unit, name. Raises Defect, and FileNotFoundError where there is no header."""
-    text = Path(f'{path}.hea').read_text(encoding='latin-1')
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    comments = [re.match(r'[#\s<]*([^:>]*)>?\s*:?(.*)', line) for line in lines if line[0] == '#']
-    lines = [line.split() for line in lines if line[0] != '#']
-    if not lines or len(lines[0]) < 2 or not lines[0][1].isdigit():
-        raise Defect('unreadable header')
-    first, count = lines[0], int(lines[0][1])
-    if '/' in first[0]:
-        raise Defect('several segments')
-    if len(first) < 3:
-        raise Defect('fs absent')
+def read_csv(path, *needed):
+    """Rows of a csv file, its cells separated by commas, semicolons or tabs: dicts of stripped
+    strings, '' where blank. Rows of blanks are left out. needed: columns that must be there. Stops
+    at what would be misread."""
+    path = Path(path)
+    if not path.is_file():
+        raise Stop(f'no {path.name} in {path.parent}: --root must name the folder that holds it')
+    with open(path, encoding='utf-8-sig', newline='') as file:
+        try:
+            separator = max(',;\t', key=file.readline().count)
+            file.seek(0)
+            reader = csv.reader(file, delimiter=separator)
+            names = [name.strip() for name in next(reader, [])]
+            if len(set(names)) < len(names):
+                raise Stop(f'{path}: its first line must name each column once')
+            if missing := [name for name in needed if name not in names]:
+                raise Stop(f'{path} has no column {", ".join(missing)}')
+            for cells in reader:
+                if len(cells) > len(names):
+                    raise Stop(f'{path}, line {reader.line_num}: more cells than the first line')
+                if any(cell.strip() for cell in cells):
+                    yield dict.fromkeys(names, '') | dict(zip(names, map(str.strip, cells)))
+        except UnicodeDecodeError:
+            raise Stop(f'{path} is not in UTF-8: save it so')
+        except csv.Error as e:
+            raise Stop(f'{path} is no table: {e}')
+
+
+def number(text):
+    """A cell as a finite float; NaN for blanks and words."""
     try:
-        fs, samples = float(re.split('[/(]', first[2])[0]), int(first[3]) if len(first) > 3 else 0
+        return float(text) if math.isfinite(float(text)) else math.nan
     except ValueError:
-        raise Defect('unreadable header')
+        return math.nan
+
+
+def whole(text):
+    """A number of a patient or study without the decimals that pandas adds: 15709.0 -> 15709."""
+    return re.sub(r'^(\d+)\.0+$', r'\1', text.strip())
+
+
+def years(text):
+    """An age in years. 300 stands for over 89 in PTB-XL; what no one reaches is unknown."""
+    age = number(text)
+    if age == 300:
+        return 90.
+    return age if 0 <= age <= 120 else math.nan
+
+
+def is_female(text):
+    """1 for female, 0 for male, NaN for anything else (MIMIC writes 'missing')."""
+    words = {'f': 1., 'female': 1., '1': 1., '1.0': 1., 'm': 0., 'male': 0., '0': 0., '0.0': 0.}
+    return words.get(text.strip(' \'"').lower(), math.nan)
+
+
+def split_codes(text):
+    """The entries of a cell such as 'C21';'D31' or 426783006,164889003; none for Unknown."""
+    parts = [part.strip(' \'"') for part in re.split('[;,]', text)]
+    return [part for part in parts if part.lower() not in UNKNOWN]
+
+
+def with_sex_and_age(names, sex, age, edges):
+    """Names, and groups of sex and age, for folds that balance them too."""
+    groups = [(f'sex {sex:g}', sex), (f'age {sum(age >= e for e in edges)}', age)]
+    return (*names, *(name for name, value in groups if not math.isnan(value)))
+
+
+# columns of a table of one's own that are no labels, and other names under which they are known
+OWN = {'id': 'id', 'record': 'id', 'filename': 'id', 'patient': 'patient', 'patient_id': 'patient',
+       'subject_id': 'patient', 'fold': 'fold', 'strat_fold': 'fold', 'age': 'age', 'sex': 'sex',
+       'gender': 'sex'}
+
+
+def read_labels(path, ignore=()):
+    """Your own labels: rows of a csv as dicts of id, patient, fold, age, sex and labels. A column
+    like super/MI keeps its label set, any other NAME becomes label/NAME. Blank is unknown. The
+    nameless column that pandas writes is no label. Stops at a cell that would be misread."""
+    if not Path(path).is_file():
+        raise Stop(f'no file {path}: --labels must name a csv file')
+    table, rows = list(read_csv(path, *ignore)), []
+    columns = {name: OWN.get(name.lower(), name) for name in (table[0] if table else ())
+               if name and name not in ignore}
+    if len(set(columns.values())) < len(columns):
+        raise Stop(f'{path}: two of {", ".join(columns)} mean the same: --ignore one')
+    names = [name for name in columns if columns[name] == name and name not in OWN]
+    for name in names:
+        others = {row[name] for row in table if number(row[name]) not in (0, 1)} - {''}
+        if others:
+            print(f'{path}: column {name} is a number, not yes or no (it has {min(others)}): '
+                  'scored by MAE')
+    for i, cells in enumerate(table, 1):
+        row = {'id': '', 'patient': '', 'age': '', 'sex': '', 'fold': ''}
+        row |= {own: cells[name] for name, own in columns.items()}
+        for name in names:
+            if row[name] and math.isnan(number(row[name])):
+                raise Stop(f'{path}, row {i}, column {name}: {row[name][:40]!r} is no number; use '
+                           f'1, 0, or blank for unknown, rename it id, or --ignore {name}')
+        age, sex, fold, patient = row['age'], row['sex'], whole(row['fold']), whole(row['patient'])
+        if age.lower() not in UNKNOWN and math.isnan(number(age)):
+            raise Stop(f'{path}, row {i}: age {age!r} is no number of years')
+        if sex.lower() not in UNKNOWN and math.isnan(is_female(sex)):
+            raise Stop(f'{path}, row {i}: sex {sex!r}? Write female, male, or leave it blank')
+        if fold and not re.fullmatch(r'\d{1,4}', fold):
+            raise Stop(f'{path}, row {i}: fold {fold!r} is no whole number')
+        rows.append(dict(
+            id=row['id'], patient=f'patient {patient}' if patient.isdigit() else patient,
+            fold=int(fold or -1), age=years(age), sex=is_female(sex),
+            labels={name if '/' in name else f'label/{name}': number(row[name]) for name in names}))
+    return rows
+
+
+def match_labels(path, ignore, names):
+    """The rows of `read_labels` for records of these names: by id, which may also be the last part
+    of a name. {} for a record that has none."""
+    rows = read_labels(path, ignore)
+    by_id = {re.sub(r'\.(hea|dat|mat)$', '', row['id']): row for row in rows}
+    if len(by_id) < len(rows):
+        raise Stop(f'{path}: a column id must name the record of each row, each once')
+    found = [by_id.get(name, by_id.get(name.split('/')[-1], {})) for name in names]
+    count = sum(map(bool, found))
+    print(f'{path}: {len(rows)} rows; {count} records have one, {len(names) - count} do not')
+    if not count:
+        raise Stop(f'{path} names none of the records, which have names such as {names[:1]}')
+    return found
+
+
+# -------------------------------------------------------------------------------------------------
+# readers: generators of Records
+
+GAIN = re.compile(r'(-?\d+\.?\d*(?:e[-+]?\d+)?)(?:\(-?\d+\))?(?:/(\S+))?')  # gain(baseline)/unit
+
+
+def read_header(path):
+    """(fs, positions of the twelve leads, their unit, comments) of a WFDB header, refusing what
+    wfdb would forgive: an absent sampling rate becomes 250 Hz there, a gain of 0 becomes 200, and a
+    micro sign is dropped. An absent unit is mV (header(5)). Raises BadRecord."""
+    raw = Path(f'{path}.hea').read_bytes()
+    try:
+        text = raw.decode('utf-8-sig')
+    except UnicodeDecodeError:
+        text = raw.decode('latin-1')
+    lines = [line.strip() for line in text.split('\n') if line.strip()]
+    comments = '\n'.join(line for line in lines if line[0] == '#')
+    first, *signals = [line.split() for line in lines if line[0] != '#'] or [[]]
+    if len(first) < 2 or not first[1].isdigit():
+        raise BadRecord('unreadable header')
+    if '/' in first[0]:
+        segments = first[0].split('/')[1].isdigit()
+        raise BadRecord('several segments' if segments else 'a / in the name of the record')
+    if len(first) < 3:
+        raise BadRecord('fs absent')
+    fs = number(re.split('[/(]', first[2])[0])
     if not 50 <= fs <= 10000:
-        raise Defect('absurd fs')
-    if not 0 <= samples <= MAX_SECONDS * fs:
-        raise Defect('absurd length')
-    if count < 12 or len(lines) - 1 < count:
-        raise Defect('missing lead')
-    signals = zip(*(signal_line(fields) for fields in lines[1:count + 1]))
-    h = dict(zip(('file', 'format', 'offset', 'gain', 'baseline', 'unit', 'name'), signals))
-    for name in set(h['file']):
-        file = Path(path).parent / name
-        if not file.is_file():
-            raise Defect('file missing')
-        bits = sum(BITS.get(form, 0) for form, owner in zip(h['format'], h['file']) if owner == name)        # compressed formats count as 0
-        if file.stat().st_size < bits * samples / 8 + max(h['offset']):
-            raise Defect('truncated file')
-    if len(set(h['unit'])) > 1:
-        raise Defect('leads in different units')
-    return h | dict(fs=fs, samples=samples, comments={c[1].strip().lower(): c[2].strip() for c in comments})
+        raise BadRecord('absurd fs')
+    if not number(first[3] if len(first) > 3 else '0') <= MAX_SECONDS * fs:
+        raise BadRecord('longer than an hour')
+    wanted, units = [], set()
+    for position, words in enumerate(signals[:int(first[1])]):
+        if ' '.join(words[8:]).upper() not in map(str.upper, LEADS):
+            continue
+        gain = GAIN.fullmatch(words[2])
+        if not gain:
+            raise BadRecord(f'unreadable gain {words[2]}')
+        if not 1e-3 <= abs(float(gain[1])) <= 1e9:
+            raise BadRecord('absurd gain')
+        wanted.append(position)
+        units.add(gain[2] or 'mV')
+        if path.with_name(words[0]).read_bytes()[:10] == b'MATLAB 5.0':
+            raise BadRecord('a .mat file of version 5 under a header for version 4')
+    if len(units) > 1:
+        raise BadRecord('leads in different units')
+    return fs, wanted, ''.join(units), comments
 
 
 def load_wfdb(record, path):
-    """Fill a Record from the WFDB record at `path` (no extension): signal in its own units, age and sex from the comments, which it
-    returns as a dict. 16-bit signals in one file, the usual case, are read straight into numpy (wfdb would take five times as long over
-    the header); every other format by wfdb."""
-    h = check_header(path)
-    if set(h['format']) == {'16'} and len(set(h['file'])) == len(set(h['offset'])) == 1:
-        count = len(h['name'])
-        raw = np.fromfile(Path(path).parent / h['file'][0], '<i2', h['samples'] * count or -1, offset=h['offset'][0])
-        x = raw[:len(raw) // count * count].reshape(-1, count).astype(float)
-        x[x == -32768] = np.nan                                  # WFDB's mark of a missing sample
-        record.x = (x - h['baseline']) / h['gain']
-    else:
-        import wfdb
-        record.x = wfdb.rdrecord(str(path)).p_signal
-    record.fs, record.leads, record.unit, comments = h['fs'], h['name'], h['unit'][0], h['comments']
-    if math.isnan(record.age) and re.fullmatch(r'\d{1,3}', comments.get('age', '')):
-        record.age = float(comments['age'])
-    if math.isnan(record.sex):
-        record.sex = {'f': 1., 'm': 0.}.get(comments.get('sex', '')[:1].lower(), math.nan)
+    """Fill a Record from the WFDB record at `path` (no extension), read by wfdb in any of its
+    formats, with skew and samples per frame. Returns the header's comments as text."""
+    import wfdb
+    record.fs, wanted, record.unit, comments = read_header(path)
+    if not wanted:
+        raise BadRecord('none of the twelve leads is there')
+    file = wfdb.rdrecord(str(path), channels=wanted)
+    record.x, record.leads = file.p_signal, tuple(file.sig_name)
+    field = lambda name: re.search(rf'(?im)\b{name}>?\s*:[ \t]*(\w[\w.]*)', comments)
+    if math.isnan(record.age) and (found := field('age')):
+        record.age = years(found[1])
+    if math.isnan(record.sex) and (found := field('sex')):
+        record.sex = is_female(found[1])
     return comments
 
 
+def wfdb_folder(root, labels=None, ignore=()):
+    """Any folder of WFDB records, at any depth. labels: a csv of your own, matched by the record's
+    name or its path under root."""
+    files = [file.relative_to(root).with_suffix('') for file in sorted(Path(root).rglob('*.hea'))]
+    names = [file.as_posix() for file in files]
+    rows = match_labels(labels, ignore, names) if labels else [{} for _ in names]
+    for name, row in zip(names, rows):
+        yield Record(**row | dict(id=name), load=partial(load_wfdb, path=Path(root, name)))
+
+
+def ptbxl(root, rate=100, folders=()):
+    """PTB-XL in its official layout (Wagner et al. 2020), 100 or 500 Hz, with its six label sets:
+    all (71 statements), diag (44), form (19), rhythm (12), sub (23), super (5). A statement counts
+    whatever its likelihood; folds are strat_fold. folders: only these, such as 00000."""
+    root, file = Path(root), 'filename_lr' if rate == 100 else 'filename_hr'
+    if not (root / f'records{rate}').is_dir() and (root / f'records{600 - rate}').is_dir():
+        raise Stop(f'{root} has no records{rate}, but records{600 - rate}: add --rate {600 - rate}')
+    names = {}                                                      # statement -> its labels
+    for row in read_csv(root / 'scp_statements.csv', '', 'diagnostic', 'form', 'rhythm',
+                        'diagnostic_class', 'diagnostic_subclass'):
+        code = row['']
+        names[code] = [f'all/{code}']
+        names[code] += [f'{part}/{code}' for part in ('form', 'rhythm') if number(row[part]) == 1]
+        if number(row['diagnostic']) == 1:
+            names[code] += [f'diag/{code}', f'sub/{row["diagnostic_subclass"]}',
+                            f'super/{row["diagnostic_class"]}']
+    no = dict.fromkeys(sorted(itertools.chain(*names.values())), 0.)
+    for row in read_csv(root / 'ptbxl_database.csv', 'ecg_id', 'patient_id', 'age', 'sex',
+                        'scp_codes', 'strat_fold', file):
+        if folders and Path(row[file]).parent.name not in folders:
+            continue
+        patient, fold = whole(row['patient_id']), number(row['strat_fold'])
+        load = partial(load_ptbxl, path=root / row[file], codes=row['scp_codes'],
+                                 names=names)
+        yield Record(f'ptbxl/{row["ecg_id"]}', f'ptbxl/patient{patient}' if patient else '',
+                     age=years(row['age']), sex=is_female(row['sex']), labels=no, load=load,
+                     fold=-1 if math.isnan(fold) else int(fold))
+
+
+def load_ptbxl(record, path, codes, names):
+    """Signal and labels of one row of ptbxl_database.csv."""
+    try:
+        codes = list(ast.literal_eval(codes))
+    except (ValueError, SyntaxError, TypeError):
+        raise BadRecord('unreadable scp_codes')
+    for code in codes:
+        record.labels = record.labels | dict.fromkeys(names.get(code, [f'all/{code}']), 1.)
+    load_wfdb(record, path)
+
+
+def challenge(root, cohorts=()):
+    """PhysioNet/CinC Challenge 2020/2021 (.hea with .mat or .dat): all cohorts, or those named. No
+    patient ids, no folds. Its ptb-xl is PTB-XL again: never train on one and test on the other."""
+    cohort_of = lambda p: p.parts[-3 if re.fullmatch(r'g\d+', p.parts[-2]) else -2]
+    files = sorted(Path(root).resolve().rglob('*.hea'))
+    there = {cohort_of(file) for file in files}
+    if missing := set(cohorts) - there:
+        raise Stop(f'no cohort {", ".join(sorted(missing))} under {root}; there: '
+                   f'{", ".join(sorted(there)) or "none"}')
+    for file in files:
+        if not cohorts or cohort_of(file) in cohorts:
+            load = partial(load_challenge, path=file.with_suffix(''))
+            yield Record(f'{cohort_of(file)}/{file.stem}', load=load)
+
+
 def load_challenge(record, path):
-    """A Challenge record: WFDB, with its diagnoses as SNOMED codes (2021) or as names (2020) in the comment Dx."""
-    codes = [c.strip() for c in load_wfdb(record, path).get('dx', '').split(',') if c.strip()]
-    if record.id.startswith('ningbo/'):                          # its sheet of the label map has two codes for complete LBBB, the others one
-        codes = ['164909002' if c == '733534002' else c for c in codes]
+    """Signal and diagnoses: SNOMED codes (2021) or names (2020) in the comment Dx."""
+    found = re.search(r'(?im)^#\s*dx\s*:(.*)$', load_wfdb(record, path))
+    codes = split_codes(found[1]) if found else []
+    if 'ningbo' in record.id.lower():                               # two codes for complete LBBB
+        codes = ['164909002' if code == '733534002' else code for code in codes]
     if codes:
         record.labels = {('snomed/' if c.isdigit() else 'dx2020/') + c: 1. for c in codes}
 
 
-def rows_of(path, *needed, ragged=True):
-    """Rows of a csv file as dicts. Stops where the file or a needed column is missing; what a short row lacks is blank, or, if not `ragged`,
-    stops too."""
-    path = Path(path)
-    if not path.is_file():
-        raise Stop(f'no {path.name} in {path.parent}: --root must name the folder that holds it (ptbxl: or add --download)')
-    with open(path, newline='', encoding='utf-8-sig') as f:
-        try:
-            reader = csv.DictReader(f, restval='' if ragged else None)
-            names = reader.fieldnames or []
-            if missing := [c for c in needed if c not in names]:
-                raise Stop(f'{path} has no column {", ".join(missing)}')
-            if len(set(names)) < len(names) or (len(names) == 1 and ';' in names[0]):
-                raise Stop(f'{path}: its first line must name each column once, separated by commas')
-            for row in reader:
-                if not ragged and (None in row or None in row.values()):
-                    raise Stop(f'{path}, line {reader.line_num}: not as many cells as the first line names')
-                yield row
-        except UnicodeDecodeError:
-            raise Stop(f'{path} is not in UTF-8: save it so')
-
-
-def number(text, otherwise=math.nan):
-    """A csv cell as a finite float; `otherwise` for blanks and text."""
-    try:
-        return float(text) if math.isfinite(float(text)) else otherwise
-    except (TypeError, ValueError):
-        return otherwise
-
-
-def ptbxl(root, rate=100):
-    """PTB-XL in its official layout (Wagner et al. 2020), at 100 or 500 Hz, with its six label sets as namespaces: all (71 codes),
-    diag (44), form (19), rhythm (12), sub (23), super (5). A code counts whatever its likelihood; folds are strat_fold."""
-    root = Path(root)
-    if not (root / f'records{rate}').is_dir() and (root / f'records{600 - rate}').is_dir():
-        raise Stop(f'{root} has no records{rate}, but records{600 - rate}: add --rate {600 - rate}')
-    sets = {}                                                    # code -> its labels
-    for r in rows_of(root / 'scp_statements.csv', '', 'diagnostic', 'form', 'rhythm', 'diagnostic_class', 'diagnostic_subclass'):
-        code = r['']
-        sets[code] = [f'all/{code}']
-        if number(r['diagnostic']) == 1:
-            sets[code] += [f'diag/{code}', f'sub/{r["diagnostic_subclass"]}', f'super/{r["diagnostic_class"]}']
-        sets[code] += [f'{kind}/{code}' for kind in ('form', 'rhythm') if number(r[kind]) == 1]
-    vocabulary = dict.fromkeys(sorted(itertools.chain(*sets.values())), 0.)
-    for row in rows_of(root / 'ptbxl_database.csv', 'ecg_id', 'patient_id', 'age', 'sex', 'scp_codes', 'strat_fold',
-                       'filename_lr', 'filename_hr'):
-        age = number(row['age'])                                 # 300 means over 89
-        yield Record(f'ptbxl/{row["ecg_id"]}', f'ptbxl/patient{row["patient_id"]}' if row['patient_id'] else '', age=min(age, 90.),
-                     sex=number(row['sex']), fold=int(number(row['strat_fold'], -1)), labels=vocabulary,
-                     load=functools.partial(load_ptbxl, root=root, name=row['filename_lr' if rate == 100 else 'filename_hr'],
-                                            codes=row['scp_codes'], sets=sets))
-
-
-def load_ptbxl(record, root, name, codes, sets):
-    """Signal and labels of one row of ptbxl_database.csv."""
-    try:
-        codes = ast.literal_eval(codes)
-    except (ValueError, SyntaxError):
-        raise Defect('unreadable scp_codes')
-    if not isinstance(codes, dict) or '..' in Path(name).parts or Path(name).is_absolute():
-        raise Defect('unreadable scp_codes or file name')
-    record.labels = {**record.labels, **{n: 1. for c in codes for n in sets.get(c, [f'all/{c}'])}}
-    load_wfdb(record, root / name)
-
-
-def challenge(root, cohorts=()):
-    """PhysioNet/CinC Challenge 2020/2021 records (.hea with .mat or .dat), all cohorts or those named. No patient ids, no folds.
-    The cohort ptb-xl is PTB-XL over again: never pretrain on one and test on the other."""
-    found = sorted(Path(root).resolve().rglob('*.hea'))
-    cohort = lambda p: p.parts[-3] if re.fullmatch(r'g\d+', p.parts[-2]) else p.parts[-2]
-    missing = set(cohorts) - {cohort(p) for p in found}
-    if missing:
-        raise Stop(f'no cohort {", ".join(sorted(missing))} under {root}; there: {", ".join(sorted({cohort(p) for p in found})) or "none"}')
-    for p in found:
-        if not cohorts or cohort(p) in cohorts:
-            yield Record(f'{cohort(p)}/{p.stem}', load=functools.partial(load_challenge, path=p.with_suffix('')))
-
-
-def cell(row, *words):
-    """The cell of the first column whose name holds all the words, in any case; '' where none does."""
-    return next((v or '' for k, v in row.items() if k and all(w in k.lower() for w in words)), '')
-
-
-def entries(text):
-    """The entries of a cell such as 'C21';'D31', without quotes; none for Null."""
-    parts = [part.strip(' \'"') for part in (text or '').split(';')]
-    return [part for part in parts if part.lower() not in ('', 'null', 'nan', 'n/a')]
-
-
-def female(text):
-    """1 for female, 0 for male, NaN for anything else (MIMIC writes 'missing')."""
-    return {'f': 1., 'female': 1., 'm': 0., 'male': 0.}.get((text or '').strip(' \'"').lower(), math.nan)
-
-
-def strata(names, sex, age, edges):
-    """Names with sex and age group added, for folds that balance them too."""
-    known = [(f'sex {sex:g}', sex), (f'age {sum(age >= e for e in edges)}', age)]
-    return (*names, *(name for name, value in known if not math.isnan(value)))
-
-
 def zzu(root):
-    """ZZU pECG (Tan et al. 2025, figshare): children's ECGs, 500 Hz, upper-case lead names; records of nine leads are passed over.
-    Labels are the AHA statements of ECGCode.csv by their description (aha/Sinus tachycardia); as in the released code, entries that it
-    does not list (prose, codes with a modifier) count as nothing. Folds balance disease category, sex and age over patients.
-    Written to the published schema, not yet tried on the real files."""
+    """ZZU pECG (Tan et al. 2025, figshare): children, 500 Hz, records of 12 leads. Labels: the AHA
+    statements of ECGCode.csv; as in the released code, entries not listed there count as nothing.
+    Folds balance disease, sex and age. Written to the published schema, not tried on real files."""
     root = Path(root)
-    statement = {c: cell(r, 'desc').strip() for r in rows_of(root / 'ECGCode.csv') for c in entries(cell(r, 'aha'))}
-    disease = {c: cell(r, 'category').strip() for r in rows_of(root / 'DiseaseCode.csv') for c in entries(cell(r, 'icd', 'code'))}
-    vocabulary = dict.fromkeys((f'aha/{d}' for d in sorted(set(statement.values()))), 0.)
-    for row in rows_of(root / 'AttributesDictionary.csv', 'Filename', 'Patient_ID', 'Age', 'Gender', 'Lead', 'AHA_code', 'ICD-10 code'):
-        if number(row['Lead']) != 12:
+    statement = {c: r['Description'] for r in read_csv(root / 'ECGCode.csv')
+                 for c in split_codes(r['AHA(Category&Code)'])}
+    disease = {c: r['Disease Category'] for r in read_csv(root / 'DiseaseCode.csv')
+               for c in split_codes(r['ICD-10 Code'])}
+    no = dict.fromkeys((f'aha/{name}' for name in sorted(set(statement.values()))), 0.)
+    for r in read_csv(root / 'AttributesDictionary.csv', 'Filename', 'Patient_ID', 'Age', 'Gender',
+                      'Lead', 'AHA_code', 'ICD-10 code'):
+        if number(r['Lead']) != 12:
             continue
-        name, sex, age = row['Filename'].strip(' \'"'), female(row['Gender']), number(row['Age'].strip(' \'"d')) / 365.25
-        categories = sorted({disease[c] for c in entries(row['ICD-10 code']) if c in disease})
-        yield Record(f'zzu/{name}', f'zzu/{row["Patient_ID"]}', age=age, sex=sex, strata=strata(categories, sex, age, (1, 5, 12, 18)),
-                     labels=vocabulary | {f'aha/{statement[c]}': 1. for c in entries(row['AHA_code']) if c in statement},
-                     load=functools.partial(load_wfdb, path=root / 'Child_ecg' / name))
+        name, sex = r['Filename'].strip(' \'"'), is_female(r['Gender'])
+        age = number(r['Age'].strip(' \'"d')) / 365.25
+        yes = {f'aha/{statement[c]}': 1. for c in split_codes(r['AHA_code']) if c in statement}
+        diseases = sorted({disease[c] for c in split_codes(r['ICD-10 code']) if c in disease})
+        yield Record(f'zzu/{name}', f'zzu/{r["Patient_ID"]}', age=age, sex=sex, labels=no | yes,
+                     strata=with_sex_and_age(diseases, sex, age, (1, 5, 12, 18)),
+                     load=partial(load_wfdb, path=root / 'Child_ecg' / name))
 
 
-def need_h5py():
-    """Stops in one line where h5py is missing."""
+def open_h5(path):
+    """An HDF5 file. Stops where h5py is missing."""
     try:
         import h5py
     except ImportError:
         raise Stop('this source is in HDF5 files: pip install h5py')
+    return h5py.File(path)
 
 
 def sph(root):
-    """SPH (Liu et al. 2022, figshare): HDF5, 500 Hz, mV, 10 to 56 s. Labels are the AHA codes of the statements without their
-    modifiers (aha/22). Folds balance statements, modifiers, sex and age over patients.
-    Written to the published schema, not yet tried on the real files."""
-    need_h5py()
-    for row in rows_of(Path(root) / 'metadata.csv', 'ECG_ID', 'AHA_Code', 'Patient_ID', 'Age', 'Sex'):
-        codes = [[part.strip() for part in s.split('+')] for s in entries(row['AHA_Code'])]
-        sex, age, name = female(row['Sex']), number(row['Age']), row['ECG_ID'].strip()
-        parts = {f'{"modifier" if i else "aha"} {part}' for code in codes for i, part in enumerate(code)}
-        yield Record(f'sph/{name}', f'sph/{row["Patient_ID"]}', fs=500, leads=LEADS, unit='mV', age=age, sex=sex,
-                     labels={f'aha/{code[0]}': 1. for code in codes} or None, strata=strata(sorted(parts), sex, age, (20, 40, 60, 80)),
-                     load=functools.partial(load_sph, path=Path(root, 'records', f'{name}.h5')))
+    """SPH (Liu et al. 2022, figshare): HDF5, 500 Hz, mV. Labels: AHA codes without their modifiers
+    (aha/22). Folds balance statements, modifiers, sex and age. Not tried on real files."""
+    for r in read_csv(Path(root, 'metadata.csv'), 'ECG_ID', 'AHA_Code', 'Patient_ID', 'Age', 'Sex'):
+        codes = [[part.strip() for part in code.split('+')] for code in split_codes(r['AHA_Code'])]
+        parts = {f'{"modifier" if i else "aha"} {p}' for code in codes for i, p in enumerate(code)}
+        sex, age, name = is_female(r['Sex']), years(r['Age']), r['ECG_ID']
+        yield Record(f'sph/{name}', f'sph/{r["Patient_ID"]}', None, 500, LEADS, 'mV', age, sex,
+                     {f'aha/{code[0]}': 1. for code in codes} or None,
+                     strata=with_sex_and_age(sorted(parts), sex, age, (20, 40, 60, 80)),
+                     load=partial(load_sph, path=Path(root, 'records', f'{name}.h5')))
 
 
 def load_sph(record, path):
     """Signal of one SPH record."""
-    import h5py
-    with h5py.File(path) as file:
-        record.x = file['ecg'][:].T                              # (12, T) float16 in the file
+    with open_h5(path) as file:
+        record.x = file['ecg'][:].T                                 # (12, T) float16 in the file
 
 
 def code15(root):
-    """CODE-15% (Ribeiro et al. 2021, Zenodo): HDF5, 400 Hz, 7 or 10 s in 4,096 samples; its six findings as code/1dAVb, RBBB, LBBB, SB,
-    AF, ST. Hashed folds by patient: the last is the 10 % that arXiv 2605.17276 holds out. Records of parts that are not there are
-    dropped and counted. Its unit is not stated: values are taken as mV, as in the released code of arXiv 2605.12241, though the CODE test
-    set of the same group is in .1 mV: check that their SD is .2 to .4 before mixing. Written to the published schema, not yet tried on the real files."""
-    need_h5py()
-    names, truth = ('1dAVb', 'RBBB', 'LBBB', 'SB', 'AF', 'ST'), {'true': 1., 'false': 0.}
-    value = lambda text: truth.get((text or '').strip().lower(), number(text))
-    for row in rows_of(Path(root) / 'exams.csv', 'exam_id', 'age', 'is_male', 'patient_id', 'trace_file', *names):
-        yield Record(f'code15/{row["exam_id"]}', f'code15/patient{row["patient_id"]}', fs=400, leads=LEADS, unit='mV', age=number(row['age']),
-                     sex=1 - value(row['is_male']), labels={f'code/{n}': value(row[n]) for n in names},
-                     load=functools.partial(load_code15, path=Path(root, row['trace_file'].strip()), exam=int(number(row['exam_id'], -1))))
+    """CODE-15% (Ribeiro et al. 2021, Zenodo): HDF5, 400 Hz, 7 or 10 s padded with zeros to 4,096
+    samples, six findings. Hashed folds by patient. Its unit is not stated: taken as mV, as in the
+    released code, though the CODE test set of the same group is in .1 mV: check that the SD is .2
+    to .4 before mixing. Not tried on real files."""
+    names, yes = ('1dAVb', 'RBBB', 'LBBB', 'SB', 'AF', 'ST'), {'true': 1., 'false': 0.}
+    value = lambda text: yes.get(text.lower(), number(text))
+    for r in read_csv(Path(root, 'exams.csv'), 'exam_id', 'age', 'is_male', 'patient_id',
+                      'trace_file', *names):
+        exam, patient = whole(r['exam_id']), whole(r['patient_id'])
+        load = partial(load_code15, path=Path(root, r['trace_file']), exam=int(exam))
+        yield Record(f'code15/{exam}', f'code15/patient{patient}', None, 400, LEADS, 'mV',
+                     years(r['age']), 1 - value(r['is_male']),
+                     {f'code/{n}': value(r[n]) for n in names}, load=load)
 
 
-@functools.lru_cache(32)                                         # once per file and worker
+@lru_cache(32)                                            # once per file and worker
 def code15_part(path):
-    """(tracings (N, 4096, 12), {exam: row}) of one part."""
-    import h5py
-    file = h5py.File(path)
+    """(tracings (N, 4096, 12), {exam: row}) of one file."""
+    file = open_h5(path)
     return file['tracings'], {int(exam): i for i, exam in enumerate(file['exam_id'][:])}
 
 
 def load_code15(record, path, exam):
-    """The row of the part that holds the exam, without the zeros that pad it on both sides."""
+    """Signal of one exam, zeros included."""
     tracings, row = code15_part(path)
     if exam not in row:
-        raise Defect('exam not in its file')
-    x = tracings[row[exam]]                                      # (4096, 12)
-    pad = int((x == 0).all(1).sum()) // 2
-    record.x = x[pad:len(x) - pad]
+        raise BadRecord('exam not in its file')
+    record.x = tracings[row[exam]]
 
 
-FLAGS = [f'{name}_flag' for name in (
-    'lvef_lte_45 lvwt_gte_13 aortic_stenosis_moderate_or_greater aortic_regurgitation_moderate_or_greater mitral_regurgitation_moderate_or_greater '
-    'tricuspid_regurgitation_moderate_or_greater pulmonary_regurgitation_moderate_or_greater rv_systolic_dysfunction_moderate_or_greater '
-    'pericardial_effusion_moderate_large pasp_gte_45 tr_max_gte_32').split()]
+FLAGS = [f'{name}_flag' for name in """lvef_lte_45 lvwt_gte_13 aortic_stenosis_moderate_or_greater
+    aortic_regurgitation_moderate_or_greater mitral_regurgitation_moderate_or_greater
+    tricuspid_regurgitation_moderate_or_greater pulmonary_regurgitation_moderate_or_greater
+    rv_systolic_dysfunction_moderate_or_greater pericardial_effusion_moderate_large pasp_gte_45
+    tr_max_gte_32""".split()]
+SHD = 'shd_moderate_or_greater_flag'                                # any structural heart disease
 
 
 def echonext(root):
-    """EchoNext 1.1.0 (Poterucha et al. 2025, PhysioNet, restricted): 250 Hz, 10 s. Its signals are standardised, not mV; they pass here
-    as if they were mV, since the released code of arXiv 2605.12241 does not rescale them either. Labels: eleven flags (echonext/...) and
-    the composite one (shd/...). The official split is kept: train is fold 0, val 8, test 9. Row i of a split in the csv is row i of its
-    waveforms. Written to the published schema, not yet tried on the real files."""
-    root, fold, seen = Path(root), {'train': 0, 'val': 8, 'test': 9}, Tally()
+    """EchoNext 1.1.0 (Poterucha et al. 2025, PhysioNet): 250 Hz, 10 s, signals in SD, not mV, kept
+    as they are, as in the released code. Labels: eleven flags (echonext/) and the composite one
+    (shd/). The official split is kept: train is fold 0, val 8, test 9. Not tried on real files."""
+    root, fold = Path(root), {'train': 0, 'val': 8, 'test': 9}
     table = next(root.glob('[Ee]cho[Nn]ext_metadata_100k.csv'), root / 'echonext_metadata_100k.csv')
-    for row in rows_of(table, 'ecg_key', 'patient_key', 'split', 'age_at_ecg', 'sex', *FLAGS):
-        split, sex = row['split'].strip(), female(row['sex'])
+    rows_so_far = Counter()                                         # of each split
+    for r in read_csv(table, 'ecg_key', 'patient_key', 'split', 'age_at_ecg', 'sex', SHD, *FLAGS):
+        split = r['split']
         if split not in fold:
             continue
-        labels = {f'echonext/{f[:-5]}': number(row[f]) for f in FLAGS}
-        labels |= {f'shd/{f[:-5]}': number(v) for f, v in row.items() if f.startswith('shd') and f.endswith('_flag')}
-        yield Record(f'echonext/{row["ecg_key"]}', f'echonext/{row["patient_key"]}', fs=250, leads=LEADS, unit='mV', labels=labels,
-                     age=number(row['age_at_ecg']), sex=number(row['sex']) if math.isnan(sex) else sex, fold=fold[split],
-                     load=functools.partial(load_echonext, path=root / f'EchoNext_{split}_waveforms.npy', row=seen[split]))
-        seen[split] += 1
-    for split, n in seen.items():
+        labels = {f'echonext/{name.removesuffix("_flag")}': number(r[name]) for name in FLAGS}
+        labels[f'shd/{SHD.removesuffix("_flag")}'] = number(r[SHD])
+        load = partial(load_echonext, path=root / f'EchoNext_{split}_waveforms.npy',
+                                 row=rows_so_far[split])
+        yield Record(f'echonext/{r["ecg_key"]}', f'echonext/{r["patient_key"]}', None, 250, LEADS,
+                     'mV', years(r['age_at_ecg']), is_female(r['sex']), labels, fold[split],
+                     load=load)
+        rows_so_far[split] += 1
+    for split, n in rows_so_far.items():
         file = root / f'EchoNext_{split}_waveforms.npy'
-        there = len(np.load(file, mmap_mode='r')) if file.is_file() else n       # one that is not there is counted record by record
-        if n != there:
-            raise Stop(f'{file.name} has {there} records, but {table.name} has {n} of split {split}: they cannot be matched')
+        if file.is_file() and len(np.load(file, mmap_mode='r')) != n:
+            raise Stop(f'{file.name} does not have the {n} records of split {split} in the csv')
 
 
 def load_echonext(record, path, row):
     """Signal of one row of a split's waveforms."""
-    record.x = np.load(path, mmap_mode='r')[row, 0]              # (N, 1, 2500, 12) in the file
+    record.x = np.load(path, mmap_mode='r')[row, 0]                 # (N, 1, 2500, 12) in the file
 
 
-FEATURES = ('rr', 'qrs', 'qt', 'qtc', 'p_axis', 'qrs_axis', 't_axis')                        # ms and degrees
-MDS = {'biometrics': ('biometrics', 'height weight bmi'.split()), 'vitals': ('vitals', 'dbp heartrate o2sat resprate sbp temperature'.split()),
-       'labs': ('labvalues', 'PT, Albumin, Anion Gap, Bicarbonate, Bilirubin Total, Calcium Total, Creatinine, Ferritin, Urea Nitrogen, '
-                'Hematocrit, Hemoglobin, Lymphocytes, MCHC, RDW, Red Blood Cells, RDW-SD, Creatine Kinase (CK), NTproBNP'.split(', '))}
+FEATURES = ('rr', 'qrs', 'qt', 'qtc', 'p_axis', 'qrs_axis', 't_axis')       # ms and degrees
+ECG_TIMES = ('rr_interval', 'qrs_onset', 'qrs_end', 't_end')
+ECG_AXES = ('p_axis', 'qrs_axis', 't_axis')
+LABS = ('PT, Albumin, Anion Gap, Bicarbonate, Bilirubin Total, Calcium Total, Creatinine, '
+        'Ferritin, Urea Nitrogen, Hematocrit, Hemoglobin, Lymphocytes, MCHC, RDW, Red Blood Cells, '
+        'RDW-SD, Creatine Kinase (CK), NTproBNP').split(', ')
+MEASURED = {'biometrics': ('biometrics', 'height weight bmi'.split()), 'labs': ('labvalues', LABS),
+            'vitals': ('vitals', 'dbp heartrate o2sat resprate sbp temperature'.split())}
 
 
 def mimic(root, cardiac=2000, others=2000):
-    """MIMIC-IV-ECG 1.0 (PhysioNet), leads by name (its files have aVF before aVL), clipped to 3 mV; and, where the credentialed tables
-    lie in the same folder, its clinical labels. Alone: all records, seven regressions (features/), hashed folds by patient.
-    records_w_diag_icd10.csv (MIMIC-IV-ECG-ICD): the setting of arXiv 2605.12241, ECGs taken in the ED that have a code, in folds 18 and
-    19 of strat_fold only the first of a stay; codes of prefix I are cardiac/, others noncardiac/, kept if they have `cardiac` or `others`
-    ECGs in the whole table; sex/, age/. mds_ed.csv (MDS-ED): see mds_columns.
-    Written to the published schemas, not yet tried on the real files. The papers interpolate any NaN; here long gaps drop the record."""
+    """MIMIC-IV-ECG 1.0 (PhysioNet), clipped to 3 mV. Alone: all records and seven regressions
+    (features/). With records_w_diag_icd10.csv in the same folder: the setting of arXiv 2605.12241,
+    ECGs taken in the ED that have a code, in folds 18 and 19 only the first of a stay; ICD codes I
+    are cardiac/, others noncardiac/, if at least `cardiac` or `others` ECGs of the table have them;
+    sex/, age/. With mds_ed.csv (MDS-ED): its outcomes too. Not tried on real files."""
     root = Path(root)
-    study = lambda text: (text or '').split('.')[0].strip()
-    measured = {study(r['study_id']): typed('f', machine(r)) for r in rows_of(
-        root / 'machine_measurements.csv', 'study_id', 'rr_interval', 'qrs_onset', 'qrs_end', 't_end', 'p_axis', 'qrs_axis', 't_axis')}
-    stays, common, names, outcomes = None, {}, (), {}
+    features = {whole(r['study_id']): compact('f', machine_features(r)) for r in read_csv(
+        root / 'machine_measurements.csv', 'study_id', *ECG_TIMES, *ECG_AXES)}
+    stays, label_of, names, outcomes = None, {}, (), {}
     if (root / 'records_w_diag_icd10.csv').is_file():
-        stays, common = mimic_stays(root / 'records_w_diag_icd10.csv', study, cardiac, others)
+        stays, label_of = mimic_stays(root / 'records_w_diag_icd10.csv', cardiac, others)
     if (root / 'mds_ed.csv').is_file():
-        names, outcomes = mds_outcomes(root / 'mds_ed.csv', study)
-    known = {name.split('/')[0]: name for name in reversed(common.values())}   # the commonest of each namespace: its 0 makes the others known
-    for row in rows_of(root / 'record_list.csv', 'subject_id', 'study_id', 'path'):
-        key = study(row['study_id'])
-        if stays is not None and key not in stays:
+        names, outcomes = mds_outcomes(root / 'mds_ed.csv')
+    commonest = {}                                                  # label set -> a label of it
+    for name in label_of.values():
+        commonest.setdefault(name.split('/')[0], name)
+    for r in read_csv(root / 'record_list.csv', 'subject_id', 'study_id', 'path'):
+        study, fold, age, sex = whole(r['study_id']), -1, math.nan, math.nan
+        if stays is not None and study not in stays:
             continue
-        labels = {f'features/{n}': v for n, v in zip(FEATURES, measured.get(key, [math.nan] * 7))}
-        labels |= zip(names, outcomes.get(key, ()))
-        fold, age, sex = -1, math.nan, math.nan
+        measured = features.get(study, [math.nan] * len(FEATURES))
+        labels = {f'features/{name}': value for name, value in zip(FEATURES, measured)}
+        labels |= zip(names, outcomes.get(study, ()))
         if stays is not None:
-            codes, fold, age, sex = stays[key]
-            labels |= dict.fromkeys(known.values(), 0.)
-            labels |= {common[c]: 1. for c in codes if c in common}
+            codes, fold, age, sex = stays[study]
+            labels |= dict.fromkeys(commonest.values(), 0.)         # one 0 makes a label set known
+            labels |= {label_of[c]: 1. for c in codes if c in label_of}
             labels |= {'sex/female': sex, 'age/years': age}
-        yield Record(f'mimic/{key}', f'mimic/{study(row["subject_id"])}', age=age, sex=sex, labels=labels, fold=fold,
-                     load=functools.partial(load_mimic, path=root / row['path'].strip()))
+        yield Record(f'mimic/{study}', f'mimic/{whole(r["subject_id"])}', age=age, sex=sex,
+                     labels=labels, fold=fold,
+                     load=partial(load_mimic, path=root / r['path']))
 
 
 def load_mimic(record, path):
@@ -452,1417 +562,1500 @@ def load_mimic(record, path):
     record.x = np.clip(record.x, -3, 3)
 
 
-def machine(row):
-    """The seven FEATURES of a row of machine_measurements.csv; times beyond 0 to 5000 ms and axes beyond 360 degrees are unknown."""
+def machine_features(r):
+    """The FEATURES of a row of machine_measurements.csv; absurd times and axes are unknown."""
     within = lambda v, low, high: v if low <= v <= high else math.nan
-    rr, on, end, t = (within(number(row[k]), 0, 5000) for k in ('rr_interval', 'qrs_onset', 'qrs_end', 't_end'))
+    rr, on, end, t = (within(number(r[name]), 0, 5000) for name in ECG_TIMES)
     qrs, qt = within(end - on, 0, 5000), within(t - on, 0, 5000)
-    axes = [within(number(row[k]), -360, 360) for k in ('p_axis', 'qrs_axis', 't_axis')]
+    axes = [within(number(r[name]), -360, 360) for name in ECG_AXES]
     return [rr, qrs, qt, qt / math.sqrt(rr / 1000) if rr > 0 else math.nan, *axes]
 
 
 def icd_codes(text):
-    """ICD-10 codes of a cell like ['I2510', 'W19XXXA']: cut to five characters, trailing X removed, ancestors of three or more added."""
-    codes = {code[:5].rstrip('X') for code in re.findall(r'\w+', text or '')}
+    """ICD-10 codes of a cell such as ['I2510', 'W19XXXA']: five characters at most, trailing X
+    removed, with their ancestors of three or more characters."""
+    codes = {code[:5].rstrip('X') for code in re.findall(r'\w+', text)}
     return {code[:n] for code in codes for n in range(3, len(code) + 1)}
 
 
-def mimic_stays(path, study, cardiac, others):
-    """({study: (codes, fold, age, sex)} of the ECGs that the label setting keeps, {code: label} of the codes common enough, the commonest
-    first)."""
-    count, stays = Tally(), {}
-    for row in rows_of(path, 'study_id', 'all_diag_all', 'gender', 'age', 'ecg_taken_in_ed', 'ecg_no_within_stay', 'strat_fold'):
-        codes, fold = icd_codes(row['all_diag_all']), int(number(row['strat_fold'], -1))
+def mimic_stays(path, cardiac, others):
+    """({study: (codes, fold, age, sex)} of the ECGs kept, {code: label} of the common codes, the
+    commonest first)."""
+    count, stays, label_of = Counter(), {}, {}
+    for r in read_csv(path, 'study_id', 'all_diag_all', 'gender', 'age', 'ecg_taken_in_ed',
+                      'ecg_no_within_stay', 'strat_fold'):
+        codes, fold = icd_codes(r['all_diag_all']), int(number(r['strat_fold']))
         count.update(codes)
-        in_ed = row['ecg_taken_in_ed'].strip().lower() in ('true', '1', '1.0')
-        if codes and in_ed and (fold < 18 or number(row['ecg_no_within_stay']) == 0):
-            stays[study(row['study_id'])] = tuple(map(sys.intern, sorted(codes))), fold, number(row['age']), female(row['gender'])
-    common = {}
+        in_ed = r['ecg_taken_in_ed'].lower() in ('true', '1', '1.0')
+        if codes and in_ed and (fold < 18 or number(r['ecg_no_within_stay']) == 0):
+            codes = tuple(map(sys.intern, sorted(codes)))
+            stays[whole(r['study_id'])] = codes, fold, number(r['age']), is_female(r['gender'])
     for code, n in count.most_common():
-        space, least = ('cardiac', cardiac) if code[0] == 'I' else ('noncardiac', others)
+        label_set, least = ('cardiac', cardiac) if code[0] == 'I' else ('noncardiac', others)
         if n >= least:
-            common[code] = f'{space}/{code}'
-    return stays, common
+            label_of[code] = f'{label_set}/{code}'
+    return stays, label_of
 
 
-def mds_columns(columns):
-    """{label: column} of mds_ed.csv. Columns named deterioration_... are the yes/no outcomes, in three namespaces: mortality/1d ... stay,
-    icu/24h, icu/stay, deterioration/... . For biometrics/, labs/ and vitals/ the benchmark takes the measurement nearest to the ECG from
-    MIMIC-IV's own tables; here it is the column of that name or, for MDS-ED's summaries of the first 90 minutes, NAME_first."""
+def mds_outcomes(path):
+    """(label names, {study: values}) of mds_ed.csv. Columns deterioration_... are yes/no outcomes,
+    in three label sets: mortality/, icu/, deterioration/. Measurements are the column of that name,
+    or the first of MDS-ED's 90 minutes. -999, and the outer 1 % of a measurement, are unknown."""
+    import pandas as pd
+    table = pd.read_csv(path)
     plain = lambda text: re.sub('[^a-z0-9]', '', text.lower())
-    by, found = {plain(c): c for c in columns}, {}
-    for column in columns:
+    column_of, found = {plain(column): column for column in table}, {}
+    for column in table:
         if column.lower().startswith('deterioration_'):
-            rest = column.lower()[len('deterioration_'):]
-            home = next((ns for ns in ('mortality', 'icu') if rest.startswith(ns + '_')), 'deterioration')
+            rest = column.lower().removeprefix('deterioration_')
+            home = next((h for h in ('mortality', 'icu') if rest.startswith(h)), 'deterioration')
             found[f'{home}/{rest.removeprefix(home + "_")}'] = column
-    for home, (prefix, names) in MDS.items():
+    for home, (prefix, names) in MEASURED.items():
         for name in names:
-            keys = [plain(f'{start}_{name}_{end}') for start in (prefix, home) for end in ('', 'first')]
-            found |= {f'{home}/{name}': by[key] for key in keys[::-1] if key in by}
-    return found
+            for key in (plain(prefix + name + 'first'), plain(prefix + name)):
+                if key in column_of:
+                    found[f'{home}/{name}'] = column_of[key]
+    values = table[list(found.values())].astype('float32').replace(-999, np.nan)
+    for name, column in found.items():
+        if name.split('/')[0] in MEASURED:
+            low, high = values[column].quantile([.01, .99])
+            values[column] = values[column].where(values[column].between(low, high))
+    studies = [whole(str(study)) for study in table['general_study_id']]
+    return tuple(found), dict(zip(studies, values.values.tolist()))
 
 
-def mds_outcomes(path, study):
-    """(label names, {study: values}) of mds_ed.csv; -999 is unknown, and so is the outer 1 % of each number on either side."""
-    keys, values, columns = [], [], None
-    for row in rows_of(path, 'general_study_id'):
-        columns = columns or mds_columns([c for c in row if c])
-        keys.append(study(row['general_study_id']))
-        values.append(typed('f', (math.nan if (v := number(row[c])) == -999 else v for c in columns.values())))
-    if not columns:
-        raise Stop(f'{path} has no rows, or no column that is known here')
-    values = np.array(values, np.float32)
-    for k, name in enumerate(columns):
-        if name.split('/')[0] in MDS and np.isfinite(values[:, k]).any():
-            low, high = np.nanpercentile(values[:, k], (1, 99))
-            values[(values[:, k] < low) | (values[:, k] > high), k] = np.nan
-    return tuple(columns), dict(zip(keys, values.tolist()))
-
-
-SEQUENCES = ('sine', 'square', 'sawtooth', 'chirp', 'walk', 'noise', 'pulses', 'bursts')
+SEQUENCES = ('sine', 'square', 'sawtooth', 'walk', 'noise')
 
 
 def sequences(records, seed=0, seconds=10., fs=240):
-    """Sequences that are no ECGs, eight classes in turn (sequence/sine ...), for transfer beyond medicine without training. Two sources of
-    the class, of random frequency and phase, are mixed at random into twelve leads of .1 to 2 mV; record i depends on (seed, i) alone."""
+    """Sequences that are no ECGs, five classes in turn (sequence/sine ...), for transfer beyond
+    medicine. Two sources of the class, of random frequency and phase, are mixed at random into
+    twelve leads of .1 to 2 mV. Record i depends on (seed, i) alone."""
     for i in range(records):
-        rng, name = np.random.default_rng([seed, i]), SEQUENCES[i % 8]
+        rng, name = np.random.default_rng([seed, i]), SEQUENCES[i % len(SEQUENCES)]
         t = np.arange(round(seconds * fs)) / fs
-        x = np.stack([sequence(name, t, rng) for _ in range(2)], 1) @ rng.normal(size=(2, 12))          # (T, 12)
+        sources = np.stack([sequence(name, t, rng), sequence(name, t, rng)], 1)
+        x = sources @ rng.normal(size=(2, 12))                      # (T, 12)
         x *= .1 * 20 ** rng.random() / (x - x.mean(0)).std(0).max()
-        yield Record(f'sequences{seed}/{i}', x=x - x.mean(0) + rng.normal(0, .004, x.shape), fs=fs, leads=LEADS, unit='mV',
-                     labels={f'sequence/{name}': 1.}, peaks=np.zeros(0))
+        x += rng.normal(0, .004, x.shape) - x.mean(0)
+        yield Record(f'sequences{seed}/{i}', x=x, fs=fs, leads=LEADS, unit='mV',
+                     labels={f'sequence/{name}': 1.}, r_peaks=np.zeros(0))
 
 
 def sequence(name, t, rng):
     """One source of class `name` at times t (T,) in s, of order 1."""
-    f, phase = .5 * 16 ** rng.random(), rng.random()             # .5 to 8 Hz
-    turn, steps = f * t + phase, rng.normal(size=len(t))
-    if name == 'sine':
-        return np.sin(2 * np.pi * turn)
+    f, phase = .5 * 16 ** rng.random(), rng.random()                # .5 to 8 Hz
+    cycles, steps = f * t + phase, rng.normal(size=len(t))
     if name == 'square':
-        return np.sign(np.sin(2 * np.pi * turn))
+        return np.sign(np.sin(math.tau * cycles))
     if name == 'sawtooth':
-        return 2 * (turn % 1) - 1
-    if name == 'chirp':                                          # the frequency grows to as much as sixfold
-        return np.sin(2 * np.pi * (turn + f * (1 + 4 * rng.random()) * t ** 2 / (2 * t[-1])))
+        return 2 * (cycles % 1) - 1
     if name == 'walk':
         return np.cumsum(steps) / np.sqrt(len(t))
-    if name == 'noise':                                          # power falls as 1 / f^0 ... 1 / f^1.2
-        spectrum = np.fft.rfft(steps) * np.maximum(np.fft.rfftfreq(len(t), t[1]), .3) ** (-.6 * rng.random())
-        return np.fft.irfft(spectrum, len(t))
-    train = (rng.random(len(t)) < f * t[1]).astype(float)        # pulses, bursts: at irregular times, f a second on average
-    train[rng.integers(len(t))] = 1
-    hump = scipy.ndimage.gaussian_filter1d(train, (.02 if name == 'pulses' else .15) * (1 + rng.random()) / t[1])
-    return hump / hump.max() * (1 if name == 'pulses' else np.sin(2 * np.pi * (12 + 18 * rng.random()) * (t + phase)))
+    if name == 'noise':                                             # power 1 / f^0 ... 1 / f^1.2
+        frequencies = np.maximum(np.fft.rfftfreq(len(t), t[1]), .3)
+        return np.fft.irfft(np.fft.rfft(steps) * frequencies ** (-.6 * rng.random()), len(t))
+    return np.sin(math.tau * cycles)
 
 
-def wfdb_folder(root):
-    """Any folder of WFDB records, at any depth, without labels."""
-    for p in sorted(Path(root).rglob('*.hea')):
-        yield Record(p.relative_to(root).with_suffix('').as_posix(), load=functools.partial(load_wfdb, path=p.with_suffix('')))
+def array(path, fs, leads, unit, labels=None, ignore=()):
+    """Your own recordings: .npy or .npz (key x) of shape (N, 12, T) or (N, T, 12). An .npz may
+    carry id, leads, and, one for all or one each, fs and unit. labels: a csv of your own, matched
+    by id where the .npz has ids, else row by row."""
+    x, fs, leads, unit, ids = read_array(path, fs, leads, unit)
+    rows = [{} for _ in x]
+    if labels and ids is not None:
+        rows = match_labels(labels, ignore, ids)
+    elif labels:
+        rows = read_labels(labels, ignore)
+        if len(rows) != len(x):
+            raise Stop(f'{labels} has {len(rows)} rows for {len(x)} records')
+        print(f'{labels}: matched by position, row 1 = {rows[0]["id"] or "record 0"}')
+    for i, row in enumerate(rows):
+        name = ids[i] if ids is not None else row.get('id') or f'{Path(path).stem}/{i}'
+        yield Record(**row | dict(id=name), x=np.array(x[i], float), fs=fs[i], leads=leads,
+                     unit=unit[i])
 
 
 def read_array(path, fs, leads, unit):
-    """(x (N, T, C), fs, leads, unit) of an .npy, which streams, or of an .npz (key x), which is read whole and may carry the others."""
+    """(x (N, T, C), fs (N,), leads, unit (N,), ids or None) of an .npy, which is not read whole, or
+    an .npz, which is."""
     try:
         file = np.load(path, mmap_mode='r', allow_pickle=False)
-        if isinstance(file, np.lib.npyio.NpzFile):
-            file = {k: file[k] for k in ('x', 'fs', 'leads', 'unit') if k in file}
-    except FileNotFoundError:
-        raise Stop(f'no file {path}: --root must name a .npy or .npz file')
-    except (ValueError, OSError, EOFError, MemoryError, OverflowError, RuntimeError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile,
-            zlib.error) as e:
+        file = dict(file) if isinstance(file, np.lib.npyio.NpzFile) else {'x': file}
+    except UNREADABLE as e:
         raise Stop(f'{path} is no numeric .npy or .npz file ({e})')
-    if isinstance(file, dict):
-        if 'x' not in file:
-            raise Stop(f'{path} has no array x; it has {", ".join(file)}')
-        fs, unit = (np.ravel(file.get(k, given)).tolist()[0] for k, given in (('fs', fs), ('unit', unit)))
-        leads, file = np.ravel(file.get('leads', leads)).tolist(), file['x']
-    if not fs:
+    if 'x' not in file:
+        raise Stop(f'{path} has no array x; it has {", ".join(file)}')
+    x, leads = file['x'], np.ravel(file.get('leads', leads)).tolist()
+    if x.ndim != 3 or len(leads) not in x.shape[1:] or x.dtype.kind not in 'iuf':
+        raise Stop(f'{path} is {x.dtype} {x.shape}: numbers of shape (N, {len(leads)}, T) or '
+                   f'(N, T, {len(leads)}) are needed')
+    fs, unit = np.ravel(file.get('fs', fs or 0)), np.ravel(file.get('unit', unit))
+    ids = file['id'].astype(str).tolist() if 'id' in file else None
+    if not {len(fs), len(unit)} <= {1, len(x)} or len(ids or x) != len(x):
+        raise Stop(f'{path} has {len(x)} records, but {len(fs)} fs, {len(unit)} units, '
+                   f'{len(ids or x)} ids')
+    if not fs.all():
         raise Stop(f'the sampling rate of {path} is unknown: add --fs-in HZ')
-    axis = [a for a in (2, 1) if file.ndim == 3 and file.shape[a] == len(leads)]
-    if not axis or file.dtype.kind not in 'iuf':
-        raise Stop(f'{path} is {file.dtype} {file.shape}: numbers of shape (N, {len(leads)}, T) or (N, T, {len(leads)}) are needed')
-    return file if axis[0] == 2 else file.transpose(0, 2, 1), fs, tuple(leads), unit
+    fs, unit = np.broadcast_to(fs, len(x)).tolist(), np.broadcast_to(unit, len(x)).tolist()
+    return x if x.shape[2] == len(leads) else x.transpose(0, 2, 1), fs, leads, unit, ids
 
 
-def array(path, fs, leads, unit, labels=None):
-    """Your own recordings: .npy or .npz (key x) of shape (N, 12, T) or (N, T, 12); an .npz may carry fs, leads and unit itself.
-    labels: csv with one row per record, in order; columns id, patient, fold, age, sex are what they say, every other one a label,
-    blank where unknown."""
-    recordings, fs, leads, unit = read_array(path, fs, leads, unit)
-    if labels and not Path(labels).is_file():
-        raise Stop(f'no file {labels}: --labels must name a csv file')
-    known, rows = ('id', 'patient', 'fold', 'age', 'sex'), [{}] * len(recordings)
-    if labels:
-        rows = [{k.lower() if k.lower() in known else k: v for k, v in r.items()} for r in rows_of(labels, ragged=False)]
-    if len(rows) != len(recordings):
-        raise Stop(f'{labels} has {len(rows)} rows for {len(recordings)} records')
-    names = [name for name in rows[0] if name not in known] if rows else []
-    for name in names:
-        odd = [i for i, row in enumerate(rows) if math.isfinite(number(row[name])) and number(row[name]) not in (0, 1)]
-        if odd:
-            print(f'{labels}: column {name} is a number, not yes or no (row {odd[0] + 1} has {rows[odd[0]][name]}): scored by MAE')
-    for i, (x, row) in enumerate(zip(recordings, rows)):
-        if row.get('age') and math.isnan(number(row['age'])):
-            raise Stop(f'{labels}, row {i + 1}: age {row["age"]!r} is no number of years')
-        sex = {'f': 1., 'm': 0.}.get((row.get('sex') or ' ')[0].lower(), number(row.get('sex')))
-        fold = int(row['fold']) if re.fullmatch(r'\d{1,4}', row.get('fold') or '') else -1
-        if fold < 0 and row.get('fold'):
-            raise Stop(f'{labels}, row {i + 1}: fold {row["fold"]!r} is no whole number')
-        for name in names:
-            if row[name] and not math.isfinite(number(row[name])):
-                raise Stop(f'{labels}, row {i + 1}, column {name}: {row[name][:40]!r} is no number; use 1, 0, or blank for unknown')
-        patient = row.get('patient') or ''
-        if math.isfinite(number(patient)):                       # a patient's number is no record's number, which `overlap` looks for too
-            patient = f'patient {patient}'
-        yield Record(row.get('id') or f'{Path(path).stem}/{i}', patient, np.array(x, float), fs, leads, unit, number(row.get('age')), sex,
-                     {f'label/{name}': number(row[name]) for name in names} if labels else None, fold)
-
-
-def synthetic(records, seed=0, seconds=10., shifts=(), prevalence=1.):
-    """Synthetic records 0 ... records - 1, always computed in whole blocks of 64, so that a larger set begins with a smaller one."""
-    cohort = f'synthetic{seed}' + ''.join(f'-{s}' for s in sorted(shifts))
-    for start in range(0, records, 64):
-        s = synthesize(seed, torch.arange(start, start + 64), seconds, shifts=shifts, prevalence=prevalence)
-        values = torch.cat([s['findings'], s['tail'], s['targets']], 1).tolist()
-        for i in range(min(64, records - start)):
-            beats = s['beats'][i].double().numpy()
-            yield Record(f'{cohort}/{start + i}', f'{cohort}/patient{s["patient"][i]}', s['x'][i].numpy(), 240, LEADS, 'uV',
-                         float(s['targets'][i, -1]), float(s['female'][i]), dict(zip(SYNTHETIC_LABELS, values[i])),
-                         peaks=beats[(beats >= 0) & (beats < seconds)])
-
-
-def synthetic_in_memory(records, device):
-    """What preparing `records` synthetic records of 10 s would write, as (meta, index, signals, labels) in memory, signals on `device`."""
-    T, block = 2400, 1024 if device.type == 'cuda' else 64
-    signals, found = torch.empty(records * T, 12, dtype=torch.int16, device=device), []
-    for start in tqdm(range(0, records, block), desc='making records', unit='block', disable=None):
-        s = synthesize(0, torch.arange(start, start + block), device=device)
-        s = {k: v[:records - start] for k, v in s.items()}       # the last block may hold more than is asked for
-        signals[start * T:(start + block) * T] = s['x'].flatten(0, 1)
-        inside = (s['beats'] >= 0) & (s['beats'] < 10)
-        labels = torch.cat([s['findings'], s['tail'], s['targets']], 1)
-        found.append([t.cpu() for t in (s['patient'], labels, s['female'], inside.sum(1), s['beats'][inside])])
-    patient, labels, female, count, beats = (torch.cat(part).numpy() for part in zip(*found))
-    folds = np.array([fold_of(f'synthetic0/patient{p}') for p in range(patient[-1] + 1)])
-    name = lambda what, numbers: np.char.add(f'synthetic0/{what}', numbers.astype(str))
-    index = dict(offset=np.arange(records) * T, length=np.full(records, T), id=name('', np.arange(records)), patient=name('patient', patient),
-                 fold=folds[patient], age=labels[:, -1].astype(float), sex=female.astype(float),
-                 peaks=np.rint(beats.astype(float) * 240).astype(np.int32), peak_start=np.r_[0, np.cumsum(count)])
-    first = hashlib.blake2b(signals[:T].cpu().numpy().tobytes(), digest_size=8).hexdigest()                # another generator, another hash
-    meta = dict(contract=asdict(Contract()), labels=SYNTHETIC_LABELS, tasks=tasks_of(SYNTHETIC_LABELS, SYNTHETIC_TASKS), hash=f'{records}@{first}')
-    return meta, index, signals, labels.astype(np.float32)
-
-
-def download(source, root, rate=100, cohorts=()):
-    """Fetch PTB-XL or Challenge 2021 cohorts from PhysioNet into root through wfdb, which skips files that are there already."""
+def download(a):
+    """Fetch PTB-XL or Challenge 2021 cohorts from PhysioNet into --root, by wfdb, which skips files
+    that are there already. a: the command line's arguments."""
     import wfdb
-    Path(root).mkdir(parents=True, exist_ok=True)
-    if source == 'ptbxl':
-        wfdb.dl_files('ptb-xl', root, ['ptbxl_database.csv', 'scp_statements.csv', 'LICENSE.txt'])
-        names = [r['filename_lr' if rate == 100 else 'filename_hr'] for r in rows_of(Path(root) / 'ptbxl_database.csv')]
-        wfdb.dl_files('ptb-xl', root, [n + end for n in names for end in ('.hea', '.dat')])
-    else:
-        wanted = [r for r in wfdb.get_record_list('challenge-2021') if not cohorts or r.split('/')[1] in cohorts]
-        if not wanted:
-            raise Stop(f'PhysioNet\'s challenge-2021 has no cohort {", ".join(cohorts)}')
-        wfdb.dl_database('challenge-2021', root, wanted, annotators=None)
+    Path(a.root).mkdir(parents=True, exist_ok=True)
+    if a.source == 'challenge':
+        records = [r for r in wfdb.get_record_list('challenge-2021')
+                   if not a.cohort or r.split('/')[1] in a.cohort]
+        if not records:
+            raise Stop(f'the Challenge 2021 has no cohort {", ".join(a.cohort)}')
+        wfdb.dl_database('challenge-2021', a.root, records, annotators=None)
+        return
+    wfdb.dl_files('ptb-xl', a.root, ['ptbxl_database.csv', 'scp_statements.csv', 'LICENSE.txt'])
+    column = 'filename_lr' if a.rate == 100 else 'filename_hr'
+    names = [row[column] for row in read_csv(Path(a.root, 'ptbxl_database.csv'), column)]
+    names = [name for name in names if not a.folders or Path(name).parent.name in a.folders]
+    wfdb.dl_files('ptb-xl', a.root, [name + end for name in names for end in ('.hea', '.dat')])
+# -------------------------------------------------------------------------------------------------
+# the synthetic 12-lead ECG
+#
+# The heart is a dipole that changes with time: a vector (x to the left, y down, z to the back; mV).
+# A beat is a sum of 14 Gaussians of time, each with its own dipole. A lead sees a projection of it.
+# Findings change the dipoles, the intervals and the rhythm, so every label is exact.
+#
+# `patient` and `record` are random generators. All records of a patient draw the same numbers from
+# `patient`: what is drawn from it must not depend on anything that `record` gave.
+
+# the Gaussians of a beat; X: late wave of RBBB or delta wave of WPW, J: ST segment, F1, F2: notches
+WAVES = 'P1 P2 Q R1 R2 S X J T1 T2 U SPIKE F1 F2'.split()
+P1, P2, Q, R1, R2, S, X, J, T1, T2, U, SPIKE, F1, F2 = range(14)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def table(text, kind=float):
+    """A table in text as {first word of a row: array of the others}"""
+    return {name: np.array(words, kind) for name, *words in map(str.split, text.splitlines())}
+
+
+def matrix(text):
+    """The numbers of a table in text"""
+    return np.stack(list(table(text).values()))
+
+
+def effects(words, n):
+    """Words such as R2 .2 0 .35 S 0 .1 0, with n numbers a wave, as {R2: numbers, S: numbers}"""
+    groups = [words[i:i + n + 1] for i in range(0, len(words), n + 1)]
+    return {WAVES.index(wave): np.array(numbers, float) for wave, *numbers in groups}
+
+
+# Their dipoles in mV: mean and SD between patients, fitted to 297 normal PTB-XL records; those of
+# LBBB; and sizes in a ventricular extrasystole, whose Gaussians all have one direction.
+#      mean x, y, z       SD x, y, z       LBBB x, y, z      PVC
+DIPOLES = matrix('''\
+P1     .037  .063 -.022   .019 .032 .018   0    0    0     0
+P2     .060  .074  .003   .022 .043 .024   0    0    0     0
+Q     -.100 -.068 -.275   .166 .097 .176   .25  .1   .25   .4
+R1     .850  .436  .160   .302 .298 .438   .7   .3   .8    .8
+R2     .676  .382  .539   .482 .306 .341   .9   .2   1     1
+S     -.240 -.042  .391   .186 .162 .253   .8   .1   .6    .6
+X      0     0     0      0    0    0      .4   .05  .3    .3
+J      0     .002 -.047   .030 .024 .033  -.12 -.02 -.25  -.1
+T1     .120  .045 -.180   .090 .051 .113  -.16 -.04 -.3   -.3
+T2     .216  .133 -.063   .131 .072 .097  -.2  -.05 -.15  -.35
+U      .012  .010 -.010   .008 .008 .008   0    0    0     0
+SPIKE  0     0     0      0    0    0      0    0    0     0
+F1     0     0     0      .2   .16  .2     0    0    0     0
+F2     0     0     0      .2   .16  .2     0    0    0     0''')      # (14, 10)
+
+# their centres, from the middle of the QRS, and widths (SD), in parts of the intervals and in ms
+#      centre: QRS PR P QT ms        width: QRS PR P QT ms
+TIMES = matrix('''\
+P1    -.5   -1  .33  0     0    0     0  .165  0     0
+P2    -.5   -1  .67  0     0    0     0  .165  0     0
+Q     -.22   0  0    0     0    .085  0  0     0     0
+R1    -.065  0  0    0     0    .083  0  0     0     0
+R2     .065  0  0    0     0    .083  0  0     0     0
+S      .22   0  0    0     0    .085  0  0     0     0
+X      .30   0  0    0     0    .105  0  0     0     0
+J      .5    0  0    0     48   0     0  0     0     40
+T1    -.5    0  0    .679  0    0     0  0     .128  0
+T2    -.5    0  0    .824  0    0     0  0     .088  0
+U     -.5    0  0    .824  150  0     0  0     0     35
+SPIKE -.5    0  0    0    -4    0     0  0     0     1.6
+F1     .2    0  0    0     0    0     0  0     0     4
+F2     .3    0  0    0     0    0     0  0     0     3.5''')         # (14, 10)
+
+# What leads see: mV per mV of dipole (Dower's matrix of 1980, refitted to the same records) and its
+# SD between patients; then mV that no dipole explains, where that of the wave has its mean size.
+#    x       y        z         SD      P2    S     T1    T2
+FIELD = matrix('''\
+I    .6635 -.1477  -.0302   .177   .053  .056  .026  .034
+II   .2520 1.0570  -.1480   .055   .015 -.020  .007  .008
+V1  -.4877  .2899  -.7114   .118  -.013 -.074 -.029 -.020
+V2  -.0792  .2652 -2.0316   .226   .019  .053  .045  .044
+V3  1.2570 -.0358 -1.4720   .213  -.006 -.030 -.013 -.016
+V4  1.4736  .1272  -.5844   .143  -.032 -.110 -.026 -.028
+V5  1.1962  .1725  -.0762   .109  -.034 -.041 -.005 -.003
+V6   .8424  .2398   .1102   .115  -.023  .006  .016  .018''')  # (8, 8)
+
+FINDINGS = ('1dAVb RBBB LBBB SB AF ST '                           # these six are CODE's
+            'IRBBB AFL PVC PAC SARR LAFB LVH RVH '
+            'IMI AMI LMI STD STE TINV LQT LVOLT PACE WPW').split()
+ACUTE = 'PVC PAC STD STE TINV LQT'.split()                        # drawn for each record
+# Prevalence at age 54, slope of its log odds per decade of age, least and greatest severity; then
+# what a finding of severity 1 adds to the dipoles of some waves: x, y, z in mV
+TABLE = table('''\
+1dAVb .05  .45 .3  1
+RBBB  .045 .4  .35 1    X  -.55 0 -.75     T1 .05 0 .12        T2 .10 0 .25
+IRBBB .05  0   .1  .4   X  -.55 0 -.75     T1 .05 0 .12        T2 .10 0 .25
+LBBB  .035 .45 .5  1
+AF    .05  .55 .3  1
+AFL   .02  .4  .3  1
+LAFB  .06  .35 .35 1    R1 .1 -.25 0       R2 .15 -.95 0       S  .2 -.6 .1
+LVH   .08  .2  .25 1    R2 .2 0 .35        J  -.07 -.03 .05    T2 -.26 -.1 .1
+RVH   .025 0   .3  1    R2 -.7 .3 -.9      S  -.5 .1 -.4       T2 .1 -.1 .2
+IMI   .07  .4  .2  1    Q  0 -.38 0        R1 0 -.45 0         T2 0 -.2 0
+AMI   .06  .4  .2  1    Q  -.057 0 .38     R1 -.0675 0 .45     T2 -.03 0 .2
+LMI   .03  .4  .2  1    Q  -.38 .076 0     R1 -.45 .09 0       T2 -.2 .04 0
+LVOLT .05  .2  .3  1
+PACE  .02  .5  .5  1
+WPW   .02 -.2  .3  1
+PVC   .05  .3  .3  1
+PAC   .04  .3  .3  1
+STD   .07  .3  .3  1    J -.14 -.049 .049  T1 -.12 -.042 .042
+STE   .03  0   .3  1    J -.033 .22 0      T1 -.024 .16 0
+TINV  .06  .1  .3  1    T2 -.119 -.017 .34
+LQT   .04  .1  .3  1''', str)
+PREVALENCE = {name: row[:4].astype(float) for name, row in TABLE.items()}
+EFFECTS = {name: effects(row[4:], 3) for name, row in TABLE.items()}
+# a finding and those that it rules out, in this order
+RULES_OUT = table('''\
+AF    AFL PACE 1dAVb WPW PAC
+AFL   PACE 1dAVb WPW PAC
+PACE  LBBB RBBB IRBBB WPW LAFB LVH RVH IMI AMI LMI STD STE TINV 1dAVb PAC
+LBBB  RBBB IRBBB WPW LAFB LVH RVH IMI AMI LMI STD STE TINV
+RBBB  IRBBB WPW
+IRBBB WPW
+WPW   1dAVb
+RVH   LVH
+LVOLT LVH
+IMI   AMI LMI
+AMI   LMI
+STD   STE
+PVC   PAC''', str)
+# shortest and longest QRS, ms
+WIDE_QRS = table('RBBB 122 152\nIRBBB 100 116\nLBBB 124 160\nPACE 130 170\nWPW 105 130')
+
+# The long tail: 216 rare labels, each a morphology of one territory of the heart in one of three
+# severities. mV along the territory at severity 1; a 0 shrinks what the wave has along it.
+TERRITORIES = matrix('''\
+0   0     1     0
+1  -.196  0    -.981
+2   .406  0    -.914
+3   .995  0     .100
+4   .8   -.6    0
+5   .704  .704  .101
+6   0     0     1
+7  -.921  .276 -.276''')
+MORPHOLOGIES = table('''\
+STdown    J -.16
+STup      J .22
+Tinverted T2 -.38
+Ttall     T2 .42
+Tflat     T1 0  T2 0
+Q         Q -.42  R1 -.3
+notch     F1 .8  F2 -.8
+Rloss     R1 0  R2 0
+U         U .14''', str)
+MORPHOLOGIES = {name: effects(row, 1) for name, row in MORPHOLOGIES.items()}
+SEVERITIES = table('mild .35 .55\nmoderate .55 .8\nsevere .8 1.1')
+TAIL = [f'{m}-{t}-{s}' for t in range(8) for m in MORPHOLOGIES for s in SEVERITIES]
+TAIL_PREVALENCE = .04 / (1 + np.random.default_rng(0).permutation(216) / 4) ** 1.1
+
+TARGETS = 'hr pr qrs qt axis age'.split()                         # /min, ms, ms, ms, degrees, years
+SYNTHETIC_LABELS = [f'findings/{name}' for name in FINDINGS]
+SYNTHETIC_TASKS = [('code', SYNTHETIC_LABELS[:6]), ('unseen', SYNTHETIC_LABELS[6:])]
+SYNTHETIC_LABELS = SYNTHETIC_LABELS + [f'tail/{name}' for name in TAIL]
+SYNTHETIC_LABELS += [f'target/{name}' for name in TARGETS]
+
+DEFAULT_SETTING = dict(
+    age=0., female=.5,                          # years more; share of women
+    often=1., seldom=1.,                        # factors of prevalence: AF, LBBB, PACE; the others
+    field=1., electrode=.3,                     # factor of FIELD's SD; SD of V1-V6, in spacings
+    gain=1., gain_sd=.07,                       # median; SD of the logarithm
+    mains=.0007, mains_sd=1., mains_60=.5,      # mV RMS; SD of the logarithm; share of 60 Hz
+    muscle=1., baseline=1.,                     # factors of noise
+    highpass=0., lsb=2,                         # Hz, in half of the records; uV a count
+    swap=0., twave=1.)                          # share with swapped arms; factor of the T wave
+SHIFTS = {
+    'age': dict(age=8., female=.6),
+    'prevalence': dict(often=1.5, seldom=.6),
+    'field': dict(field=1.5, electrode=.5),
+    'gain': dict(gain=.85, gain_sd=.15),
+    'noise': dict(mains=.015, mains_sd=.3, mains_60=1., muscle=2., baseline=1.6),
+    'device': dict(highpass=.5, lsb=5),
+    'swap': dict(swap=.03),
+    'twave': dict(twave=.85)}
+
+
+def patient_of(index):
+    """Number of a record's patient: of ten patients, seven have 1 record and three have 2, 3, 4."""
+    return index // 16 * 10 + int('0123456778889999'[index % 16])
+
+
+def draw_findings(patient, record, setting):
+    """A namespace of age (years), decades (from age 54), female (0. or 1.), sex (-1 or 1), findings
+    {name: yes or no}, severity {name: number} and tail, see draw_tail."""
+    age = np.clip(patient.normal(54 + setting['age'], 18), 18, 95)
+    female = float(patient.random() < setting['female'])
+    decades = (age - 54) / 10
+    findings, severity = dict.fromkeys(FINDINGS, False), {}
+    for name, (prevalence, slope, least, greatest) in PREVALENCE.items():
+        rng = record if name in ACUTE else patient
+        prevalence *= setting['often' if name in ('AF', 'LBBB', 'PACE') else 'seldom']
+        # the last term keeps the prevalence over all ages near that at 54
+        log_odds = math.log(prevalence / (1 - prevalence)) + slope * decades - .24 * slope ** 2
+        findings[name] = rng.random() < 1 / (1 + math.exp(-log_odds))
+        drawn = rng.uniform(least, greatest) + record.normal(0, .1)
+        severity[name] = np.clip(drawn, least, greatest)
+    for name, others in RULES_OUT.items():
+        if findings[name]:
+            findings.update(dict.fromkeys(others, False))
+    return SimpleNamespace(age=age, decades=decades, female=female, sex=2 * female - 1,
+                           findings=findings, severity=severity, tail=draw_tail(patient, findings))
+
+
+def draw_tail(patient, findings):
+    """Severity of each label of the long tail, 0 where it is absent: (8, 9, 3)"""
+    tail = patient.random((8, 9, 3)) < TAIL_PREVALENCE.reshape(8, 9, 3)
+    tail &= not (findings['LBBB'] or findings['PACE'] or findings['LVOLT'])
+    for territory, morphology, level in np.argwhere(tail):        # the greatest severity stays
+        tail[territory, morphology, :level] = False
+    low, high = np.transpose(list(SEVERITIES.values()))
+    return tail * patient.uniform(low, high, tail.shape)
+
+
+def draw_intervals(patient, record, ecg):
+    """Add heart rate (/min) and PR, P, QRS and QT (ms) to the ECG, and the findings that are
+    thresholds of them. How they depend on age and sex was fitted to normal PTB-XL records."""
+    findings, decades, sex = ecg.findings, ecg.decades, ecg.sex
+    hr = patient.normal(71.2 + 1.25 * sex - .3 * decades, 4) + record.normal(0, 9.5)
+    kind = record.random()
+    if kind < .05:
+        hr = 104 + 36 * record.random() ** 1.5 - 6 * record.random()
+    elif kind < .10:
+        hr = 57 - 16 * record.random() ** 1.3 + 4 * record.random()
+    hr = np.clip(hr, 32, 180)
+    ecg.flutter = record.uniform(4.4, 5.6)                        # rate of the atria, Hz
+    if findings['AF']:
+        hr = record.uniform(60, 130)
+    if findings['AFL']:
+        hr = 60 * ecg.flutter / record.integers(2, 5)
+    pr = patient.normal(158 + 4.5 * decades, 14) + record.normal(-.25 * (hr - 70), 4)
+    pr = np.clip(pr, 100, 320)
+    if findings['WPW']:
+        pr = patient.uniform(95, 115)
+    if findings['1dAVb']:
+        pr = 206 + 80 * patient.random() ** 1.3 - 4 * patient.random()
+    qrs = np.clip(patient.normal(88 - 2.4 * sex, 7), 66, 118)
+    for name, (shortest, longest) in WIDE_QRS.items():
+        if findings[name]:
+            qrs = patient.uniform(shortest, longest)
+    qtc = patient.normal(402 + 5 * sex + 1.5 * decades, 15) + record.normal(0, 8)
+    qtc += .8 * max(qrs - 88, 0)
+    if findings['LQT']:
+        qtc = 470 + 50 * record.random() ** 1.2 - 6 * record.random()
+    ecg.sway = min(.018 * patient.lognormal(-.30 * decades, .55), .25)    # of RR with breathing
+    ecg.sinus = sinus = not (findings['AF'] or findings['AFL'] or findings['PACE'])
+    findings['1dAVb'] = sinus and pr > 200 and not findings['WPW']
+    findings['SB'] = sinus and hr < 55
+    findings['ST'] = sinus and hr > 100
+    findings['SARR'] = sinus and ecg.sway > .06
+    findings['LQT'] = qtc > 465 + 5 * sex and not findings['PACE']
+    ecg.hr, ecg.pr, ecg.qrs = hr, pr, qrs
+    ecg.p_wave = np.clip(patient.normal(102 + 4 * decades, 8), 70, 140)
+    ecg.qt = qtc - 154 * (1 - 60 / hr)                            # Framingham's correction
+    ecg.breath, ecg.breath_phase = patient.uniform(.20, .32), record.random()     # Hz, cycles
+
+
+def draw_beats(rng, ecg, seconds):
+    """Times of the R-peaks in s, from just before 0 to just after the end, and whether each beat is
+    ectopic (two arrays). A longer record begins with the same beats."""
+    findings, mean = ecg.findings, 60 / ecg.hr
+    irregularity = rng.uniform(.12, .26)                          # of RR in AF
+    varies, slow_phase = rng.random() < .35, rng.random()         # the block in AFL
+    rate = .05 + .17 * rng.random() ** 2                          # of ectopic beats
+    surely = 2 + int(rng.random() * max(ecg.hr / 6 - 4, 1))       # one comes within 10 s
+    beats, ectopic = [-mean * rng.random()], [False]
+    while beats[-1] < seconds + 1:
+        k, z, block = len(beats), rng.normal(), rng.integers(2, 5)
+        u, early = rng.random(), rng.uniform(.58, .78)
+        rr = mean
+        if findings['AF']:
+            rr *= math.exp(irregularity * z)
+        if findings['AFL'] and varies:
+            rr = block / ecg.flutter
+        if ecg.sinus:
+            breath = math.sin(math.tau * (ecg.breath * k * mean + ecg.breath_phase))
+            slow = math.sin(math.tau * (.095 * k * mean + slow_phase))
+            rr *= 1 + ecg.sway * (breath + .6 * slow) + .006 * z
+        if ectopic[-1]:
+            rr *= pause
+        can = (findings['PVC'] or findings['PAC']) and not ectopic[-1]
+        ectopic.append(can and (u < rate or k == surely))
+        if ectopic[-1]:
+            rr *= early
+            pause = 2 - early if findings['PVC'] else 1.08
+        beats.append(beats[-1] + max(rr, .24))
+    return np.array(beats), np.array(ectopic)
+
+
+def draw_dipoles(patient, record, ecg, setting):
+    """The dipoles of a beat: (14, 3) in mV"""
+    sex, decades = ecg.sex, ecg.decades
+    own = patient.normal(0, .62, (14, 3)) + record.normal(0, .18, (14, 3))
+    A = DIPOLES[:, :3] + DIPOLES[:, 3:6] * own
+    A[[P1, P2]] *= patient.lognormal(0, .20) * ecg.sinus
+    A[[Q, R1, R2, S, F1, F2]] *= patient.lognormal(-.07 * decades - .05 * sex, .20)
+    size = max(1 - .05 * decades - .12 * sex, .4) * setting['twave']
+    A[[T1, T2]] *= size * patient.lognormal(0, .18) * record.lognormal(0, .08)
+    A[J, 2] += .025 * sex
+    A[J] += max(ecg.hr - 75, 0) * np.array([-.00042, -.00042, .00021])
+    add_findings(A, patient, ecg.findings, ecg.severity)
+    add_tail(A, ecg.tail)
+    if ecg.findings['LVOLT']:
+        A *= patient.uniform(.3, .6)
+    turn = patient.normal(0, [11, 11, 14]) + record.normal(0, 3, 3)   # degrees about x, y, z
+    turn[2] += 4 * sex - 7 * decades
+    return Rotation.from_rotvec(turn, degrees=True).apply(A)
+
+
+def direction(rng):
+    """A random direction: (3,) of length 1"""
+    v = rng.normal(size=3)
+    return v / np.linalg.norm(v)
+
+
+def add_findings(A, patient, findings, severity):
+    """Change the dipoles A (14, 3) as the findings demand."""
+    for name in ('RBBB', 'IRBBB'):
+        if findings[name]:
+            A[S] *= 1 - .6 * severity[name]
+    for name in ('LBBB', 'PACE'):
+        if findings[name]:
+            up = [1, -2.5, 1] if name == 'PACE' else 1            # paced from below
+            A[Q:U] += severity[name] * (DIPOLES[Q:U, 6:9] * up - A[Q:U])
+    if findings['PACE']:
+        A[SPIKE] += patient.uniform(.5, 2) * direction(patient)
+    if findings['WPW']:
+        A[X] += .5 * severity['WPW'] * direction(patient)
+    if findings['LVH']:
+        A[[R1, R2, S]] *= 1 + .75 * severity['LVH']
+    spared = patient.random() < .4                                # infarcts that leave the T wave
+    for name, effect in EFFECTS.items():
+        if findings[name]:
+            for k, dipole in effect.items():
+                if not (k == T2 and spared and name.endswith('MI')):
+                    A[k] += severity[name] * dipole
+
+
+def add_tail(A, tail):
+    """Change the dipoles A (14, 3) as the labels of the long tail (8, 9, 3) demand."""
+    waves = list(MORPHOLOGIES.values())
+    for t, m, level in np.argwhere(tail):
+        severity, along = tail[t, m, level], TERRITORIES[t]
+        for k, gain in waves[m].items():
+            change = severity * gain if gain else -min(1.2 * severity, 1) * A[k] @ along
+            A[k] += change * along
+
+
+def wave_times(patient, ecg):
+    """Centres and widths of a beat's Gaussians, (14,) each, in s from the middle of the QRS"""
+    intervals = np.array([ecg.qrs, ecg.pr, ecg.p_wave, ecg.qt, 1]) / 1000
+    centre, width = TIMES[:, :5] @ intervals, TIMES[:, 5:] @ intervals
+    centre[[F1, F2]] *= patient.uniform(-1, 1)
+    if ecg.findings['WPW']:                                       # X comes first, as the delta wave
+        centre[X] *= -1.1
+        width[X] *= .10 / .105
+    return centre, width
+
+
+def draw_field(patient, record, setting):
+    """What leads I, II, V1 ... V6 see of a dipole: (8, 3)"""
+    field = FIELD[:, :3] + setting['field'] * FIELD[:, 3:4] * patient.normal(size=(8, 3))
+    # the electrodes of V1 ... V6 slide along their row
+    at = np.arange(6) + patient.normal(0, setting['electrode'], 6) + record.normal(0, .12, 6)
+    left = np.clip(at.astype(int), 0, 4)
+    part = np.clip(at - left, -.5, 1.5)[:, None]
+    chest = field[2:]
+    field[2:] = chest[left] + part * (chest[left + 1] - chest[left])
+    return field
+
+
+def ectopic_beat(record, ecg, A, M, field, local, centre, width):
+    """M, centres and widths of an ectopic beat, from the dipoles A, M, ... of a normal one"""
+    M, centre, width = M.copy(), centre.copy(), width.copy()
+    if ecg.findings['PAC']:                                       # its P wave starts elsewhere
+        M[[P1, P2]] = A[[P1, P2]] * [.4, -.8, 1.2] @ field.T
+        return M, centre, width
+    A = np.outer(DIPOLES[:, 9] * (1.1 + .5 * abs(record.normal())), direction(record))
+    qrs = record.uniform(150, 175)
+    centre[Q:J] *= qrs / ecg.qrs
+    width[Q:J] *= qrs / ecg.qrs
+    centre[J:] += qrs / 3000
+    return A @ field.T + local * np.linalg.norm(A, axis=1, keepdims=True), centre, width
+
+
+def add_beats(x, t, beats, M, centre, width):
+    """Add to x (T, 8) the Gaussians M (14, 8) of a beat at each of `beats`. All times in s"""
+    for beat in beats:
+        start, stop = np.searchsorted(t, [beat - .5, beat + 1])   # no Gaussian reaches further
+        after = t[start:stop, None] - beat                        # (n, 1)
+        x[start:stop] += np.exp(-.5 * ((after - centre) / width) ** 2) @ M    # (n, 14) @ (14, 8)
+
+
+def noise_free(patient, record, ecg, beats, ectopic, setting, t):
+    """Leads I, II, V1 ... V6 (T, 8) in mV, and the axis of the QRS in degrees"""
+    A, (centre, width) = draw_dipoles(patient, record, ecg, setting), wave_times(patient, ecg)
+    field = draw_field(patient, record, setting)
+    local = patient.normal(0, [.05] * 2 + [.16] * 6, (14, 8))     # beyond any dipole
+    size = np.linalg.norm(A, axis=1, keepdims=True)               # (14, 1)
+    M = A @ field.T + local * size                                # (14, 8)
+    ks = [P2, S, T1, T2]
+    relative = size[ks] / np.linalg.norm(DIPOLES[ks, :3], axis=1, keepdims=True)
+    M[ks] += np.minimum(relative, 2) * FIELD[:, 4:].T
+    x = np.zeros((len(t), 8))
+    add_beats(x, t, beats[~ectopic], M, centre, width)
+    if ectopic.any():
+        other = ectopic_beat(record, ecg, A, M, field, local, centre, width)
+        add_beats(x, t, beats[ectopic], *other)
+    breath = 1 + .025 * np.sin(math.tau * (ecg.breath * t + ecg.breath_phase))
+    x *= setting['gain'] * patient.lognormal(0, setting['gain_sd']) * breath[:, None]
+    x += atrial_waves(record, ecg, t)
+    I, II = width[Q:J] @ M[Q:J, :2]                               # area of the QRS
+    aVF = II - I / 2
+    return x, math.degrees(math.atan2(aVF * 2 / 3 ** .5, I))
+
+
+def atrial_waves(rng, ecg, t):
+    """Fibrillation or flutter at times t (T,): (T, 8) in mV; 0 in other rhythms"""
+    if ecg.findings['AF']:
+        drift = .3 * np.sin(math.tau * (.31 * t + rng.random()))
+        phase = math.tau * (rng.uniform(4.5, 8) * t + drift + rng.random())
+        wave = rng.uniform(.012, .057) * (np.sin(phase) + .4 * np.sin(2 * phase + 1))
+        return np.outer(wave, [.3, .6, 1, .6, .35, .25, .2, .2])
+    if ecg.findings['AFL']:                                       # a sawtooth
+        phase = math.tau * (ecg.flutter * t + rng.random())
+        wave = np.sin(phase) + .45 * np.sin(2 * phase) + .2 * np.sin(3 * phase)
+        return rng.uniform(.05, .13) * np.outer(wave, [.25, 1, -.6, -.3, .2, .25, .25, .25])
+    return 0.
+
+
+def coloured(rng, power, T):
+    """Noise (n, T) of these powers (n, F) at the frequencies, in random phases"""
+    waves = np.exp(2j * math.pi * rng.random(power.shape))
+    return np.fft.irfft(np.sqrt(power / 2) * T * waves, n=T)
+
+
+def draw_noise(rng, t, setting):
+    """Noise in leads I, II, V1 ... V6 (T, 8) in mV, from that of nine electrodes: baseline wander,
+    pink noise, muscle, mains, now and then a bump. Sizes are mV RMS."""
+    T, f = len(t), np.fft.rfftfreq(len(t), t[1])
+    wander = np.exp(-(f / .28) ** 2) * (f > 0)
+    pink = np.maximum(f, .3) ** -.9 / (1 + (f / 15) ** 2) * (f > .35)
+    muscle = f / (f + 12) / (1 + (f / 70) ** 2)
+    wander /= wander.sum()
+    pink *= (.009 * rng.lognormal(0, .4)) ** 2 / pink.sum()
+    muscle *= (.0045 * setting['muscle'] * rng.lognormal(0, .65)) ** 2 / muscle.sum()
+    size = setting['baseline'] * rng.lognormal(0, .75)
+    own = size * rng.lognormal(0, .45, 9) * ([.018] * 3 + [.0155] * 6)
+    e = coloured(rng, np.outer(own ** 2, wander) + pink + muscle, T)  # (9, T)
+    e[3:] += coloured(rng, (.047 * size) ** 2 * wander, T)         # V1 ... V6 share most wander
+    hz = 60 if rng.random() < setting['mains_60'] else 50
+    size = setting['mains'] * rng.lognormal(0, setting['mains_sd']) * rng.lognormal(0, .3, (9, 1))
+    e += 2 ** .5 * size * np.sin(math.tau * (hz * t + rng.random((9, 1))))
+    if rng.random() < .1:
+        bump = np.exp(-.5 * ((t - rng.uniform(0, t[-1])) / rng.uniform(.1, .4)) ** 2)
+        e[rng.integers(9)] += rng.choice([-1, 1]) * rng.uniform(.15, .65) * bump
+    ra, la, ll = e[:3]
+    return np.stack([la - ra, ll - ra, *(e[3:] - e[:3].mean(0))], 1)
+
+
+def twelve_leads(x, lsb, swapped):
+    """I, II, V1 ... V6 (T, 8) in mV to int16 uV in the order of LEADS (T, 12). Counts of I and II
+    are even, so that Einthoven's and Goldberger's relations hold exactly."""
+    I, II = 2 * np.rint(x[:, :2].T * 500 / lsb)
+    if swapped:                                                   # the arms: II becomes III
+        I, II = -I, II - I
+    chest = np.rint(x[:, 2:].T * 1000 / lsb)
+    counts = np.stack([I, II, II - I, -(I + II) / 2, I - II / 2, II - I / 2, *chest], 1)
+    return (counts * lsb).astype(np.int16)
+
+
+def synthesize(seed, index, seconds=10., fs=240, shifts=(), noise=True):
+    """Synthetic ECG number `index`, which depends on (seed, index, shifts) alone. `shifts`: names
+    from SHIFTS, which make another cohort.
+
+    Returns a dict: x (T, 12) int16 uV in the order of LEADS; patient, a number; female, 0. or 1.;
+    age in years; findings {name: 0. or 1.}; tail (216,), 0. or 1., in the order of TAIL; targets
+    {name: value} in the units of TARGETS, NaN where undefined; beats (n,), the R-peaks in s."""
+    setting = dict(DEFAULT_SETTING)
+    for name in shifts:
+        setting.update(SHIFTS[name])
+    cohort, number = zlib.crc32(','.join(sorted(shifts)).encode()), patient_of(index)
+    # beats and noise have generators of their own, since longer records draw more of them
+    patient, record, beat_rng, noise_rng = [
+        np.random.default_rng([seed, cohort, k, n])
+        for k, n in enumerate([number, index, index, index])]
+    ecg = draw_findings(patient, record, setting)
+    draw_intervals(patient, record, ecg)
+    beats, ectopic = draw_beats(beat_rng, ecg, seconds)
+    t = np.arange(round(seconds * fs)) / fs
+    x, axis = noise_free(patient, record, ecg, beats, ectopic, setting, t)
+    if noise:
+        x += draw_noise(noise_rng, t, setting)
+    if setting['highpass'] and record.random() < .5:
+        x = apply_filter(x, fs, f'hp{setting["highpass"]}')
+    x = twelve_leads(x, setting['lsb'], swapped=record.random() < setting['swap'])
+    beats = beats[(beats >= 0) & (beats < seconds)]
+    hr = 60 / np.diff(beats).mean() if len(beats) > 1 else math.nan
+    targets = [hr, ecg.pr if ecg.sinus else math.nan, ecg.qrs, ecg.qt, axis, ecg.age]
+    return dict(x=x, patient=number, female=ecg.female, age=ecg.age, beats=beats,
+                findings={name: float(found) for name, found in ecg.findings.items()},
+                tail=(ecg.tail > 0).ravel() * 1., targets=dict(zip(TARGETS, targets)))
+
+
+def load_synthetic(record, seed, index, seconds, shifts):
+    """Fill in a Record of `synthetic`."""
+    ecg = synthesize(seed, index, seconds, shifts=shifts)
+    record.x, record.fs, record.leads, record.unit = ecg['x'], 240, LEADS, 'uV'
+    record.age, record.sex, record.r_peaks = ecg['age'], ecg['female'], ecg['beats']
+    values = [*ecg['findings'].values(), *ecg['tail'], *ecg['targets'].values()]
+    record.labels = dict(zip(SYNTHETIC_LABELS, values))
+
+
+def synthetic(records, seed=0, seconds=10., shifts=()):
+    """Yield the Records 0 ... records - 1. Each is made when it is loaded, in a worker."""
+    cohort = '-'.join([f'synthetic{seed}', *sorted(shifts)])
+    for index in range(records):
+        load = partial(load_synthetic, seed=seed, index=index, seconds=seconds,
+                                 shifts=shifts)
+        yield Record(f'{cohort}/{index}', f'{cohort}/patient{patient_of(index)}', load=load)
+
+
+# -------------------------------------------------------------------------------------------------
 # from a record to the contract
 
-def conform(x, fs, leads, unit, contract):
-    """x (T, C) in `unit` at `fs` Hz to (T', 12) in the contract's units and rate. Leads are taken by name, in any order and case.
-    Gaps of up to 0.1 s are interpolated. Returns (x, samples interpolated, x in mV before filter, rate and norm). Raises Defect."""
+UNITS = {'mv': 1., 'uv': 1e-3, '\u00b5v': 1e-3, '\u03bcv': 1e-3, 'v': 1e3}             # in mV
+
+
+def take_leads(x, fs, leads, unit, contract):
+    """The contract's leads of x (T, C), by name in any case and order: (T', 12) in mV. Padding is
+    cut off, which is what is zero or NaN in all leads for over .1 s at an end. Raises BadRecord."""
     if not 50 <= fs <= 10000:
-        raise Defect('absurd fs')
-    factor = {'mv': 1., 'uv': 1e-3, '\u00b5v': 1e-3, '\u03bcv': 1e-3, 'v': 1e3}.get(str(unit).lower())
-    if factor is None:
-        raise Defect('unknown unit')
+        raise BadRecord('absurd fs')
+    if str(unit).lower() not in UNITS:
+        raise BadRecord(f'unknown unit {unit}')
     names = [str(name).strip().upper() for name in leads]
-    if any(names.count(name.upper()) != 1 for name in contract.leads):
-        missing = [name for name in contract.leads if name.upper() not in names]
-        raise Defect(f'missing lead {", ".join(missing)}' if missing else 'lead named twice')
-    x = np.asarray(x, float)[:, [names.index(name.upper()) for name in contract.leads]] * factor
+    for lead in contract.leads:
+        if names.count(lead.upper()) != 1:
+            raise BadRecord(f'lead {lead} missing or named twice')
+    x = np.asarray(x, float)[:, [names.index(lead.upper()) for lead in contract.leads]]
+    x = x * UNITS[str(unit).lower()]
+    filled = np.flatnonzero((np.isfinite(x) & (x != 0)).any(1))
+    if not len(filled):
+        raise BadRecord('empty')
+    start, end = filled[0], filled[-1] + 1
+    return x[start if start > .1 * fs else 0:end if len(x) - end > .1 * fs else len(x)]
+
+
+def signal_hash(x):
+    """Sixteen hexadecimal digits by which the source signal x (T, 12) in mV is known again under
+    another file name, folder, container, unit or order of leads: a hash of lead II in uV."""
+    lead = np.where(np.isfinite(x[:, 1]), x[:, 1], 0)
+    counts = np.floor(1000 * lead + .51).astype(np.int64)           # halves may be rounded before
+    return hashlib.blake2b(counts.tobytes(), digest_size=8).hexdigest()
+
+
+def fill_gaps(x, fs):
+    """x (T, C) with gaps of up to .1 s interpolated. Raises BadRecord at longer ones."""
+    gaps = ~np.isfinite(x)
+    if not gaps.any():
+        return x
+    runs, _ = scipy.ndimage.label(gaps, [[0, 1, 0]] * 3)            # runs along time, lead by lead
+    if np.bincount(runs.ravel())[1:].max() > .1 * fs or gaps.mean(0).max() > .05:
+        raise BadRecord('NaN or inf beyond a short gap')
+    import pandas as pd
+    return pd.DataFrame(np.where(gaps, np.nan, x)).interpolate(limit_direction='both').values
+
+
+def to_contract(x, fs, leads, unit, contract):
+    """x (T, C) in `unit` at `fs` Hz to (T', 12) in the contract's unit and rate. Returns it, the
+    leads in mV at `fs` Hz with gaps filled, and these with gaps as they are. Raises BadRecord."""
+    raw = take_leads(x, fs, leads, unit, contract)
     window = round(contract.window * fs)
-    if len(x) < window:
-        raise Defect('shorter than a window')
-    bad = ~np.isfinite(x)
-    if bad.any():
-        runs = scipy.ndimage.label(bad, [[0, 1, 0]] * 3)[0]      # runs along time, lead by lead
-        if np.bincount(runs.ravel())[1:].max() > .1 * fs or bad.mean(0).max() > .05:
-            raise Defect('NaN or inf beyond a short gap')
-        for c in np.flatnonzero(bad.any(0)):
-            x[bad[:, c], c] = np.interp(np.flatnonzero(bad[:, c]), np.flatnonzero(~bad[:, c]), x[~bad[:, c], c])
-    parts = x[:len(x) // window * window].reshape(-1, window, x.shape[1])
-    if ((np.ptp(parts, axis=1) < 2e-3).mean(0) > .5).sum() > 2:  # flat in most of its windows
-        raise Defect('more than two flat leads')
-    if np.abs(x).max() > 32.767:
-        raise Defect('beyond 32.767 mV: wrong gain or unit?')
-    y = resample(filtered(x, fs, contract.filter), fs, contract.fs)
+    if len(raw) < window:
+        raise BadRecord('shorter than a window')
+    filled = fill_gaps(raw, fs)
+    windows = filled[:len(raw) // window * window].reshape(-1, window, raw.shape[1])
+    flat = (np.ptp(windows, axis=1) < 2e-3).mean(0) > .5            # in most of its windows
+    if flat.sum() > 2:
+        raise BadRecord('more than two flat leads')
+    if np.abs(filled).max() > 32.767:
+        raise BadRecord('beyond 32.767 mV: wrong gain or unit?')
+    y = resample(apply_filter(filled, fs, contract.filter), fs, contract.fs)
     if contract.norm == 'record':
         y = (y - y.mean(0)) / (y.std(0) + 1e-6)
-    return y, int(bad.sum()), x
+    return y, filled, raw
 
 
-def filtered(x, fs, steps):
-    """x (T, C) at `fs` Hz after a contract's filter: second-order Butterworth steps and notches of Q 30, forwards and backwards."""
-    for step in steps.split('+') if steps != 'none' else ():
-        kind, hz = re.fullmatch(r'(hp|lp|notch)([\d.]+)', step).groups()
+def apply_filter(x, fs, steps):
+    """x (T, C) through a contract's filter: second-order Butterworth steps and notches of Q 30,
+    forwards and backwards. A step above half of fs has nothing to remove."""
+    for kind, hz in re.findall(r'(hp|lp|notch)([\d.]+)', steps):
         hz = float(hz)
-        if hz >= fs / 2:                                         # nothing there to remove
+        if hz >= fs / 2:
             continue
         if kind == 'notch':
             x = scipy.signal.filtfilt(*scipy.signal.iirnotch(hz, 30, fs), x, axis=0)
         else:
-            x = scipy.signal.sosfiltfilt(scipy.signal.butter(2, hz, kind, fs=fs, output='sos'), x, axis=0)
+            sos = scipy.signal.butter(2, hz, kind, fs=fs, output='sos')
+            x = scipy.signal.sosfiltfilt(sos, x, axis=0)
     return x
 
 
 def resample(x, fs, to):
-    """x (T, C) from fs to `to` Hz by a polyphase filter, which removes what would alias; ends continue the line through them."""
+    """x (T, C) from fs to `to` Hz by a polyphase filter, which removes what would alias."""
     if fs == to:
         return x
     ratio = Fraction(to / fs).limit_denominator(1000)
     return scipy.signal.resample_poly(x, ratio.numerator, ratio.denominator, axis=0, padtype='line')
 
 
-def find_peaks(x, fs):
-    """R-peaks in s of x (T, 12) in mV: wfdb's XQRS at 240 Hz (at 100 Hz it counts twice) on the first of V5, V2, II, I in which it
-    finds at least 24 a minute. On LUDB's 200 records it finds all 1,831 annotated beats, within 0.1 s, and 2 more."""
+def find_r_peaks(x, fs):
+    """R-peaks in s of x (T, 12) in mV: wfdb's XQRS at 240 Hz (at 100 Hz it counts twice) on the
+    first of V5, V2, II, I in which it finds at least 24 a minute."""
     from wfdb.processing import XQRS
-    y = resample(x, fs, 240)
+    x = resample(x, fs, 240)
     for lead in ('V5', 'V2', 'II', 'I'):
-        signal = y[:, LEADS.index(lead)]
+        signal = x[:, LEADS.index(lead)]
         if np.ptp(signal) < .02:
             continue
         detector = XQRS(signal, 240)
         detector.detect(verbose=False)
-        if len(detector.qrs_inds) >= max(2, .4 * len(y) / 240):
+        if len(detector.qrs_inds) >= max(2, .4 * len(x) / 240):
             return np.asarray(detector.qrs_inds) / 240
     return np.zeros(0)
 
 
-def finish(record, contract, peaks=True):
-    """Worker: one Record to (record without its signal, counts (T, 12) int16, facts) or (record, None, reason for dropping it)."""
+def limbs_fit(x):
+    """Do the limb leads of x (T, 12) obey Einthoven and Goldberger, III = II - I and so on?"""
+    I, II = x[:, 0], x[:, 1]
+    derived = np.stack([II - I, -(I + II) / 2, I - II / 2, II - I / 2], 1)
+    return not (np.std(x[:, 2:6] - derived, 0) > .1 * np.std(II) + .02).any()
+
+
+def process(record, contract, peaks=True):
+    """In a worker: (record without its signal, counts (T, 12) int16, facts), or (record, None, the
+    reason for dropping it)."""
     try:
         if record.load:
             record.load(record)
-        x, repaired, raw = conform(record.x, record.fs, record.leads, record.unit, contract)
+        x, filled, raw = to_contract(record.x, record.fs, record.leads, record.unit, contract)
         counts = np.rint(x / contract.scale)
         if np.abs(counts).max() > 32767:
-            raise Defect('beyond the range of int16')
+            raise BadRecord('beyond the range of int16')
+        odd = record.r_peaks is None and not limbs_fit(filled)
+        if record.r_peaks is None:
+            record.r_peaks = find_r_peaks(filled, record.fs) if peaks else np.zeros(0)
+        record.r_peaks = np.rint(np.asarray(record.r_peaks) * contract.fs).astype(np.int32)
+        facts = dict(signal=signal_hash(raw), gaps=not np.isfinite(raw).all(), odd=odd)
         counts = counts.astype(np.int16)
-        I, II = raw[:, 0], raw[:, 1]
-        derived = np.stack([II - I, -(I + II) / 2, I - II / 2, II - I / 2], 1)               # III, aVR, aVL, aVF by Einthoven and Goldberger
-        ecg = record.peaks is None or len(record.peaks) > 0      # what is known to have no R-peaks owes Einthoven nothing
-        facts = dict(repaired=repaired, einthoven=ecg and bool((np.std(raw[:, 2:6] - derived, 0) > .1 * np.std(II) + .02).any()))
-        if record.peaks is None:
-            record.peaks = find_peaks(raw, record.fs) if peaks else np.zeros(0)
-        record.peaks = np.rint(np.asarray(record.peaks) * contract.fs).astype(np.int32)
-    except Defect as e:
+    except BadRecord as e:
         counts, facts = None, str(e)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    except (FileNotFoundError, IsADirectoryError):
         counts, facts = None, 'file missing'
-    except Exception as e:                                       # whatever a damaged file makes a library raise
+    except Exception as e:                             # what a damaged file makes a library raise
         counts, facts = None, f'unreadable ({type(e).__name__})'
     return replace(record, x=None, load=None), counts, facts
 
 
-BLOCK = 256                                                      # records under way at a time
-
-
-def finish_all(records, contract, peaks, workers):
-    """What `finish` makes of each record, in order, in `workers` processes; None: one per core, 1: in this one."""
-    work = functools.partial(finish, contract=contract, peaks=peaks)
-    pool = ProcessPoolExecutor(workers) if workers != 1 else None
+def process_all(records, contract, peaks, workers):
+    """What `process` makes of each record, in order, in `workers` processes (None: one per core),
+    256 records at a time so that a fast reader cannot fill the memory."""
+    work = partial(process, contract=contract, peaks=peaks)
+    if workers == 1:
+        yield from map(work, records)
+        return
     records = iter(records)
     try:
-        while block := list(itertools.islice(records, BLOCK)):   # bounded, so that a fast reader cannot fill the memory
-            yield from pool.map(work, block, chunksize=4) if pool else map(work, block)
+        with ProcessPoolExecutor(workers) as pool:
+            while block := list(itertools.islice(records, 256)):
+                yield from pool.map(work, block, chunksize=4)
     except BrokenExecutor:
-        raise Stop('a worker process died, perhaps for lack of memory: try again with fewer --workers')
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
+        raise Stop('a worker process died, perhaps for lack of memory: take fewer --workers')
 
+
+# -------------------------------------------------------------------------------------------------
+# folds
 
 def fold_of(patient):
-    """Fold 1 ... 10 of a patient for whom the source gives none: a hash, so that it never depends on what else is in the set."""
+    """Fold 1 ... 10 of a patient, by hash: it never depends on what else is in the set."""
     return int.from_bytes(hashlib.blake2b(patient.encode(), digest_size=4).digest(), 'big') % 10 + 1
 
 
 def stratify(Y, groups=None, folds=10, seed=0):
-    """Folds 0 ... folds - 1 (N,) that share out each label evenly: iterative stratification (Sechidis et al. 2011). Y (N, K) is above 0
-    where a record has a label. Records of a group, such as a patient, stay together; a group without any label gets -1: always training.
-    The rarest label comes first, and of its groups those with most of it; each goes to the fold that still lacks most of the label, of
-    several to the one that lacks most of all its labels (our reading of the tie: sets of patients come out within 1 of even instead of
-    within 36), then most records, then by lot."""
+    """Folds 0 ... folds - 1 (N,) with even shares of each label: iterative stratification (Sechidis
+    et al. 2011). Y (N, K) is above 0 where a record has a label. Records of a group (a patient)
+    stay together; a group without labels gets -1, which always trains. The rarest label comes
+    first, and of its groups those with most of it. Each group goes to the fold that needs this
+    label most. Ties: the fold that needs most of all the group's labels (our choice), then most
+    records, then at random."""
     group = np.arange(len(Y)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    count, size = np.zeros((group.max() + 1, Y.shape[1]), int), np.bincount(group)           # (groups, K) and (groups,), in records
+    count = np.zeros((group.max() + 1, Y.shape[1]), int)            # (groups, K), in records
     np.add.at(count, group, np.asarray(Y) > 0)
-    fold = np.full(len(count), -1)
-    tie = np.random.default_rng(seed).random((len(count), folds))
-    lack = np.repeat(count.sum(0)[None], folds, 0)               # (folds, K) times `folds`: whole numbers tie exactly
+    size, fold = np.bincount(group), np.full(len(count), -1)
+    lot = np.random.default_rng(seed).random((len(count), folds))
+    lack = np.repeat(count.sum(0)[None], folds, 0)                  # (folds, K), times `folds`
     room = np.full(folds, size[count.any(1)].sum())
-    left = (count > 0).sum(0)                                    # groups still to be placed, label by label
+    left = (count > 0).sum(0)                                       # groups to be placed, by label
     while left.any():
         k = np.where(left > 0, left, left.max() + 1).argmin()
         todo = np.flatnonzero((fold < 0) & (count[:, k] > 0))
         for g in todo[np.argsort(-count[todo, k], kind='stable')]:
-            f = fold[g] = np.lexsort((tie[g], room, lack @ (count[g] > 0), lack[:, k]))[-1]
+            f = np.lexsort((lot[g], room, lack @ (count[g] > 0), lack[:, k]))[-1]
+            fold[g] = f
             lack[f] -= folds * count[g]
             room[f] -= folds * size[g]
             left -= count[g] > 0
     return fold[group]
 
 
-def mended(name):
-    """Folder of a prepared dataset and where its predecessor goes while it is replaced. A kill between the two renames of `prepare`
-    leaves only the predecessor: it is put back."""
-    home, old = Path('datasets', name), Path('datasets', f'.{name}.old')
-    if old.exists() and not home.exists():
-        old.rename(home)
-    return home, old
+def draw_folds(index, strata, how):
+    """Folds (N,) of the records whose source gives none, by hash of the patient or by `stratify`.
+    'auto': stratified if there are labels and under 1,000 records."""
+    fold, patient, names = index['fold'], index['patient'], sorted(set(itertools.chain(*strata)))
+    if how == 'hash' or not names or (how == 'auto' and len(fold) >= 1000):
+        drawn = np.array([fold_of(name) for name in patient])
+    else:
+        Y = [[name in its for name in names] for its in map(set, strata)]
+        drawn = stratify(np.array(Y), patient)
+    fold = np.where(fold >= 0, fold, drawn)
+    folds_of = {}
+    for name, number in zip(patient.tolist(), fold.tolist()):
+        if folds_of.setdefault(name, number) != number:
+            raise Stop(f'patient {name} is in folds {folds_of[name]} and {number}: a patient must '
+                       'stay in one fold')
+    return fold
 
 
-def prepare(name, records, contract=Contract(), source='', extra_tasks=(), workers=None, peaks=True, strict=False, total=None,
-            folds='hash'):
-    """Write the prepared dataset datasets/NAME from a reader's records, streaming: signals go to disk as they come, only the index
-    (some 300 bytes a record) stays in memory. The folder appears when it is complete and replaces an older one.
-    Records with a defect are dropped and counted by reason (strict: the first one stops). folds: how records whose source gives no
-    fold get one, 'hash' of the patient or 'stratified' by labels. Prints a summary, returns the meta dict."""
-    if not re.fullmatch(r'[\w][\w.-]*', name):
+# -------------------------------------------------------------------------------------------------
+# prepared datasets
+
+def prepare(name, records, contract=Contract(), source='', extra_tasks=(), workers=None, peaks=True,
+            total=None, folds='hash'):
+    """Write datasets/NAME from a reader's records, streaming. The folder appears when it is
+    complete and replaces an older one. Bad records are dropped and counted by reason. folds: how
+    records get one whose source gives none, see `draw_folds`. Returns the content of meta.json."""
+    if not re.fullmatch(r'\w[\w.-]*', name):
         raise Stop(f'{name!r} cannot name a dataset: use letters, digits, _, - and .')
-    home, old = mended(name)
-    temporary = Path('datasets', f'.{name}.partial')
+    home, temporary = Path('datasets', name), Path('datasets', f'.{name}.partial')
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        meta = write_dataset(temporary, records, contract, workers, peaks, strict, total, name, folds)
-        meta |= dict(source=source, tasks=tasks_of(meta['labels'], extra_tasks))
+        finished = process_all(records, contract, peaks, workers)
+        finished = tqdm(finished, f'preparing {name}', total, unit='rec', disable=None)
+        meta, index = write_dataset(temporary, finished, contract, folds)
+        meta |= dict(source=source, tasks=group_tasks(meta['labels'], extra_tasks))
         (temporary / 'meta.json').write_text(json.dumps(meta, indent=1))
-        if home.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            home.rename(old)
+        shutil.rmtree(home, ignore_errors=True)
         temporary.rename(home)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    print_summary(name, meta, index)
     return meta
 
 
-def tasks_of(names, extra=()):
-    """{task: columns} of label names: a task for each namespace, and the `extra` ones, pairs of a task and its names."""
-    spaces = [name.split('/')[0] for name in names]
-    tasks = {space: [column for column, its in enumerate(spaces) if its == space] for space in dict.fromkeys(spaces)}
+def group_tasks(names, extra=()):
+    """{task: columns}: a task for each label set, and the extra ones, pairs of a task and its
+    names."""
+    tasks = {}
+    for column, name in enumerate(names):
+        tasks.setdefault(name.split('/')[0], []).append(column)
     return tasks | {task: [names.index(name) for name in its] for task, its in extra}
 
 
-def peak_memory(workers=False):
-    """Peak resident memory of this process, or of its largest finished worker, in MB; NaN where the system does not tell (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return math.nan
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN if workers else resource.RUSAGE_SELF)
-    return usage.ru_maxrss / (2 ** 20 if sys.platform == 'darwin' else 2 ** 10)
+class LabelTable:
+    """Labels as they come, record by record, kept sparse: only values that are not 0 take room."""
+
+    def __init__(self):
+        self.column = {}                                            # label -> column
+        self.rows, self.columns, self.values = compact('q'), compact('q'), compact('f')
+        self.sets, self.kind = [], compact('q')                     # label sets; which a row uses
+
+    def add(self, labels):
+        """One record's labels."""
+        used = {label.split('/')[0] for label in labels}
+        if used not in self.sets:
+            self.sets.append(used)
+        for label, value in labels.items():
+            column = self.column.setdefault(label, len(self.column))
+            if value:                                               # NaN too
+                self.rows.append(len(self.kind))
+                self.columns.append(column)
+                self.values.append(value)
+        self.kind.append(self.sets.index(used))
+
+    def write(self, path):
+        """Save as .npy (N, K) float32: NaN in the label sets that a record does not use."""
+        shape = len(self.kind), len(self.column)
+        table = np.lib.format.open_memmap(path, 'w+', np.float32, shape)
+        for kind, used in enumerate(self.sets):
+            unknown = [k for label, k in self.column.items() if label.split('/')[0] not in used]
+            table[np.ix_(np.array(self.kind) == kind, unknown)] = np.nan
+        table[np.array(self.rows, int), np.array(self.columns, int)] = self.values
+        table.flush()
+        return table
 
 
-def write_dataset(folder, records, contract, workers, peaks, strict, total, name, folds):
-    """The files of a prepared dataset but for meta.json, whose content it returns."""
-    began, early = time.time(), None
-    dropped, index, spaces, balanced, names, fold_by, ids = Tally(), [], [], [], {}, {}, set()
-    peaks_so_far, peak_start = typed('i'), typed('q', [0])       # typed arrays: small objects here would fragment the heap
-    sizes = typed('f')                                           # of each record: its middle lead from trough to crest
-    cells = typed('q'), typed('i'), typed('f')                   # row, column, value of each label that is not 0
-    digest, offset, repaired, odd = hashlib.blake2b(digest_size=8), 0, 0, 0
-    with open(folder / 'signals.i16', 'wb') as signals, contextlib.closing(finish_all(records, contract, peaks, workers)) as finished, \
-            tqdm(finished, total=total, desc=f'preparing {name}', unit='rec', disable=None) as bar:
-        for record, counts, facts in bar:
+def write_dataset(folder, finished, contract, folds):
+    """Write the files of a prepared dataset but meta.json. Returns its content, and the index."""
+    began, dropped, ids, strata, labels = time.time(), Counter(), set(), [], LabelTable()
+    rows, r_peaks, peak_start, heights = [], compact('i'), compact('q', [0]), compact('f')
+    digest, offset, gaps, odd = hashlib.blake2b(digest_size=8), 0, 0, 0
+    with open(folder / 'signals.i16', 'wb') as signals:
+        for record, counts, facts in finished:
             if record.id in ids:
-                raise Stop(f'record id {record.id} appears twice: make the ids unique and prepare again')
+                raise Stop(f'record id {record.id} appears twice: make the ids unique')
             ids.add(record.id)
-            if len(ids) == BLOCK:
-                early = peak_memory()
             if counts is None:
                 dropped[facts] += 1
-                if strict:
-                    raise Stop(f'record {record.id}: {facts} (--strict stops at the first defect)')
                 continue
-            patient, labels = record.patient or record.id, record.labels or {}
-            fold = record.fold if record.fold >= 0 or folds == 'stratified' else fold_of(patient)
-            if fold_by.setdefault(patient, fold) != fold:
-                raise Stop(f'patient {patient} is in folds {fold_by[patient]} and {fold}: a patient must stay in one fold')
-            for key, value in labels.items():
-                column = names.setdefault(key, len(names))
-                if value:
-                    for cell, v in zip(cells, (len(index), column, value)):
-                        cell.append(v)
-            index.append((offset, len(counts), record.id, patient, fold, record.age, record.sex))
-            spaces.append(frozenset(key.split('/')[0] for key in labels))
-            if folds == 'stratified':
-                balanced.append([k for k, v in labels.items() if v > 0] if record.strata is None else record.strata)
-            peaks_so_far.extend(record.peaks.tolist())
-            peak_start.append(len(peaks_so_far))
-            sizes.append(contract.scale * np.median(np.ptp(counts, 0)))
+            its_labels = record.labels or {}
+            labels.add(its_labels)
+            if folds != 'hash':
+                positive = [name for name, value in its_labels.items() if value > 0]
+                strata.append(positive if record.strata is None else record.strata)
+            patient = record.patient or same_recording(record.id)
+            rows.append((offset, len(counts), record.id, patient, facts['signal'], record.fold,
+                         record.age, record.sex))
+            r_peaks.extend(record.r_peaks.tolist())
+            peak_start.append(len(r_peaks))
+            heights.append(contract.scale * np.median(np.ptp(counts, 0)))
             data = counts.tobytes()
             signals.write(data)
             digest.update(data)
             offset += len(counts)
-            repaired += facts['repaired'] > 0
-            odd += facts['einthoven']
-    if not index:
-        why = '; '.join(f'{n} {reason}' for reason, n in dropped.most_common()) or 'the source holds no records'
-        raise Stop(f'nothing left to prepare: {why}')
-    labels = np.lib.format.open_memmap(folder / 'labels.npy', 'w+', np.float32, (len(index), len(names)))
-    for known in set(spaces):                                    # unknown: namespaces that a record does not use
-        unknown = [column for name, column in names.items() if name.split('/')[0] not in known]
-        labels[np.ix_([used == known for used in spaces], unknown)] = np.nan
-    labels[np.array(cells[0]), np.array(cells[1])] = np.array(cells[2])
-    labels.flush()
-    digest.update(labels.tobytes())
-    columns = dict(zip(('offset', 'length', 'id', 'patient', 'fold', 'age', 'sex'), map(np.array, zip(*index))))
-    if folds == 'stratified':
-        column = {what: i for i, what in enumerate(sorted(set(itertools.chain(*balanced))))}
-        Y = np.zeros((len(index), len(column)), bool)
-        for row, what in zip(Y, balanced):
-            row[[column[w] for w in what]] = True
-        columns['fold'] = np.where(columns['fold'] >= 0, columns['fold'], stratify(Y, columns['patient']))
-    columns |= dict(peaks=np.array(peaks_so_far), peak_start=np.array(peak_start))
-    np.savez(folder / 'index.npz', **columns)
-    meta = dict(contract=asdict(contract), labels=list(names), records=len(index), seen=len(ids), dropped=dict(dropped),
-                repaired=repaired, einthoven=odd, folds=folds, hash=digest.hexdigest())
-    summarise(name, meta, columns, np.median(sizes), time.time() - began)
-    now = peak_memory()
-    print(f'  peak memory {now:.0f} MB, {now - (early or now):.0f} MB of it since the first {min(len(ids), BLOCK)} records'
-          + (f'; largest worker {peak_memory(workers=True):.0f} MB' if workers != 1 else ''))
-    return meta
+            gaps += facts['gaps']
+            odd += facts['odd']
+    if not rows:
+        why = '; '.join(f'{n} {reason}' for reason, n in dropped.most_common())
+        raise Stop(f'nothing left to prepare: {why or "the source holds no records"}')
+    keys = 'offset', 'length', 'id', 'patient', 'signal', 'fold', 'age', 'sex'
+    index = dict(zip(keys, map(np.array, zip(*rows))))
+    index['fold'] = draw_folds(index, strata, folds)
+    index |= dict(peaks=np.array(r_peaks, np.int32), peak_start=np.array(peak_start))
+    digest.update(labels.write(folder / 'labels.npy').tobytes())
+    np.savez(folder / 'index.npz', **index)
+    return dict(contract=asdict(contract), labels=list(labels.column), records=len(rows),
+                seen=len(ids), dropped=dict(dropped), gaps=gaps, odd_limbs=odd,
+                height=float(np.median(heights)), seconds=round(time.time() - began, 1),
+                hash=digest.hexdigest()), index
 
 
-def summarise(name, meta, index, size, seconds):
-    """Print what has been prepared, and what about it looks wrong. size: mV from trough to crest of a usual lead."""
-    fs, seen, kept = meta['contract']['fs'], meta['seen'], meta['records']
-    print(f'{name}: {kept:,} of {seen:,} records kept, {len(set(index["patient"])):,} patients, {index["length"].sum() / fs / 3600:.1f} h of '
-          f'signal, {len(meta["labels"])} labels, {len(index["peaks"]):,} R-peaks; {seconds:.1f} s ({seen / seconds:.0f} records/s)')
-    for reason, n in Tally(meta['dropped']).most_common():
-        print(f'  {n:,} dropped: {reason}')
+def print_summary(name, meta, index):
+    """Say what has been prepared, what about it looks wrong, and what to do next."""
+    fs, n = meta['contract']['fs'], meta['records']
+    print(f'{name}: {n:,} of {meta["seen"]:,} records kept, {len(set(index["patient"])):,} '
+          f'patients, {index["length"].sum() / fs / 3600:.1f} h of signal, {len(meta["labels"])} '
+          f'labels, {len(index["peaks"]):,} R-peaks; {meta["seconds"]} s')
+    for reason, count in Counter(meta['dropped']).most_common():
+        print(f'  {count:,} dropped: {reason}')
+    folds, sizes = np.unique(index['fold'], return_counts=True)
+    print(f'  {len(folds)} folds of {sizes.min():,} to {sizes.max():,} records')
     rate = np.median(60 * fs * np.diff(index['peak_start']) / index['length'])
     if meta['contract']['norm'] == 'none' and len(index['peaks']):
-        print(f'  half of them have {rate:.0f} or more beats a minute, and {size:.2g} mV or more from trough to crest'
-              + ('' if 40 < rate < 140 and .3 < size < 5 else ': no usual ECG, or is the rate or the gain another than was said?'))
-    if meta['repaired']:
-        print(f'  {meta["repaired"]:,} with short gaps interpolated')
-    if meta['einthoven']:
-        print(f'  {meta["einthoven"]:,} whose limb leads do not fit together (III = II - I, aVR = -(I + II) / 2 and so on): swapped, '
-              'mislabelled or scaled one by one?')
+        unusual = not 40 < rate < 140 or not .3 < meta['height'] < 5
+        print(f'  median heart rate {rate:.0f}/min, median height of a lead {meta["height"]:.2g} mV'
+              + (': unusual, is the sampling rate or the gain wrong?' if unusual else ''))
+    again = n - len(set(index['signal']))
+    print(f'  {meta["gaps"]:,} with short gaps filled, {again:,} with the signal of another one')
+    if meta['odd_limbs']:
+        print(f'  {meta["odd_limbs"]:,} whose limb leads do not fit together (III = II - I and so '
+              'on): swapped, mislabelled or scaled one by one?')
+    print(f'  next: python train.py --data {name}')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# prepared datasets, splits, batches
+# -------------------------------------------------------------------------------------------------
+# the tasks of the two papers
+
+# how to prepare the data of a task, ROOT standing for the folder of the source. --window 10 keeps
+# records of 10 s or more. The second paper standardises CPSC2018 and PTB-XL, normalises and
+# band-passes CSN (Chapman, Shaoxing and Ningbo merged): cut-offs .5 and 40 Hz, like those of
+# --contract sc, are ours. chapman stands in for the original on figshare, an xlsx file
+PREPARE = '''
+ningbo        challenge --root ROOT --cohort ningbo
+cpsc2018      challenge --root ROOT --cohort cpsc_2018 --window 10
+cpsc_extra    challenge --root ROOT --cohort cpsc_2018_extra --window 10
+georgia       challenge --root ROOT --cohort georgia --window 10
+chapman       challenge --root ROOT --cohort chapman_shaoxing
+sph           sph --root ROOT
+ptbxl         ptbxl --root ROOT --rate 500
+zzu           zzu --root ROOT --window 10
+echonext      echonext --root ROOT
+mimic         mimic --root ROOT
+sc_cpsc2018   challenge --root ROOT --cohort cpsc_2018 --contract sc --norm record
+sc_csn        challenge --root ROOT --cohort chapman_shaoxing ningbo --contract sc\
+ --filter hp0.5+lp40 --norm record
+sc_echonext   echonext --root ROOT --contract sc
+sc_ptbxl      ptbxl --root ROOT --contract sc --norm record
+sc_mimic      mimic --root ROOT --contract sc
+'''
+# trained, scored: label sets joined by +, as Dataset.columns takes them; one model is trained on
+# the first and scored on the second, which correspond by the name after the slash. least: positives
+# that a label needs in the whole dataset to count (MIMIC's codes need 2,000 ECGs, which the reader
+# sees to). MAE: of standardised numbers. classes: outputs in the paper's code, - if unknown
+TASK_TABLE = '''
+name                 data         trained    scored         least  metric  classes
+ningbo               ningbo       snomed     snomed         10     AUROC   68
+cpsc2018             cpsc2018     snomed     snomed         10     AUROC   9
+cpsc_extra           cpsc_extra   snomed     snomed         10     AUROC   33
+georgia              georgia      snomed     snomed         10     AUROC   50
+chapman              chapman      snomed     snomed         10     AUROC   42
+chapman_rhythm       chapman      snomed     RHYTHMS        10     AUROC   -
+sph                  sph          aha        aha            10     AUROC   35
+ptbxl_all            ptbxl        all        all            10     AUROC   71
+ptbxl_diag           ptbxl        all        diag           10     AUROC   44
+ptbxl_form           ptbxl        all        form           10     AUROC   19
+ptbxl_rhythm         ptbxl        all        rhythm         10     AUROC   12
+ptbxl_sub            ptbxl        sub        sub            10     AUROC   23
+ptbxl_super          ptbxl        super      super          10     AUROC   5
+zzu                  zzu          aha        aha            10     AUROC   58
+echonext             echonext     echonext   echonext       10     AUROC   11
+mimic_cardiac        mimic        MIMIC      cardiac        1      AUROC   158
+mimic_noncardiac     mimic        MIMIC      noncardiac     1      AUROC   918
+mimic_deterioration  mimic        MIMIC      deterioration  1      AUROC   6
+mimic_mortality      mimic        MIMIC      mortality      1      AUROC   7
+mimic_icu            mimic        MIMIC      icu            1      AUROC   2
+mimic_sex            mimic        MIMIC      sex            1      AUROC   1
+mimic_age            mimic        MIMIC      age            1      MAE     1
+mimic_biometrics     mimic        MIMIC      biometrics     1      MAE     3
+mimic_features       mimic        MIMIC      features       1      MAE     7
+mimic_labs           mimic        MIMIC      labs           1      MAE     18
+mimic_vitals         mimic        MIMIC      vitals         1      MAE     6
+sc_cpsc2018          sc_cpsc2018  snomed     snomed         10     AUROC   9
+sc_csn               sc_csn       snomed     snomed         10     AUROC   -
+sc_echonext          sc_echonext  shd        shd            1      AUROC   1
+sc_ptbxl_diag        sc_ptbxl     diag       diag           10     AUROC   44
+sc_ptbxl_form        sc_ptbxl     form       form           10     AUROC   19
+sc_ptbxl_rhythm      sc_ptbxl     rhythm     rhythm         10     AUROC   12
+sc_ptbxl_sub         sc_ptbxl     sub        sub            10     AUROC   23
+sc_ptbxl_super       sc_ptbxl     super      super          10     AUROC   5
+sc_mimic_sex         sc_mimic     sex        sex            1      AUROC   1
+sc_mimic_icu         sc_mimic     icu        icu            1      AUROC   2
+sc_mimic_mortality   sc_mimic     SIX        SIX            1      AUROC   6
+'''
+LABEL_SETS = {
+    # Chapman's rhythms that the Challenge has codes for: AF, AFIB, AT, AVNRT, SAAWR, SB, SR ...
+    'RHYTHMS': '+'.join(f'snomed/{code}' for code in '164890007 164889003 713422000 251166008 '
+                        '17366009 426177001 426783006 427084000 426761007'.split()),
+    'MIMIC': 'cardiac+noncardiac+deterioration+mortality+icu+sex+age+biometrics+features+labs+'
+             'vitals',
+    # without that of the stay: our choice of six
+    'SIX': '+'.join(f'mortality/{days}d' for days in (1, 7, 28, 90, 180, 365))}
+# the second paper trains on 25 %, validates on 5 % and tests on 10 % of MIMIC: which of its 20
+# folds these are is our choice
+QUARTER = ((0, 1, 2, 3, 4), (17,), (18, 19))
+
+
+@dataclass(frozen=True)
+class Target:
+    """One task of a paper, a row of TASK_TABLE, with the command that prepares its data."""
+    data: str
+    trained: str
+    scored: str
+    least: int
+    metric: str
+    classes: int                                                    # None if unknown
+    folds: tuple                                                    # None: `Dataset.split`
+    prepare: str
+
+
+def read_tasks():
+    """{name: Target} of TASK_TABLE."""
+    commands = dict(line.split(maxsplit=1) for line in PREPARE.strip().splitlines())
+    tasks = {}
+    for line in TASK_TABLE.strip().splitlines()[1:]:
+        name, data, trained, scored, least, metric, classes = line.split()
+        tasks[name] = Target(
+            data, LABEL_SETS.get(trained, trained), LABEL_SETS.get(scored, scored), int(least),
+            metric, None if classes == '-' else int(classes),
+            QUARTER if data == 'sc_mimic' else None,
+            f'python data.py {commands[data].strip()} --out {data}')
+    return tasks
+
+
+TASKS = read_tasks()
+
 
 def open_prepared(name):
-    """(meta, index, signals, labels) of datasets/NAME, signals (samples, 12) int16 on disk; one that can prepare itself does so when
-    missing. Raises Stop where it is missing or damaged."""
-    folder, _ = mended(name)
+    """(meta, index, signals, labels) of datasets/NAME. signals (samples, 12) int16 stay on disk."""
+    folder = Path('datasets', name)
     if not folder.exists() and name in DEFAULTS:
-        DEFAULTS[name]()
+        main(DEFAULTS[name].split())
+    if not folder.exists():
+        there = ', '.join(sorted(p.parent.name for p in Path('datasets').glob('[!.]*/meta.json')))
+        raise Stop(f'no dataset {name!r} in datasets/ (there: {there or "none"}): prepare it with '
+                   'python data.py, see its --help')
     try:
         meta = json.loads((folder / 'meta.json').read_text())
         index = dict(np.load(folder / 'index.npz'))
-        with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', message='The given NumPy array is not writable')     # nor is it written to
-            signals = torch.from_numpy(np.memmap(folder / 'signals.i16', np.int16, 'r').reshape(-1, 12))
+        counts = np.memmap(folder / 'signals.i16', np.int16, 'c')   # 'c': torch wants it writable
+        signals = torch.from_numpy(counts.reshape(-1, 12))
         labels = np.load(folder / 'labels.npy', mmap_mode='r')
-        whole = len(signals) == index['offset'][-1] + index['length'][-1] and len(labels) == len(index['id']) == meta['records']
-    except FileNotFoundError as e:
-        if folder.exists():
-            raise Stop(f'datasets/{name} is damaged (no {Path(e.filename).name}): prepare it again')
-        there = ', '.join(sorted(p.parent.name for p in Path('datasets').glob('[!.]*/meta.json'))) or 'none'
-        raise Stop(f'no dataset {name!r} in datasets/ (there: {there}): prepare it with python data.py, see its --help')
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-        raise Stop(f'datasets/{name} is damaged ({type(e).__name__}: {e}): prepare it again')
-    if not whole:
-        raise Stop(f'datasets/{name} is damaged (files of different lengths): prepare it again')
+        lengths = len(signals), len(labels), len(index['signal'])
+        if lengths != (index['length'].sum(), meta['records'], meta['records']):
+            raise ValueError('its files are of different lengths')
+    except UNREADABLE as e:
+        raise Stop(f'datasets/{name} is damaged or of an older version ({type(e).__name__}: {e}): '
+                   'prepare it again')
     return meta, index, signals, labels
 
 
-class Dataset:
-    """One or more prepared datasets ('ptbxl' or 'ptbxl,georgia') as one, signals on disk, everything else in memory.
+def same_recording(name):
+    """One name for a recording that is published under several: PTB-XL's 00001_lr and 00001_hr and
+    the Challenge's HR00001 are ptbxl/1; Chapman's, Shaoxing's and Ningbo's JS00001 lie in folders
+    of any name. Other names are as they are."""
+    stem = name.split('/')[-1]
+    if found := re.fullmatch(r'HR(\d{5})|(\d{5})_[lh]r', stem):
+        return f'ptbxl/{int(found[1] or found[2])}'
+    return stem if re.fullmatch(r'JS\d{5}', stem) else name
 
-    labels (N, K) float32 with NaN for unknown; id, patient, fold, age, sex, length (N,); tasks {name: columns}; contract.
-    `synthetic`, `sample` and `shifted` (1,000 synthetic records of other patients, field and devices) prepare themselves;
-    synthetic@1000000 makes so many synthetic records on `device`, without touching the disk. Crops come on `device`; on CUDA all
-    signals lie there if they take less than half of what is free. Raises Stop where a dataset is missing, damaged or of another contract.
-    """
+
+def overlap(ds, seen):
+    """True where a record of the Dataset, or its patient, is among `seen`: patients, ids and
+    signal hashes, as `Dataset.names` gives them and seen.npz of a run holds them. (N,) bool."""
+    seen = np.array(sorted({same_recording(name) for name in seen}) or [''])
+    direct = np.isin(ds.patient, seen) | np.isin(ds.recording, seen) | np.isin(ds.signal, seen)
+    return np.isin(ds.patient, ds.patient[direct])
+
+
+def write_seen(folder, names):
+    """Keep in a run's folder what `Dataset.names` gave of the records that it is trained on."""
+    np.savez_compressed(Path(folder, 'seen.npz'), names=np.array(sorted(names)))
+
+
+def read_seen(folder):
+    """The names that `write_seen` kept. Stops where they are missing, since a test record that was
+    trained on would not be noticed."""
+    try:
+        return set(np.load(Path(folder, 'seen.npz'))['names'].tolist())
+    except UNREADABLE as e:
+        raise Stop(f'{folder}/seen.npz, which names the records that a run was trained on, is '
+                   f'missing or damaged ({type(e).__name__}): take it from the run, or train again')
+
+
+def align_folds(fold):
+    """Fold numbers (N,) as ranks that end with 99, so that the last two folds of every dataset have
+    the same numbers. -1 stays."""
+    names = np.unique(fold[fold >= 0])
+    rank = 99 - len(names) + 1 + np.searchsorted(names, fold)
+    return np.where(fold >= 0, rank, -1)
+
+
+@lru_cache(2)                                             # every step of an epoch asks
+def epoch_order(seed, epoch, n):
+    """In which order an epoch visits n records."""
+    return np.random.default_rng([seed, epoch, 1]).permutation(n)
+
+
+class Dataset:
+    """One or more prepared datasets ('ptbxl' or 'ptbxl,georgia') as one: signals on disk (or on the
+    GPU if they fit into half of its free memory), everything else in memory.
+
+    labels (N, K), NaN for unknown; id, recording (see `same_recording`), patient, signal (a hash),
+    fold, age, sex, length (N,); tasks {name: columns}; contract. `synthetic`, `sample` and
+    `shifted` (1,000 synthetic records of another population and devices) prepare themselves. Stops
+    where a dataset is missing, damaged or of another contract."""
 
     def __init__(self, names, device='cpu'):
-        self.name, self.device = names, torch.empty(0, device=device).device                 # cuda:0, where only cuda was said
-        parts = []                                               # (meta, index, signals, labels) of each
-        for name in names.split(','):
-            made = re.fullmatch(r'synthetic@([1-9]\d{0,7})', name)
-            parts.append(synthetic_in_memory(int(made[1]), self.device) if made else open_prepared(name))
-        self.contract = Contract.read(parts[0][0]['contract'])
-        for name, (meta, *_) in zip(names.split(','), parts):
+        self.name, self.device = names, torch.empty(0, device=device).device
+        metas, indices, signals, labels = zip(*map(open_prepared, names.split(',')))
+        self.contract = Contract.read(metas[0]['contract'])
+        for name, meta in zip(names.split(','), metas):
             if differs := Contract.read(meta['contract']).differs(self.contract):
-                raise Stop(f'datasets/{name} has another contract ({differs}): prepare the datasets alike')
-        more = sum(p[2].nbytes for p in parts if p[2].device != self.device)
-        fits = self.device.type == 'cuda' and more < torch.cuda.mem_get_info(self.device)[0] / 2
-        self.signals = [p[2].to(self.device if fits else 'cpu') for p in parts]
-        self.label_names = list(dict.fromkeys(n for p in parts for n in p[0]['labels']))
-        self.part = np.repeat(np.arange(len(parts)), [len(p[1]['id']) for p in parts])
-        for key in ('offset', 'length', 'id', 'patient', 'fold', 'age', 'sex'):
-            setattr(self, key, np.concatenate([p[1][key] for p in parts]))
-        if len(set(self.id)) < len(self.id):
-            raise Stop(f'{names}: the same record is in two of these datasets')
-        self.peaks = np.concatenate([p[1]['peaks'] for p in parts])
-        self.peak_count = np.concatenate([np.diff(p[1]['peak_start']) for p in parts])
+                raise Stop(f'datasets/{name} has another contract ({differs}): prepare them alike')
+        self.signals = signals
+        if self.device.type == 'cuda':
+            free, _ = torch.cuda.mem_get_info(self.device)
+            if sum(s.nbytes for s in signals) < free / 2:
+                self.signals = [s.to(self.device) for s in signals]
+        self.part = np.repeat(np.arange(len(metas)), [len(index['id']) for index in indices])
+        if len(indices) > 1:
+            indices = [index | dict(fold=align_folds(index['fold'])) for index in indices]
+        for key in ('offset', 'length', 'id', 'patient', 'signal', 'fold', 'age', 'sex', 'peaks'):
+            setattr(self, key, np.concatenate([index[key] for index in indices]))
+        self.peak_count = np.concatenate([np.diff(index['peak_start']) for index in indices])
         self.peak_start = np.cumsum(np.r_[0, self.peak_count])
-        if len(parts) == 1:
-            self.labels = parts[0][3]
-        else:
-            self.labels = np.full((len(self.id), len(self.label_names)), np.nan, np.float32)
-            for i, (meta, _, _, labels) in enumerate(parts):
-                self.labels[np.ix_(self.part == i, [self.label_names.index(n) for n in meta['labels']])] = labels
-        self.tasks = {}
-        for meta, *_ in parts:
-            for task, columns in meta['tasks'].items():
-                found = [self.label_names.index(meta['labels'][c]) for c in columns]
-                self.tasks[task] = list(dict.fromkeys(self.tasks.get(task, []) + found))
-        self.hash = '+'.join(p[0]['hash'] for p in parts)
-        self.order = functools.lru_cache(2)(self.order)          # every step of an epoch asks for it
+        self.recording = np.array([same_recording(name) for name in self.id])
+        self.join_labels(metas, labels)
+        self.hash = '+'.join(meta['hash'] for meta in metas)
+
+    def join_labels(self, metas, labels):
+        """Set label_names, labels and tasks from those of the parts."""
+        self.label_names = list(dict.fromkeys(n for meta in metas for n in meta['labels']))
+        self.labels, self.tasks = labels[0], {}
+        if len(metas) > 1:
+            self.labels = np.full((len(self), len(self.label_names)), np.nan, np.float32)
+        for i, meta in enumerate(metas):
+            columns = [self.label_names.index(name) for name in meta['labels']]
+            if len(metas) > 1:
+                self.labels[np.ix_(self.part == i, columns)] = labels[i]
+            for task, its in meta['tasks'].items():
+                both = self.tasks.get(task, []) + [columns[c] for c in its]
+                self.tasks[task] = list(dict.fromkeys(both))
 
     def __len__(self):
         return len(self.id)
 
+    def names(self, rows):
+        """All by which records are known again: the set of their patients, ids and signals."""
+        return {str(name) for key in (self.patient, self.recording, self.signal)
+                for name in key[rows]}
+
     def columns(self, task):
-        """Label columns of a task, of a single label (super/MI), or of several of either joined by +, each column once. Of several, those
-        that the set lacks are passed over; Stops where none is there."""
+        """Columns of a task, of a single label (super/MI), or of several of either joined by +. Of
+        several, those that the set lacks are passed over; Stops where none is there."""
         known = {n: [c] for c, n in enumerate(self.label_names)} | self.tasks
-        columns = list(dict.fromkeys(c for part in [task, *task.split('+')] for c in known.get(part, ())))
+        parts = [task] if task in known else task.split('+')
+        columns = list(dict.fromkeys(c for part in parts for c in known.get(part, ())))
         if not columns:
-            raise Stop(f'{self.name} has no task {task!r}; it has {", ".join(self.tasks) or "no labels"}')
+            raise Stop(f'{self.name} has no task {task!r}; it has '
+                       f'{", ".join(self.tasks) or "no labels"}')
         return columns
 
     def split(self):
-        """Row numbers (train, validation, test): the highest fold tests, the second highest validates, patients stay together."""
-        if len(folds := np.unique(self.fold)) < 3:
-            raise Stop(f'{self.name} has {len(folds)} folds: three are needed for train, validation and test')
-        return [np.flatnonzero(m) for m in (self.fold < folds[-2], self.fold == folds[-2], self.fold == folds[-1])]
+        """Row numbers (train, validation, test). In each dataset the highest fold tests and the
+        second highest validates. A recording or patient that is in one of these folds, under
+        whatever name, is in no other part: tested before validated, validated before trained on."""
+        for part in range(self.part[-1] + 1):
+            if (n := len(np.unique(self.fold[self.part == part]))) < 3:
+                raise Stop(f'{self.name.split(",")[part]} has {n} folds: three are needed for '
+                           'train, validation and test')
+        *_, second, last = np.unique(self.fold)
+        test = np.flatnonzero(self.fold == last)
+        tested = overlap(self, self.names(test))
+        validation = np.flatnonzero((self.fold == second) & ~tested)
+        used = tested | overlap(self, self.names(validation)) | (self.fold == second)
+        return np.flatnonzero(~used), validation, test
 
     def nested(self, rows, records, seed):
-        """`records` of `rows`, whole patients (the last may be cut) in an order drawn from `seed`: a smaller set lies in every larger one.
-        Stops where there are fewer."""
+        """`records` of `rows`, whole patients (the last may be cut) in an order drawn from the
+        seed, so that a smaller set lies in every larger one. Stops where there are fewer."""
         if not 0 < records <= len(rows):
-            raise Stop(f'{self.name} has {len(rows):,} training records long enough: take 1 to {len(rows):,}, not {records:,}')
+            raise Stop(f'{self.name} has {len(rows):,} training records long enough: take 1 to '
+                       f'{len(rows):,}, not {records:,}')
         patients, owner = np.unique(self.patient[rows], return_inverse=True)
         place = np.random.default_rng([seed, 3]).permutation(len(patients))[owner]
         return np.sort(rows[np.argsort(place, kind='stable')[:records]])
 
     def crop(self, rows, starts, samples):
-        """Crops of `samples` from records `rows`, beginning at `starts`: (B, 12, samples) float32 in the contract's unit, on the device."""
+        """Crops of `samples` from records `rows`, beginning at `starts`: (B, 12, samples) float32
+        in the contract's unit, on the device."""
         at, part, pieces = self.offset[rows] + starts, self.part[rows], []
-        for i in np.unique(part):
+        for i in np.unique(part):                                   # dataset after dataset
             signals = self.signals[i]
-            windows = signals.as_strided((len(signals) - samples + 1, samples * 12), (12, 1))              # all crops there are, none copied
-            pieces.append(windows.index_select(0, torch.from_numpy(at[part == i]).to(signals.device, non_blocking=True)))
-        back = np.argsort(np.argsort(part, kind='stable'))       # from dataset after dataset to the order of `rows`
+            shape = len(signals) - samples + 1, samples * 12
+            windows = signals.as_strided(shape, (12, 1))            # every crop there is, no copy
+            mine = torch.from_numpy(at[part == i]).to(signals.device)
+            pieces.append(windows.index_select(0, mine))
+        back = np.argsort(np.argsort(part, kind='stable'))          # the inverse permutation
         x = pieces[0] if len(pieces) == 1 else torch.cat(pieces)[back]
-        if self.device.type == 'cuda' and not x.is_cuda:         # as int16: half of what the floats would take
+        if self.device.type == 'cuda' and not x.is_cuda:            # as int16: half as many bytes
             x = x.pin_memory().to(self.device, non_blocking=True)
         return x.view(-1, samples, 12).transpose(1, 2).float().mul_(self.contract.scale)
 
-    def order(self, seed, epoch, n):
-        """In which order an epoch visits n records."""
-        return np.random.default_rng([seed, epoch, 1]).permutation(n)
-
     def batch(self, rows, samples, size, seed, step, share=(0, 1)):
-        """Training batch `step`: one random crop from each of `size` records, a function of (seed, step) alone; each epoch passes
-        over `rows` once in a new order. Dict of x (B, 12, T), y (B, K), patient (B,), peaks (B, P) in samples, -1 where none.
-        share (i, n): of every n crops the i-th, for one of n processes."""
-        turn = step * size + np.arange(size)
-        epoch = turn // len(rows)
-        rows = rows[np.concatenate([self.order(seed, e, len(rows))[turn[epoch == e] % len(rows)] for e in np.unique(epoch)])]
+        """Training batch `step`: a random crop from each of `size` records, depending on (seed,
+        step) alone; an epoch passes over `rows` once, in a new order. share (i, n): every n-th crop
+        from the i-th on, for one of n processes. Returns what `collate` does."""
+        turn, n = step * size + np.arange(size), len(rows)
+        epoch, place = turn // n, turn % n
+        order = [epoch_order(seed, e, n)[place[epoch == e]] for e in np.unique(epoch)]
+        rows = rows[np.concatenate(order)]
         room = self.length[rows] - samples + 1
         starts = (np.random.default_rng([seed, step, 2]).random(size) * room).astype(int)
         return self.collate(rows[share[0]::share[1]], starts[share[0]::share[1]], samples)
 
     def collate(self, rows, starts, samples):
-        """The batch of given crops, as `batch` describes it."""
+        """A batch of given crops: x (B, 12, samples), y (B, K), patient (B,), peaks (B, P) in
+        samples, -1 where none."""
         rows, starts = np.asarray(rows), np.asarray(starts)
-        k = np.arange(self.peak_count[rows].max(initial=0))      # of the record's R-peaks
-        last = self.peak_start[rows] + self.peak_count[rows] - 1
-        peaks = self.peaks[np.minimum(self.peak_start[rows][:, None] + k, last[:, None])] - starts[:, None]
-        inside = (k < self.peak_count[rows][:, None]) & (peaks >= 0) & (peaks < samples)
-        peaks = np.sort(np.where(inside, peaks, samples), 1)[:, :inside.sum(1).max(initial=0)]
+        first, count = self.peak_start[rows][:, None], self.peak_count[rows][:, None]
+        k = np.arange(count.max(initial=0))                         # of the record's R-peaks
+        peaks = self.peaks[np.minimum(first + k, first + count - 1)] - starts[:, None]
+        inside = (k < count) & (peaks >= 0) & (peaks < samples)
+        peaks = np.sort(np.where(inside, peaks, samples), 1)        # those outside go to the end
+        peaks = peaks[:, :inside.sum(1).max(initial=0)]
         patient = np.unique(self.patient[rows], return_inverse=True)[1]
-        return dict(x=self.crop(rows, starts, samples), y=torch.from_numpy(np.array(self.labels[rows])),
-                    patient=torch.from_numpy(patient), peaks=torch.from_numpy(np.where(peaks < samples, peaks, -1)))
+        return dict(x=self.crop(rows, starts, samples),
+                    y=torch.from_numpy(np.array(self.labels[rows])),
+                    peaks=torch.from_numpy(np.where(peaks < samples, peaks, -1)),
+                    patient=torch.from_numpy(patient))
 
     def crops(self, rows, samples):
-        """Consecutive, non-overlapping crops of records `rows` for evaluation: (row of each crop, start of each crop)."""
+        """All consecutive crops of records `rows`, for evaluation: (row, start) of each."""
         count = self.length[rows] // samples
-        owner = np.repeat(rows, count)
-        return owner, np.concatenate([np.arange(c) * samples for c in count]).astype(int)
+        starts = [np.arange(c) * samples for c in count]
+        return np.repeat(rows, count), np.concatenate(starts).astype(int)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the synthetic 12-lead ECG: Gaussian beats on a heart dipole, seen through each patient's own lead field
+# -------------------------------------------------------------------------------------------------
+# picture, command line
 
-FINDINGS = ('1dAVb RBBB LBBB SB AF ST IRBBB AFL PVC PAC SARR LAFB LVH RVH IMI AMI LMI STD STE TINV LQT LVOLT PACE '
-            'WPW').split()                                       # CODE's six come first
-TARGETS = ['hr', 'pr', 'qrs', 'qt', 'axis', 'age']               # beats/min, ms, ms, ms, degrees, years
-P1, P2, Q, R1, R2, S, X, J, T1, T2, U, SP, F1, F2 = range(14)    # a beat's Gaussians. X: late or delta wave, SP: pacing spike, F: notches
-_P, _QRS, _T = [P1, P2], [Q, R1, R2, S, F1, F2], [T1, T2]
-# mean and between-patient SD of each kernel's dipole (x left, y down, z back; mV), fitted to 297 normal PTB-XL records
-_MU = np.array([[.037, .063, -.022], [.060, .074, .003], [-.100, -.068, -.275], [.85, .436, .16], [.676, .382, .539],
-                [-.24, -.042, .391], [0, 0, 0], [0, .002, -.047], [.12, .045, -.18], [.216, .133, -.063],
-                [.012, .01, -.01], [0, 0, 0], [0, 0, 0], [0, 0, 0]])
-_SD = np.array([[.019, .032, .018], [.022, .043, .024], [.166, .097, .176], [.302, .298, .438], [.482, .306, .341],
-                [.186, .162, .253], [0, 0, 0], [.03, .024, .033], [.09, .051, .113], [.131, .072, .097],
-                [.008, .008, .008], [0, 0, 0], [.2, .16, .2], [.2, .16, .2]])
-# what one lead sees of the dipole (rows I, II, V1-V6): Dower's matrix refitted to the same records
-_FIELD = np.array([[.638, -.142, -.029], [.252, 1.057, -.148], [-.508, .302, -.741], [-.066, .221, -1.693],
-                   [.982, -.028, -1.15], [1.228, .106, -.487], [1.068, .154, -.068], [.78, .222, .102]])
-_FIELD *= np.array([1.04, 1, .96, 1.2, 1.28, 1.2, 1.12, 1.08])[:, None]
-_FIELD_SD = np.linalg.norm(_FIELD, axis=1) * np.array([.26, .05, .13, .11, .11, .09, .09, .13])
-# leads I, II, V1-V6 of what no dipole explains; V3-V6 of P2 lowered until the P waves met the calibration
-_RESIDUAL = {P2: [.053, .015, -.013, .019, -.006, -.032, -.034, -.023], S: [.056, .023, -.074, .053, .022, -.05, -.041, .006],
-             T1: [.026, .007, -.029, .045, -.013, -.026, -.005, .016], T2: [.034, .008, -.02, .044, -.016, -.028, -.003, .018]}
-_LBBB = {Q: [.25, .1, .25], R1: [.7, .3, .8], R2: [.9, .2, 1], S: [.8, .1, .6], X: [.4, .05, .3], J: [-.12, -.02, -.25],
-         T1: [-.16, -.04, -.3], T2: [-.2, -.05, -.15]}
-_PVC = [0, 0, .4, .8, 1, .6, .3, -.1, -.3, -.35, 0, 0, 0, 0]
-_CHRONIC = {'1dAVb': (.05, .45), 'RBBB': (.045, .4), 'IRBBB': (.05, 0), 'LBBB': (.035, .45), 'AF': (.05, .55), 'AFL': (.02, .4),
-            'LAFB': (.06, .35), 'LVH': (.08, .2), 'RVH': (.025, 0), 'IMI': (.07, .4), 'AMI': (.06, .4), 'LMI': (.03, .4),
-            'LVOLT': (.05, .2), 'PACE': (.02, .5), 'WPW': (.02, -.2)}           # finding: (prevalence, slope per decade of age)
-_ACUTE = {'PVC': (.05, .3), 'PAC': (.04, .3), 'STD': (.07, .3), 'STE': (.03, 0), 'TINV': (.06, .1), 'LQT': (.04, .1)}
-_TERRITORY = np.array([[0, 1, 0], [-.2, 0, -1], [.4, 0, -.9], [1, 0, .1], [.8, -.6, 0], [.7, .7, .1], [0, 0, 1], [-1, .3, -.3]])
-_TERRITORY /= np.linalg.norm(_TERRITORY, axis=1, keepdims=True)
-# morphologies of the long tail: mV along the territory, per unit of severity; those without a number shrink waves instead
-_TAIL = {'STdown': {J: -.16}, 'STup': {J: .22}, 'Tinverted': {T2: -.38}, 'Ttall': {T2: .42}, 'Tflat': {}, 'Q': {Q: -.42, R1: -.3},
-         'notch': {F1: .8, F2: -.8}, 'Rloss': {}, 'U': {U: .14}}
-_TAIL_GAIN = np.array([[gains.get(k, 0.) for k in range(14)] for gains in _TAIL.values()])   # (9, 14)
-TAIL = [f'{m}-{t}-{s}' for t in range(8) for m in _TAIL for s in ('mild', 'moderate', 'severe')]
-SYNTHETIC_LABELS = [f'findings/{n}' for n in FINDINGS] + [f'tail/{n}' for n in TAIL] + [f'target/{n}' for n in TARGETS]
-SYNTHETIC_TASKS = [('code', [f'findings/{n}' for n in FINDINGS[:6]]), ('unseen', [f'findings/{n}' for n in FINDINGS[6:]])]
-SHIFTS = {'age': dict(age=8., female=.6), 'prevalence': dict(prevalence=1.), 'field': dict(field=1.5, electrode=.5),
-          'gain': dict(gain=.85, gain_sd=.15), 'noise': dict(mains=.015, muscle=2., baseline=1.6), 'device': dict(highpass=.5, lsb=5),
-          'swap': dict(swap=.03), 'twave': dict(twave=.85)}
-_HOME = dict(age=0., female=.5, prevalence=0., field=1., electrode=.3, gain=1., gain_sd=.07, mains=0., muscle=1., baseline=1.,
-             highpass=0., lsb=2, swap=0., twave=1.)                       # lsb in uV: not 2.5 and 4.88, so that every lead is whole uV
-
-
-class Draws:
-    """Counter-based random numbers (SplitMix64): what is drawn depends on (seed, index, purpose) alone, on any device.
-
-    index (B,) int64; u and n return (B, *shape) uniforms in (0, 1) and standard normals."""
-
-    def __init__(self, seed, index):
-        self.seed, self.index = seed, index
-
-    def u(self, purpose, *shape):
-        signed = lambda c: (c + 2 ** 63) % 2 ** 64 - 2 ** 63
-        golden, a, b = (signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-
-        def mix(z):                                              # int64 >> keeps the sign: mask it off
-            z = (z ^ (z >> 30 & (1 << 34) - 1)) * a
-            z = (z ^ (z >> 27 & (1 << 37) - 1)) * b
-            return z ^ (z >> 31 & (1 << 33) - 1)
-
-        stream = signed((self.seed << 32 | zlib.crc32(purpose.encode())) % 2 ** 64)
-        h = mix(mix(self.index * golden) ^ mix(torch.tensor(stream, device=self.index.device)))
-        e = torch.arange(1, math.prod(shape) + 1, device=h.device) * golden
-        z = mix(h[:, None] + e).view(-1, *shape)
-        return ((z >> 41 & (1 << 23) - 1).float() + .5) / 2 ** 23     # 24 bits with the half: exact, never 0 or 1
-
-    def n(self, purpose, *shape):
-        return torch.erfinv(2 * self.u(purpose, *shape) - 1) * 2 ** .5
-
-
-def patient_of(index):
-    """Patient number of synthetic record(s): blocks of 16 records hold 10 patients with 7 x 1, 2, 3 and 4 records."""
-    slot = [0, 1, 2, 3, 4, 5, 6, 7, 7, 8, 8, 8, 9, 9, 9, 9]
-    return index // 16 * 10 + torch.as_tensor(slot, device=index.device)[index % 16]
-
-
-def synthesize(seed, index, seconds=10., fs=240, shifts=(), prevalence=1., noise=True, device='cpu'):
-    """Synthetic ECGs: record i depends on (seed, i, shifts) alone, whatever else is asked for with it.
-
-    index: record numbers (B,). Returns a dict of x (B, T, 12) int16 microvolts in the order of LEADS, patient (B,),
-    findings (B, 24), tail (B, 216), targets (B, 6) with NaN where a target is undefined, female (B,), beats (B, n) seconds.
-    Einthoven's and Goldberger's relations hold exactly, in integers. shifts: names from SHIFTS, which make another cohort.
-    """
-    s = _HOME | {k: v for name in shifts for k, v in SHIFTS[name].items()}
-    index = torch.as_tensor(index, device=device)
-    patient = patient_of(index)
-    key = seed * 1000003 + zlib.crc32(','.join(sorted(shifts)).encode())
-    p, r = Draws(2 * key, patient), Draws(2 * key + 1, index)
-    y = _findings(p, r, s, prevalence)
-    beats, kind = _rhythm(p, r, y, math.ceil(4.4 * seconds) + 2)
-    x, axis = _leads(p, r, y, s, beats, kind, round(seconds * fs), fs)
-    if noise:
-        x = _add_noise(r, x, s, fs)
-    if s['highpass']:
-        spectrum, f = torch.fft.rfft(x, dim=1), torch.fft.rfftfreq(x.shape[1], 1 / fs, device=x.device)
-        spectrum *= torch.where(r.u('highpass', 1, 1) < .5, (f >= s['highpass']).float()[:, None], 1.)
-        x = torch.fft.irfft(spectrum, n=x.shape[1], dim=1)
-    counts = torch.round(x * (1000 / s['lsb'])).int()
-    limb = torch.round(x[..., :2] * (500 / s['lsb'])).int() * 2  # I and II in even steps, so that their halves are whole too
-    swapped = r.u('swap', 1) < s['swap']                         # arms swapped: I changes sign, II and III change places
-    I, II = limb[..., 0], limb[..., 1]
-    I, II = torch.where(swapped, -I, I), torch.where(swapped, II - I, II)
-    limb = torch.stack([I, II, II - I, -(I + II) // 2, I - II // 2, II - I // 2], -1)
-    x = (torch.cat([limb, counts[..., 2:]], -1) * s['lsb']).clamp(-32766, 32766).short()
-    inside = (beats >= 0) & (beats < seconds)
-    first, last = beats.masked_fill(~inside, 1e9).amin(1), beats.masked_fill(~inside, -1e9).amax(1)
-    hr = 60 * (inside.sum(1) - 1) / (last - first)               # of the beats in the record
-    hr = torch.where(inside.sum(1) > 1, hr, torch.nan)
-    nan = lambda v, *where: torch.where(sum(y[w] for w in where) > 0, torch.nan, v)
-    targets = torch.stack([hr, nan(y['pr'], 'AF', 'AFL', 'PACE'), y['d'], y['qt'], axis, y['age']], 1)
-    return dict(x=x, patient=patient, findings=torch.stack([y[k] for k in FINDINGS], 1), tail=y['tail'].flatten(1),
-                targets=targets, female=y['female'], beats=beats)
-
-
-def _findings(p, r, s, prevalence):
-    """Latent traits and the findings that they cause: dict of (B,) floats, findings 0 or 1, severities under 'g/NAME'."""
-    y = {'age': (54 + s['age'] + 18 * p.n('age')).clamp(18, 95), 'female': (p.u('sex') < s['female']).float()}
-    ag, sex = (y['age'] - 54) / 10, 2 * y['female'] - 1
-    least = {'LAFB': .35, 'LVH': .25, 'IMI': .2, 'AMI': .2, 'LMI': .2, 'RBBB': 0, 'IRBBB': 0, 'LBBB': 0, 'PACE': 0}
-    for name, (p0, slope) in (_CHRONIC | _ACUTE).items():
-        who, low, scale = p if name in _CHRONIC else r, least.get(name, .3), prevalence     # what is chronic is drawn once a patient
-        if s['prevalence']:
-            scale *= 1.5 if name in ('AF', 'LBBB', 'PACE') else .6
-        p0 *= scale
-        risk = math.log(p0 / (1 - p0)) + slope * ag - .24 * slope ** 2
-        y[name] = (who.u('has ' + name) < torch.sigmoid(risk)).float()
-        y['g/' + name] = (low + (1 - low) * who.u('severity ' + name) + .1 * r.n('g ' + name)).clamp(low, 1)
-
-    def bar(*names, by):                                         # a finding in `by` rules out those in names
-        for n in names:
-            y[n] = y[n] * (sum(y[b] for b in by) == 0)
-
-    for group in (['AF', 'AFL', 'PACE'], ['PACE', 'LBBB', 'RBBB', 'IRBBB', 'WPW'], ['IMI', 'AMI', 'LMI'], ['STD', 'STE'], ['PVC', 'PAC']):
-        for i, name in enumerate(group[1:], 1):
-            bar(name, by=group[:i])
-    bar('IMI', 'AMI', 'LMI', 'LVH', 'RVH', 'LAFB', 'STD', 'STE', 'TINV', by=['LBBB', 'PACE'])
-    bar('LVH', by=['RVH', 'LVOLT'])
-    bar('1dAVb', by=['AF', 'AFL', 'PACE', 'WPW'])
-    bar('WPW', 'PAC', by=['AF', 'AFL', 'PACE'])
-    y.update(ag=ag, sex=sex, sinus=(y['AF'] + y['AFL'] + y['PACE'] == 0).float())
-    _intervals(p, r, y)
-    # the long tail: 8 territories x 9 morphologies x 3 severities; of several severities the highest counts
-    rank = torch.as_tensor(np.random.default_rng(0).permutation(216).reshape(8, 9, 3), device=ag.device)
-    p0 = .04 * prevalence / (1 + rank / 4) ** 1.1
-    tail = (p.u('tail', 8, 9, 3) < p0).float() * (1 - (y['LBBB'] + y['PACE'] + y['LVOLT']).clamp(max=1))[:, None, None, None]
-    tail[..., 1] *= 1 - tail[..., 2]
-    tail[..., 0] *= (1 - tail[..., 2]) * (1 - tail[..., 1])
-    low, wide = tail.new_tensor([.35, .55, .8]), tail.new_tensor([.2, .25, .3])
-    y['tail'], y['tail severity'] = tail, (tail * (low + wide * p.u('tail severity', 8, 9, 3))).sum(-1)   # (B, 8, 9)
-    return y
-
-
-def _intervals(p, r, y):
-    """Add heart rate (per minute), PR, P and QRS durations and QT (ms) to y, and the findings that are thresholds of them:
-    SB, ST, SARR, 1dAVb, LQT."""
-    ag, sex, sinus = y['ag'], y['sex'], y['sinus']
-    u = lambda purpose, who=r: who.u(purpose)
-    pick = lambda name, new, old: torch.where(y[name] > 0, new, old)
-    hr = 71.2 + 1.25 * sex - .3 * ag + 9.5 * r.n('hr') + 4 * p.n('hr')
-    tachy = 104 + 36 * u('ta') ** 1.5 - 6 * u('tb')
-    brady = 57 - 16 * u('ba') ** 1.3 + 4 * u('bb')
-    hr = torch.where(u('rate') < .05, tachy, torch.where(u('rate') < .10, brady, hr)).clamp(32, 180)
-    hr = pick('AF', 60 + 70 * u('af rate'), hr)
-    flutter, ratio = 4.4 + 1.2 * u('flutter'), (2 + 3 * u('ratio')).floor()
-    hr = pick('AFL', 60 * flutter / ratio, hr)
-    pr = (158 + 4.5 * ag + 14 * p.n('pr') + 4 * r.n('pr') - .25 * (hr - 70)).clamp(100, 320)
-    pr = pick('1dAVb', 206 + 80 * u('pr a', p) ** 1.3 - 4 * u('pr b', p), pick('WPW', 95 + 20 * u('pr wpw', p), pr))
-    y['1dAVb'] = ((pr > 200) & (sinus > 0) & (y['WPW'] == 0)).float()
-    d = (88 - 2.4 * sex + 7 * p.n('qrs')).clamp(66, 118)
-    for name, low, high in (('RBBB', 122, 152), ('IRBBB', 100, 116), ('LBBB', 124, 160), ('PACE', 130, 170), ('WPW', 105, 130)):
-        d = pick(name, low + (high - low) * p.u('qrs ' + name), d)
-    qtc = 402 + 5 * sex + 1.5 * ag + 15 * p.n('qtc') + 8 * r.n('qtc') + .8 * (d - 88).clamp(min=0)
-    qtc = pick('LQT', 470 + 50 * u('lqt a') ** 1.2 - 6 * u('lqt b'), qtc)
-    y['LQT'] = ((qtc > 465 + 5 * sex) & (y['PACE'] == 0)).float()
-    rsa = .018 * torch.exp(-.30 * ag + .55 * p.n('rsa'))
-    y['SARR'], y['SB'], y['ST'] = (rsa > .06) * sinus, (hr < 55) * sinus, (hr > 100) * sinus
-    dp = (102 + 4 * ag + 8 * p.n('dp')).clamp(70, 140)
-    y.update(hr=hr, pr=pr, dp=dp, d=d, qt=qtc - 154 * (1 - 60 / hr), rsa=rsa.clamp(max=.25), flutter=flutter)
-
-
-def _rhythm(p, r, y, n):
-    """Beat times (B, n) in seconds, from just before 0, and their kind: 0 normal, 1 PVC or PAC. Adds the breathing to y."""
-    col = lambda v: v[:, None]
-    k = torch.arange(n, device=y['hr'].device)
-    rr = 60 / col(y['hr'])
-    t = k * rr
-    y['breath'], y['breath phase'] = .20 + .12 * p.u('breath'), 2 * math.pi * r.u('breath phase')
-    sway = torch.sin(2 * math.pi * col(y['breath']) * t + col(y['breath phase']))
-    slow = torch.sin(2 * math.pi * .095 * t + 2 * math.pi * r.u('slow', 1))
-    sinus = rr * (1 + col(y['rsa']) * (sway + .6 * slow) + .006 * r.n('rr', n))
-    fibrillation = rr * torch.exp((.12 + .14 * r.u('af cv', 1)) * r.n('af rr', n))
-    varied = (2 + 3 * r.u('block', n)).floor() / col(y['flutter'])
-    flutter = torch.where(r.u('varies', 1) < .35, varied, rr.expand(-1, n))
-    steady = torch.where(col(y['PACE']) > 0, rr.expand(-1, n), sinus)
-    rr = torch.where(col(y['AF']) > 0, fibrillation, torch.where(col(y['AFL']) > 0, flutter, steady))
-    ectopic = r.u('ectopic', n) < .05 + .17 * r.u('ectopic rate', 1) ** 2
-    ectopic |= k == 2 + (r.u('one', 1) * (col(y['hr']) / 6 - 4).clamp(min=1)).floor()      # at least one within 10 s
-    ectopic &= col(y['PVC'] + y['PAC']) > 0
-    ectopic[:, 0] = False
-    ectopic[:, 1:] &= ~ectopic[:, :-1]                           # never two in a row
-    early = .58 + .20 * r.u('early', n)
-    after = torch.where(col(y['PVC']) > 0, 2 - early, 1.08)
-    rr = rr * torch.where(ectopic, early, 1.)
-    rr[:, 1:] = rr[:, 1:] * torch.where(ectopic[:, :-1], after[:, :-1], 1.)
-    rr = rr.clamp(min=.24)
-    return rr.cumsum(1) - rr[:, :1] * (1 + r.u('phase', 1)), ectopic
-
-
-def _kernels(p, r, y, s):
-    """Dipoles A (B, 14, 3) in mV, centres and widths (B, 14) in s, relative to the middle of the QRS."""
-    d, pr, dp, qt, v = y['d'], y['pr'], y['dp'], y['qt'], 2 * p.u('notch') - 1
-    on, const = -d / 2 - pr, torch.ones_like(d)
-    t2 = qt - d / 2 - .176 * qt                                  # the T wave ends 2 sigma after its centre
-    wpw = y['WPW'] > 0
-    centre = torch.stack([on + .33 * dp, on + .67 * dp, -.22 * d, -.065 * d, .065 * d, .22 * d, torch.where(wpw, -.33 * d, .30 * d),
-                          .5 * d + 48, t2 - .145 * qt, t2, t2 + 150, -.5 * d - 4, .2 * d * v, .3 * d * v], 1)
-    width = torch.stack([.165 * dp, .165 * dp, .085 * d, .083 * d, .083 * d, .085 * d, torch.where(wpw, .10 * d, .105 * d), 40 * const,
-                         .128 * qt, .088 * qt, 35 * const, 1.6 * const, 4 * const, 3.5 * const], 1)
-    A = torch.tensor(_MU, device=d.device).float() + torch.tensor(_SD, device=d.device).float() * (
-        .62 * p.n('dipole', 14, 3) + .18 * r.n('dipole', 14, 3))
-    col = lambda w: w[:, None, None]
-    ag, sex = y['ag'], y['sex']
-    A[:, _P] *= col(torch.exp(.20 * p.n('P size')) * (1 - y['AF']) * (1 - y['AFL']) * (1 - y['PACE']))
-    A[:, _QRS] *= col(torch.exp(.20 * p.n('QRS size') - .07 * ag - .05 * sex))
-    A[:, _T] *= col(torch.exp(.18 * p.n('T size') + .08 * r.n('T size')) * (1 - .05 * ag - .12 * sex).clamp(min=.4) * s['twave'])
-    A[:, J, 2] += .025 * sex
-    A[:, J] += (-.35 * (y['hr'] - 75).clamp(min=0) / 50)[:, None] * A.new_tensor([.06, .06, -.03])
-    _disease(p, y, A)
-    A *= col(torch.where(y['LVOLT'] > 0, .3 + .3 * p.u('low voltage'), 1.))
-    turn = math.pi / 180 * (A.new_tensor([11., 11, 14]) * p.n('rotation', 3) + 3 * r.n('rotation', 3))
-    turn[:, 2] += math.pi / 180 * (4 * sex - 7 * ag)
-    spin = torch.zeros(len(d), 3, 3, device=d.device)            # exp of a skew matrix is a rotation
-    for i, j, axis, sign in ((1, 2, 0, -1), (0, 2, 1, 1), (0, 1, 2, -1)):
-        spin[:, i, j], spin[:, j, i] = sign * turn[:, axis], -sign * turn[:, axis]
-    return A @ torch.matrix_exp(spin).transpose(1, 2), centre / 1000, width / 1000
-
-
-def _disease(p, y, A):
-    """What the findings and the long tail make of the dipoles A (B, 14, 3), in place."""
-    given = lambda name: y[name] * y['g/' + name]                # (B,) its severity, 0 where it is not found
-    axis = lambda purpose: torch.nn.functional.normalize(p.n(purpose, 3))                    # (B, 3), each patient's own, of length 1
-
-    def add(k, weight, direction):                               # (B,) times (3,)
-        A[:, k] += weight[:, None] * A.new_tensor(direction)
-
-    late = y['RBBB'] * (.35 + .65 * y['g/RBBB']) + y['IRBBB'] * (.1 + .3 * y['g/IRBBB'])
-    A[:, S] *= (1 - .6 * late)[:, None]
-    for k, direction in ((X, [-.55, 0, -.75]), (T1, [.05, 0, .12]), (T2, [.10, 0, .25])):
-        add(k, late, direction)
-    for name, up in (('LBBB', 1.), ('PACE', -2.5)):              # a paced beat spreads like LBBB, from below upwards
-        mix = (y[name] * (.5 + .5 * y['g/' + name]))[:, None]
-        for k, target in _LBBB.items():
-            A[:, k] += mix * (A.new_tensor(target) * A.new_tensor([1, up, 1]) - A[:, k])
-    A[:, SP] += (y['PACE'] * (.5 + 1.5 * p.u('spike')))[:, None] * axis('spike axis')
-    A[:, X] += (given('WPW') * .5)[:, None] * axis('delta axis')
-    for k, direction in ((R1, [.1, -.25, 0]), (R2, [.15, -.95, 0]), (S, [.2, -.6, .1])):
-        add(k, given('LAFB'), direction)
-    A[:, R1:S + 1] *= (1 + .75 * given('LVH'))[:, None, None]
-    for k, direction in ((R2, [.2, 0, .35]), (J, [-.07, -.03, .05]), (T2, [-.26, -.1, .1])):
-        add(k, given('LVH'), direction)
-    for k, direction in ((R2, [-.7, .3, -.9]), (S, [-.5, .1, -.4]), (T2, [.1, -.1, .2])):
-        add(k, given('RVH'), direction)
-    for name, direction in (('IMI', [0, 1, 0]), ('AMI', [.15, 0, -1]), ('LMI', [1, -.2, 0])):
-        add(Q, given(name) * -.38, direction)
-        add(R1, given(name) * -.45, direction)
-        add(T2, given(name) * -.2 * (p.u('T ' + name) < .6), direction)
-    for name, direction, st, t in (('STD', [1, .35, -.35], -.14, -.12), ('STE', [-.15, 1, 0], .22, .16)):
-        add(J, given(name) * st, direction)
-        add(T1, given(name) * t, direction)
-    add(T2, given('TINV') * .34, [-.35, -.05, 1])
-    territory, severity = A.new_tensor(_TERRITORY), y['tail severity']                       # (8, 3), (B, 8, 9)
-    A += torch.einsum('btm,mk,tc->bkc', severity, A.new_tensor(_TAIL_GAIN), territory)
-    for morphology, waves in (('Tflat', [T1, T2]), ('Rloss', [R1, R2])):                     # shrink what lies along the territory
-        share = (1.2 * severity[:, :, list(_TAIL).index(morphology)]).clamp(max=1)           # (B, 8)
-        for k in waves:
-            A[:, k] -= (share * (A[:, k] @ territory.T)) @ territory
-
-
-def _ectopic(r, y, odd, A, centre, width, M, field, local):
-    """Centres, widths (O, 14) and matrices (O, 14, 8) of the ectopic beats of the O records in the mask `odd`."""
-    A, centre, width, M, field, local = (v[odd] for v in (A, centre, width, M, field, local))
-    pvc = y['PVC'][odd, None] > 0
-    e = torch.nn.functional.normalize(r.n('PVC axis', 3)[odd]) * (1.1 + .5 * r.n('PVC size', 1)[odd].abs())
-    wide = .150 + .025 * r.u('PVC width', 1)[odd]
-    stretch = 1000 * wide / y['d'][odd, None]
-    late = torch.cat([centre[:, :Q], centre[:, Q:J] * stretch, centre[:, J:] + wide / 3], 1)
-    broad = torch.cat([width[:, :Q], width[:, Q:J] * stretch, width[:, J:]], 1)
-    own = M.new_tensor(_PVC)[:, None] * e[:, None]               # (O, 14, 3): all along one direction, no P wave
-    own = own @ field.transpose(1, 2) + local * own.norm(dim=2, keepdim=True)
-    shifted = M.clone()                                          # a PAC differs in its P wave alone, which starts elsewhere
-    shifted[:, _P] = (A[:, _P] * A.new_tensor([.4, -.8, 1.2])) @ field.transpose(1, 2)
-    return torch.where(pvc, late, centre), torch.where(pvc, broad, width), torch.where(pvc[..., None], own, shifted)
-
-
-def _field(p, r, s):
-    """What leads I, II, V1-V6 see of a dipole (B, 8, 3): each patient's own, with chest electrodes slid along the row V1 ... V6."""
-    own = p.n('field', 8, 3)
-    field = own.new_tensor(_FIELD) + s['field'] * own.new_tensor(_FIELD_SD)[:, None] * own
-    moved = torch.arange(6, device=own.device) + s['electrode'] * p.n('electrode', 6) + .12 * r.n('electrode', 6)
-    low = moved.floor().clamp(0, 4).long()
-    at = lambda i: field[:, 2:].gather(1, i[..., None].expand(-1, -1, 3))
-    return torch.cat([field[:, :2], at(low) + (moved - low).clamp(-.5, 1.5)[..., None] * (at(low + 1) - at(low))], 1)
-
-
-def _leads(p, r, y, s, beats, kind, T, fs):
-    """Noise-free leads I, II, V1-V6 (B, T, 8) in mV and the frontal axis (B,) in degrees."""
-    A, centre, width = _kernels(p, r, y, s)
-    B, device, field = len(A), A.device, _field(p, r, s)
-    gain = s['gain'] * torch.exp(s['gain_sd'] * p.n('gain', 1, 1))
-    local = .16 * p.n('local', 14, 8) * A.new_tensor([.3, .3, 1, 1, 1, 1, 1, 1])             # what no dipole explains
-    size, mean_size = A.norm(dim=2, keepdim=True), A.new_tensor(np.linalg.norm(_MU, axis=1))
-
-    def seen(A, size):                                           # one beat's matrix (B, 14, 8)
-        M = A @ field.transpose(1, 2) + local * size
-        for k, residual in _RESIDUAL.items():
-            M[:, k] += (size[:, k] / mean_size[k]).clamp(max=2) * A.new_tensor(residual)
-        return gain * M
-
-    M = seen(A, size)
-    t = torch.arange(T, device=device) / fs
-    before = (torch.searchsorted(beats, t.expand(B, -1).contiguous(), right=True) - 1).clamp(0, beats.shape[1] - 2)
-    x = torch.zeros(B, T, 8, device=device)
-    odd = kind.any(1)                                            # records with a PVC or PAC need a second kind of beat
-    if odd.any():
-        c1, w1, M1 = _ectopic(r, y, odd, A, centre, width, M, gain * field, gain * local)
-    whole, t_wave = slice(0, 14), slice(J, SP)                   # a sample is reached by the beats on either side of it and,
-    for back, ks in ((1, t_wave), (0, whole), (-1, whole)):      # at short intervals, by the T wave of the one before
-        j = before - back
-        dt, ectopic = (t - beats.gather(1, j.clamp(min=0))).masked_fill(j < 0, 1e3), kind.gather(1, j.clamp(min=0))
-        G = torch.exp(-.5 * ((dt[..., None] - centre[:, None, ks]) / width[:, None, ks]) ** 2)            # (B, T, 14)
-        if odd.any():
-            G[odd] *= ~ectopic[odd][..., None]
-            G1 = torch.exp(-.5 * ((dt[odd][..., None] - c1[:, None, ks]) / w1[:, None, ks]) ** 2) * ectopic[odd][..., None]
-            x[odd] += G1 @ M1[:, ks]
-        x += G @ M[:, ks]                                        # (B, T, 8)
-    breath = torch.sin(2 * math.pi * y['breath'][:, None] * t + y['breath phase'][:, None])
-    x *= 1 + .025 * breath[..., None]
-    drift = .3 * torch.sin(2 * math.pi * .31 * t + 6.28 * r.u('f drift', 1))                 # fibrillation: waves whose rate drifts
-    phase = 2 * math.pi * ((4.5 + 3.5 * r.u('f wave', 1)) * t + drift + r.u('f phase', 1))
-    f = (torch.sin(phase) + .4 * torch.sin(2 * phase + 1)) * ((.012 + .045 * r.u('f size', 1)) * y['AF'][:, None])
-    x += f[..., None] * A.new_tensor([.3, .6, 1, .6, .35, .25, .2, .2])
-    phase = 2 * math.pi * (y['flutter'][:, None] * t + r.u('F phase', 1))                   # flutter: a sawtooth
-    saw = (torch.sin(phase) + .45 * torch.sin(2 * phase) + .2 * torch.sin(3 * phase)) * ((.05 + .08 * r.u('F size', 1)) * y['AFL'][:, None])
-    x += saw[..., None] * A.new_tensor([.25, 1, -.6, -.3, .2, .25, .25, .25])
-    area = (M[:, Q:J, :2] * width[:, Q:J, None]).sum(1)          # of the QRS in I and II
-    axis = torch.rad2deg(torch.atan2((area[:, 1] - area[:, 0] / 2) * 2 / 3 ** .5, area[:, 0]))
-    return x, axis
-
-
-def _add_noise(r, x, s, fs):
-    """Noise at the nine electrodes (mV RMS): baseline wander, pink, muscle, mains, now and then a bump."""
-    B, T = x.shape[:2]
-    f = torch.fft.rfftfreq(T, 1 / fs, device=x.device)
-    shape = torch.stack([torch.exp(-(f / .28) ** 2) * (f > 0), (f.clamp(min=.3)) ** -.9 / (1 + (f / 15) ** 2) * (f > .3),
-                         f / (f + 12) / (1 + (f / 70) ** 2)])    # power spectra
-    limb = x.new_tensor([.55] * 3 + [.50] * 6)                   # most of the chest's wander is common to V1-V6
-    rms = torch.stack([.034 * s['baseline'] * torch.exp(.75 * r.n('baseline', 1) + .45 * r.n('electrode baseline', 9)) * limb,
-                       (.009 * torch.exp(.4 * r.n('pink', 1))).expand(-1, 9),
-                       (.0045 * s['muscle'] * torch.exp(.65 * r.n('muscle', 1))).expand(-1, 9)], -1)   # (B, 9, 3)
-    power = rms ** 2 @ (shape / shape.sum(1, keepdim=True))      # (B, 9, F): independent noises add in power
-    angle = 2 * math.pi * r.u('noise', 9, len(f))
-    e = torch.fft.irfft(torch.polar((2 * power).sqrt() * T / 2, angle), n=T)                 # (B, 9, T)
-    slow = .05 * s['baseline'] * torch.exp(.75 * r.n('baseline', 1)) * (2 * shape[0] / shape[0].sum()).sqrt() * T / 2
-    e[:, 3:] += torch.fft.irfft(torch.polar(slow, 2 * math.pi * r.u('common baseline', len(f))), n=T)[:, None]
-    t = torch.arange(T, device=x.device) / fs
-    hz = torch.where(r.u('mains hz', 1, 1) < (0. if s['mains'] else .5), 50., 60.)
-    size = (s['mains'] or .0007) * torch.exp((.3 if s['mains'] else 1) * r.n('mains', 1, 1)) * 2 ** .5
-    e += size * torch.exp(.3 * r.n('mains electrode', 9, 1)) * torch.sin(2 * math.pi * (hz * t + r.u('mains phase', 9, 1)))
-    where = (torch.arange(9, device=x.device) == (9 * r.u('bump at', 1)).floor()) & (r.u('bump', 1) < .1)
-    size = (.15 + .5 * r.u('bump size', 1, 1)) * torch.sign(r.u('bump sign', 1, 1) - .5)
-    e += where[..., None] * size * torch.exp(-.5 * ((t - T / fs * r.u('bump time', 1, 1)) / (.1 + .3 * r.u('bump width', 1, 1))) ** 2)
-    ra, la, ll = e[:, 0], e[:, 1], e[:, 2]
-    return x + torch.cat([torch.stack([la - ra, ll - ra], 1), e[:, 3:] - e[:, :3].mean(1, keepdim=True)], 1).transpose(1, 2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# pictures, calibration
-
-def figure(*args, **kwargs):
-    """A matplotlib figure that needs no screen: (fig, axes) of plt.subplots."""
-    import matplotlib
-    matplotlib.use('Agg')
+def show(name, record):
+    """The classic paper picture, 25 mm/s and 10 mm/mV: 2.5 s of each lead, 10 s of lead II below.
+    record: a row number or an id. Returns the figure's path."""
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(*args, **kwargs)
-    plt.close(fig)                                               # it can still be drawn on and saved, and goes when the caller lets go
-    return fig, axes
-
-
-def show(name, row):
-    """The classic paper picture of one record, 25 mm/s and 10 mm/mV: 2.5 s of each lead, 10 s of lead II below. Returns its path."""
     ds = Dataset(name)
-    if not 0 <= row < len(ds):
-        raise Stop(f'{name} has records 0 to {len(ds) - 1}')
+    named = {key: row for row, its_id in enumerate(ds.id) for key in (its_id, str(row))}
+    if record not in named:
+        raise Stop(f'{name} has records 0 to {len(ds) - 1}, with ids such as {ds.id[0]}')
+    row = named[record]
     fs = ds.contract.fs
     T = min(int(ds.length[row]), round(10 * fs))
-    x = ds.crop(np.array([row]), np.array([0]), T)[0].numpy()    # (12, T)
-    fig, ax = figure(figsize=(11, 4.9), layout='constrained')
-    for k in range(51):
-        ax.axvline(k * .2, color='#f3b5b5' if k % 5 else '#e58a8a', lw=.5, zorder=0)
-    for k in np.arange(-7.5, 2.01, .5):
-        ax.axhline(k, color='#f3b5b5', lw=.5, zorder=0)
-    for i, lead in enumerate(LEADS):                             # four columns of three
-        start, end, height = i // 3 * T // 4, (i // 3 + 1) * T // 4, -2 * (i % 3)
-        ax.plot(np.arange(start, end) / fs, np.clip(x[i, start:end], -1.8, 1.9) + height, 'k', lw=.7)
-        ax.text(start / fs + .05, height + .85, lead, weight='bold')
+    x = ds.crop(np.array([row]), np.array([0]), T)[0].numpy()       # (12, T)
+    fig, ax = plt.subplots(figsize=(11, 4.9), layout='constrained')
+    ax.set_xticks(np.arange(0, T / fs, .2))
+    ax.set_yticks(np.arange(-7.5, 2.01, .5))
+    ax.grid(color='#f3b5b5', lw=.5)
+    for i, lead in enumerate(LEADS):                                # four columns of three
+        a, b, height = i // 3 * T // 4, (i // 3 + 1) * T // 4, -2 * (i % 3)
+        ax.plot(np.arange(a, b) / fs, np.clip(x[i, a:b], -1.8, 1.9) + height, 'k', lw=.7)
+        ax.text(a / fs + .05, height + .85, lead, weight='bold')
     ax.plot(np.arange(T) / fs, np.clip(x[1], -1.4, 1.9) - 6, 'k', lw=.7)
     ax.text(.05, -5.15, 'II', weight='bold')
-    peaks = ds.peaks[ds.peak_start[row]:ds.peak_start[row + 1]]
-    ax.plot(peaks[peaks < T] / fs, np.full((peaks < T).sum(), -7.3), 'k|', ms=5)
-    labels = [n for n, v in zip(ds.label_names, ds.labels[row]) if v == 1 and not n.startswith('target/')]
-    said = ', '.join(labels) or 'no positive label'
-    age = '' if np.isnan(ds.age[row]) else f'{ds.age[row]:.0f} y'
-    ax.set(xlim=(0, T / fs), ylim=(-7.5, 2), xticks=[], yticks=[], aspect=.4)
-    ax.set_title(f'{ds.id[row]}   {age}\n{said}', size=9, loc='left')
+    peaks = ds.collate([row], [0], T)['peaks'][0]
+    ax.plot(peaks / fs, torch.full(peaks.shape, -7.3), 'k|', ms=5)
+    labels = ', '.join(n for n, v in zip(ds.label_names, ds.labels[row]) if v == 1)
+    ax.set(xlim=(0, T / fs), ylim=(-7.5, 2), aspect=.4)
+    ax.tick_params(length=0, labelleft=False, labelbottom=False)
+    ax.set_title(f'{ds.id[row]}   {ds.age[row]:.0f} y\n{labels}', size=9, loc='left')
     path = Path(f'out/{name}_{row}.png')
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=130)
-    print(f'{path}: record {row} of {name}, {said}')
+    plt.close(fig)
+    print(f'{path}: record {row} of {name}; {labels or "no positive label"}')
     return path
 
 
-def check_peaks(root, extension='ii'):
-    """R-peaks found against annotated ones (symbol N in WFDB annotation files, as LUDB has): prints counts, draws errors in time and the
-    worst record. Between a record's first and last annotation only; a match is within .1 s. Returns (annotated, matched, extra)."""
-    import wfdb
-    files = sorted(Path(root).rglob(f'*.{extension}'))
-    if not files:
-        raise Stop(f'no annotation files *.{extension} under {root}: name their extension with --annotation')
-    rows = []
-    for file in tqdm(files, desc='R-peaks', disable=None):
-        record, mark = Record(file.stem), wfdb.rdann(str(file.with_suffix('')), extension)
-        try:
-            load_wfdb(record, file.with_suffix(''))
-            _, _, x = conform(record.x, record.fs, record.leads, record.unit, Contract())
-        except (Defect, FileNotFoundError) as e:
-            print(f'{file.stem} is left out: {e}')
-            continue
-        truth = mark.sample[np.array(mark.symbol) == 'N'] / record.fs
-        if not len(truth):
-            continue
-        found = find_peaks(x, record.fs)
-        found = found[(found > truth[0] - .15) & (found < truth[-1] + .15)]
-        error = found[np.abs(found[:, None] - truth).argmin(0)] - truth if len(found) else np.full(len(truth), np.inf)
-        near = error[np.abs(error) <= .1]
-        rows.append(dict(name=file.stem, x=x, fs=record.fs, truth=truth, found=found, error=near,
-                         missed=len(truth) - len(near), extra=len(found) - len(near)))
-    if not rows:
-        raise Stop(f'no usable record under {root} has beats annotated as N in *.{extension}')
-    annotated, extra = sum(len(r['truth']) for r in rows), sum(r['extra'] for r in rows)
-    matched = annotated - sum(r['missed'] for r in rows)
-    error = 1e3 * np.concatenate([r['error'] for r in rows])
-    worst = max(rows, key=lambda r: (r['missed'] + r['extra'], np.abs(r['error']).max(initial=0)))
-    x = worst['x'][:, LEADS.index('II')]
-    fig, axes = figure(1, 2, figsize=(12, 3.2), layout='constrained', width_ratios=(1, 2.4))
-    axes[0].hist(error, 40, color='C0')
-    axes[0].set(xlabel='found - annotated, ms', ylabel='beats', title=f'{matched:,} of {annotated:,} beats, {extra} extra')
-    axes[1].plot(np.arange(len(x)) / worst['fs'], x, 'k', lw=.7)
-    for times, color, height in ((worst['truth'], 'C2', 1.15), (worst['found'], 'C3', 1.3)):
-        axes[1].plot(times, np.full(len(times), height * x.max()), '|', color=color, ms=10, mew=2)
-    axes[1].set(xlabel='s', ylabel='lead II, mV', title=f'the worst record, {worst["name"]}; beats found: red, annotated: green')
-    path = Path('out/peaks.png')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=110)
-    print(f'{path}: {len(rows)} records, {annotated:,} annotated beats, {matched:,} found within 100 ms (median error '
-          f'{np.median(error):+.1f} ms, 95 % within {np.percentile(np.abs(error), 95):.0f} ms), {extra} extra')
-    return annotated, matched, extra
+DEFAULTS = {'sample': 'sample', 'synthetic': 'synthetic --records 4000',      # prepare themselves
+            'shifted': 'synthetic --records 1000 --seed 1 --shift all --out shifted'}
+READERS = {
+    'sample': lambda a: ptbxl(HERE / 'sample/ptbxl'),
+    'synthetic': lambda a: synthetic(a.records, a.seed, a.seconds,
+                                     SHIFTS if 'all' in a.shift else a.shift),
+    'sequences': lambda a: sequences(a.records, a.seed, a.seconds),
+    'array': lambda a: array(a.root, a.fs_in, a.leads.split(','), a.unit, a.labels, a.ignore),
+    'wfdb': lambda a: wfdb_folder(a.root, a.labels, a.ignore),
+    'ptbxl': lambda a: ptbxl(a.root, a.rate, a.folders),
+    'challenge': lambda a: challenge(a.root, a.cohort),
+    'mimic': lambda a: mimic(a.root, a.least),
+    'zzu': lambda a: zzu(a.root),
+    'sph': lambda a: sph(a.root),
+    'code15': lambda a: code15(a.root),
+    'echonext': lambda a: echonext(a.root)}
+FOLDS = {'challenge': 'stratified', 'zzu': 'stratified', 'sph': 'stratified', 'wfdb': 'auto',
+         'array': 'auto'}                                           # the others: hash
 
 
-def measure(x, peaks, fs):
-    """What calibration compares, of one record x (T, 12) in mV with R-peaks in samples: dict of numbers."""
-    m, independent = {}, [0, 1, 6, 7, 8, 9, 10, 11]              # the other four leads follow from I and II
-    eight, names = x[:, independent], [LEADS[i] for i in independent]
-    per_lead = lambda what, values, leads=names: m.update({f'{what} {n} (mV)': v for n, v in zip(leads, values)})
-    per_lead('SD', x.std(0), LEADS)
-    per_lead('1 %', np.percentile(eight, 1, axis=0))
-    per_lead('99 %', np.percentile(eight, 99, axis=0))
-    at = lambda a, b: slice(round((.25 + a) * fs), round((.25 + b) * fs))
-    beats = [eight[p - round(.25 * fs):p + round(.45 * fs)] for p in peaks if .25 * fs < p < len(x) - .45 * fs]
-    beat = np.median(beats, axis=0) if beats else np.full((round(.7 * fs), 8), np.nan)
-    beat = beat - np.median(beat[at(-.08, -.055)], axis=0)       # the PR segment is zero
-    t = beat[at(.15, .44)]
-    per_lead('QRS peak to peak', np.ptp(beat[at(-.07, .07)], axis=0))
-    per_lead('T peak', np.take_along_axis(t, np.abs(t).argmax(0)[None], 0)[0])
-    per_lead('P peak', beat[at(-.25, -.09)].max(0))
-    m['mean abs correlation'] = np.abs(np.corrcoef(eight.T))[np.triu_indices(8, 1)].mean()
-    band = scipy.signal.sosfiltfilt(scipy.signal.butter(2, (.5, 40), 'bandpass', fs=fs, output='sos'), eight, axis=0)
-    for what, signal in (('raw', eight), ('.5-40 Hz', band)):
-        share = np.linalg.eigvalsh(np.cov(signal.T))[::-1].clip(1e-12)
-        share = share / share.sum()
-        if what == 'raw':
-            m['effective rank'] = np.exp(-(share * np.log(share)).sum())
-        m.update({f'energy of {k} components, {what}': share[:k].sum() for k in (3, 4, 5)})
-    rr = np.diff(peaks) / fs
-    m['HR (/min)'] = 60 / rr.mean() if len(rr) else np.nan
-    m['ln RMSSD (ms)'] = np.log(1000 * np.sqrt(np.mean(np.diff(rr) ** 2)) + 1) if len(rr) > 1 else np.nan
-    power, f = np.abs(np.fft.rfft(eight - eight.mean(0), axis=0)) ** 2, np.fft.rfftfreq(len(x), 1 / fs)
-    total = power.sum(1)
-    for a, b in ((0, .5), (.5, 5), (5, 15), (15, 40)):
-        m[f'power {a}-{b} Hz'] = total[(f >= a) & (f < b)].sum() / total.sum()
-    inside = (f >= 15) & (f < 40)
-    m['PSD slope 15-40 Hz'] = np.polyfit(np.log(f[inside]), np.log(total[inside] + 1e-12), 1)[0]
-    slow = 1000 * np.sqrt(2 * power[f < .5].sum(0)) / len(x)
-    m['below .5 Hz, I (uV)'], m['below .5 Hz, V1-V6 (uV)'] = slow[0], slow[2:].mean()
-    return {k: float(v) for k, v in m.items()}
-
-
-def calibrate(real='sample', made='synthetic', records=512, path='out/calibration.png'):
-    """Between-record mean and SD of every measure, real against synthetic; accepted where the means differ by at most .4 of the
-    real SD. Prints the table, draws it, returns {measure: (real mean, real SD, synthetic mean, difference in SD)}."""
-    sets = []
-    if differs := Dataset(made).contract.differs(Dataset(real).contract):
-        raise Stop(f'datasets/{made} has another contract than datasets/{real} ({differs}): prepare them alike')
-    for name in (real, made):
-        ds = Dataset(name)
-        rows = [measure(ds.crop(np.array([i]), np.array([0]), int(ds.length[i]))[0].T.numpy(),
-                        ds.peaks[ds.peak_start[i]:ds.peak_start[i + 1]], ds.contract.fs)
-                for i in tqdm(range(min(len(ds), records)), desc=f'measuring {name}', disable=None)]
-        sets.append({k: np.array([r[k] for r in rows]) for k in rows[0]})
-    table = {}
-    print(f'{"measure":34s} {real:>17s} {made:>17s}  difference')
-    for k in sets[0]:
-        (a, sd), (b, sd_b) = ((np.nanmean(s[k]), np.nanstd(s[k])) for s in sets)
-        d = (b - a) / sd
-        table[k] = (a, sd, b, d)
-        print(f'{k:34s} {a:8.3f} +- {sd:5.3f} {b:8.3f} +- {sd_b:5.3f}  {d:+5.2f} SD' + ('' if abs(d) <= .4 else '  <- beyond .4'))
-    fig, ax = figure(figsize=(7, 12), layout='constrained')
-    for k, (*_, d) in enumerate(table.values()):
-        ax.plot(d, -k, 'o', color='C0' if abs(d) <= .4 else 'C3', ms=4)
-    ax.axvspan(-.4, .4, color='C0', alpha=.12)
-    ax.set(yticks=-np.arange(len(table)), xlim=(-1.2, 1.2), xlabel='difference of means, in SD of the real records')
-    ax.set_yticklabels(list(table), size=6)
-    ax.set_title(f'{made} against {real}: accepted within .4 SD', size=9)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=130)
-    within = sum(abs(d) <= .4 for *_, d in table.values())
-    print(f'{path}: {within} of {len(table)} measures within .4 SD')
-    return table
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the tasks of the two papers
-
-@dataclass(frozen=True)
-class Target:
-    """One task of a paper. `trained` and `scored` are what Dataset.columns takes; where their namespaces differ (all, diag) columns
-    correspond by the name after the slash."""
-    category: str
-    data: str                                                    # default name of the prepared dataset
-    trained: str                                                 # label sets that one model is trained on, joined by +
-    scored: str                                                  # those that it is scored on
-    least: int                                                   # positives that a label needs in the whole dataset to count
-    metric: str                                                  # AUROC, or MAE of standardised numbers
-    classes: int                                                 # outputs in the paper's code, None if unknown
-    folds: tuple = None                                          # of train, val, test; None: highest tests, second validates, the rest trains
-    prepare: str = ''                                            # command, ROOT standing for the folder of the source
-
-
-# --window 10 keeps records of 5,000 samples at 500 Hz or more; challenge and ptbxl can add --download, the others' files come from
-# figshare or PhysioNet
-PREPARE = {
-    'ningbo': 'challenge --root ROOT --cohort ningbo --out ningbo',
-    'cpsc2018': 'challenge --root ROOT --cohort cpsc_2018 --window 10 --out cpsc2018',
-    'cpsc_extra': 'challenge --root ROOT --cohort cpsc_2018_extra --window 10 --out cpsc_extra',
-    'georgia': 'challenge --root ROOT --cohort georgia --window 10 --out georgia',
-    'chapman': 'challenge --root ROOT --cohort chapman_shaoxing --out chapman',    # stands in for the original on figshare, an xlsx file
-    'sph': 'sph --root ROOT',
-    'ptbxl': 'ptbxl --root ROOT --rate 500',
-    'zzu': 'zzu --root ROOT --window 10',
-    'echonext': 'echonext --root ROOT',
-    'mimic': 'mimic --root ROOT',
-    # the second paper standardises CPSC2018 and PTB-XL, normalises and band-passes CSN (Chapman, Shaoxing and Ningbo merged): cut-offs
-    # .5 and 40 Hz, like those of --contract sc, are ours
-    'sc_cpsc2018': 'challenge --root ROOT --cohort cpsc_2018 --contract sc --norm record --out sc_cpsc2018',
-    'sc_csn': 'challenge --root ROOT --cohort chapman_shaoxing ningbo --contract sc --filter hp0.5+lp40 --norm record --out sc_csn',
-    'sc_echonext': 'echonext --root ROOT --contract sc --out sc_echonext',
-    'sc_ptbxl': 'ptbxl --root ROOT --contract sc --norm record --out sc_ptbxl',
-    'sc_mimic': 'mimic --root ROOT --contract sc --out sc_mimic'}
-# AF, AFIB, AT, AVNRT, SAAWR, SB, SR, ST, SVT: Chapman's rhythms that have a code in the Challenge
-RHYTHMS = '+'.join(f'snomed/{c}' for c in (164890007, 164889003, 713422000, 251166008, 17366009, 426177001, 426783006, 427084000, 426761007))
-ALL_MIMIC = 'cardiac+noncardiac+deterioration+mortality+icu+sex+age+biometrics+features+labs+vitals'
-SIX_MORTALITIES = '+'.join(f'mortality/{days}d' for days in (1, 7, 28, 90, 180, 365))        # without that of the stay: our choice of six
-# the second paper trains on 25 %, validates on 5 % and tests on 10 % of MIMIC's 20 folds: which ones is our choice
-QUARTER = ((0, 1, 2, 3, 4), (17,), (18, 19))
-ADULT, ACUTE, PERSON = 'adult ECG interpretation', 'acute care', 'patient characteristics'
-TASKS = {name: Target(*row, prepare=f'python data.py {PREPARE[row[1]]}') for name, row in {
-    # arXiv 2605.12241; MIMIC's codes must have 2,000 ECGs, which the reader sees to
-    'ningbo': (ADULT, 'ningbo', 'snomed', 'snomed', 10, 'AUROC', 68),
-    'cpsc2018': (ADULT, 'cpsc2018', 'snomed', 'snomed', 10, 'AUROC', 9),
-    'cpsc_extra': (ADULT, 'cpsc_extra', 'snomed', 'snomed', 10, 'AUROC', 33),
-    'georgia': (ADULT, 'georgia', 'snomed', 'snomed', 10, 'AUROC', 50),
-    'chapman': (ADULT, 'chapman', 'snomed', 'snomed', 10, 'AUROC', 42),
-    'chapman_rhythm': (ADULT, 'chapman', 'snomed', RHYTHMS, 10, 'AUROC', None),
-    'sph': (ADULT, 'sph', 'aha', 'aha', 10, 'AUROC', 35),
-    'ptbxl_all': (ADULT, 'ptbxl', 'all', 'all', 10, 'AUROC', 71),
-    'ptbxl_diag': (ADULT, 'ptbxl', 'all', 'diag', 10, 'AUROC', 44),
-    'ptbxl_form': (ADULT, 'ptbxl', 'all', 'form', 10, 'AUROC', 19),
-    'ptbxl_rhythm': (ADULT, 'ptbxl', 'all', 'rhythm', 10, 'AUROC', 12),
-    'ptbxl_sub': (ADULT, 'ptbxl', 'sub', 'sub', 10, 'AUROC', 23),
-    'ptbxl_super': (ADULT, 'ptbxl', 'super', 'super', 10, 'AUROC', 5),
-    'zzu': ('paediatric ECG interpretation', 'zzu', 'aha', 'aha', 10, 'AUROC', 58),
-    'echonext': ('cardiac structure and function', 'echonext', 'echonext', 'echonext', 10, 'AUROC', 11),
-    'mimic_cardiac': ('cardiac outcomes', 'mimic', ALL_MIMIC, 'cardiac', 1, 'AUROC', 158),
-    'mimic_noncardiac': ('non-cardiac outcomes', 'mimic', ALL_MIMIC, 'noncardiac', 1, 'AUROC', 918),
-    'mimic_deterioration': (ACUTE, 'mimic', ALL_MIMIC, 'deterioration', 1, 'AUROC', 6),
-    'mimic_mortality': (ACUTE, 'mimic', ALL_MIMIC, 'mortality', 1, 'AUROC', 7),
-    'mimic_icu': (ACUTE, 'mimic', ALL_MIMIC, 'icu', 1, 'AUROC', 2),
-    'mimic_sex': (PERSON, 'mimic', ALL_MIMIC, 'sex', 1, 'AUROC', 1),
-    'mimic_age': (PERSON, 'mimic', ALL_MIMIC, 'age', 1, 'MAE', 1),
-    'mimic_biometrics': (PERSON, 'mimic', ALL_MIMIC, 'biometrics', 1, 'MAE', 3),
-    'mimic_features': (PERSON, 'mimic', ALL_MIMIC, 'features', 1, 'MAE', 7),
-    'mimic_labs': (PERSON, 'mimic', ALL_MIMIC, 'labs', 1, 'MAE', 18),
-    'mimic_vitals': (PERSON, 'mimic', ALL_MIMIC, 'vitals', 1, 'MAE', 6),
-    # arXiv 2605.17276, out of distribution
-    'sc_cpsc2018': (ADULT, 'sc_cpsc2018', 'snomed', 'snomed', 10, 'AUROC', 9),
-    'sc_csn': (ADULT, 'sc_csn', 'snomed', 'snomed', 10, 'AUROC', None),
-    'sc_echonext': ('cardiac structure and function', 'sc_echonext', 'shd', 'shd', 1, 'AUROC', 1),
-    'sc_ptbxl_diag': (ADULT, 'sc_ptbxl', 'diag', 'diag', 10, 'AUROC', 44),
-    'sc_ptbxl_form': (ADULT, 'sc_ptbxl', 'form', 'form', 10, 'AUROC', 19),
-    'sc_ptbxl_rhythm': (ADULT, 'sc_ptbxl', 'rhythm', 'rhythm', 10, 'AUROC', 12),
-    'sc_ptbxl_sub': (ADULT, 'sc_ptbxl', 'sub', 'sub', 10, 'AUROC', 23),
-    'sc_ptbxl_super': (ADULT, 'sc_ptbxl', 'super', 'super', 10, 'AUROC', 5),
-    'sc_mimic_sex': (PERSON, 'sc_mimic', 'sex', 'sex', 1, 'AUROC', 1, QUARTER),
-    'sc_mimic_icu': (ACUTE, 'sc_mimic', 'icu', 'icu', 1, 'AUROC', 2, QUARTER),
-    'sc_mimic_mortality': (ACUTE, 'sc_mimic', SIX_MORTALITIES, SIX_MORTALITIES, 1, 'AUROC', 6, QUARTER)}.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# command line
-
-MADE, READ = ('synthetic', 'sequences'), ('ptbxl', 'challenge', 'zzu', 'sph', 'code15', 'echonext', 'mimic', 'wfdb', 'array')
-TAKES = {'name': ('show',), 'record': ('show',), 'annotation': ('peaks',), 'root': (*READ, 'peaks'), 'no_peaks': (*READ, 'sample'),
-         'download': ('ptbxl', 'challenge'), 'rate': ('ptbxl',), 'cohort': ('challenge',), 'least': ('mimic',),
-         'folds': ('challenge', 'sph', 'zzu', 'code15', 'array'), 'fs_in': ('array',), 'leads': ('array',), 'unit': ('array',),
-         'labels': ('array',), 'records': MADE, 'seconds': MADE, 'seed': MADE, 'shift': ('synthetic',),
-         'prevalence_scale': ('synthetic',)}                     # every other flag: whatever prepares a dataset
-RATES = {'synthetic': 240, 'sequences': 240, 'sample': 100, 'code15': 400, 'echonext': 250, 'zzu': 500, 'sph': 500, 'mimic': 500}     # Hz
-
-
-def parser():
-    """The command line's flags, in groups."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('source', nargs='?', choices=[*MADE, 'sample', *READ, 'show', 'calibrate', 'peaks'],
-                   help='what to prepare, or show / calibrate / peaks; nothing: the sample and the synthetic set')
-    p.add_argument('name', nargs='?', help='show: the prepared dataset')
-    p.add_argument('--root', help='folder (or file, for array) that holds the source')
-    p.add_argument('--out', help='name of the prepared dataset (default: the source)')
-    p.add_argument('--download', action='store_true', help='ptbxl, challenge: fetch it from PhysioNet into --root first')
-    p.add_argument('--strict', action='store_true', help='stop at the first record with a defect')
-    p.add_argument('--workers', type=int, help='processes (default: one per core; 1 for synthetic and sequences)')
-    p.add_argument('--annotation', default='ii', help='peaks: extension of the annotation files')
-    p.add_argument('--no-peaks', action='store_true', help='do not look for R-peaks')
-    p.add_argument('--folds', choices=['stratified', 'hash'], help='for records without a fold: balance the labels (challenge, sph, zzu), or hash the '
-                   'patient (all others)')
-    g = p.add_argument_group('the signal contract')
-    g.add_argument('--contract', choices=list(CONTRACTS), default='ps', help='ps: mV, 240 Hz, 2.5 s; sc: 100 Hz, 10 s, high-pass, notch')
-    g.add_argument('--fs', type=int, help='Hz')
-    g.add_argument('--window', type=float, help='s: shorter records are dropped')
-    g.add_argument('--filter', help='none, or steps like hp0.5+lp40+notch60')
-    g.add_argument('--norm', choices=['none', 'record'], help='record: each lead of a record to mean 0, SD 1 (amplitude is lost)')
-    g = p.add_argument_group('ptbxl, challenge, mimic')
-    g.add_argument('--rate', type=int, choices=[100, 500], default=100, help='which of the two versions of PTB-XL')
-    g.add_argument('--cohort', nargs='+', default=[], help='Challenge cohorts (default: all that are there)')
-    g.add_argument('--least', type=int, default=2000, help='ECGs of MIMIC that a cardiac code needs to become a label; 10 for scaling labels')
-    g = p.add_argument_group('array')
-    g.add_argument('--fs-in', type=float, help='Hz of the array')
-    g.add_argument('--leads', default=','.join(LEADS), help='lead names in the order of the array, joined by commas')
-    g.add_argument('--unit', choices=['mV', 'uV', 'V'], default='mV')
-    g.add_argument('--labels', help='csv of labels, one row per record')
-    g = p.add_argument_group('synthetic, sequences')
-    g.add_argument('--records', type=int, default=4000)
-    g.add_argument('--seconds', type=float, default=10.)
-    g.add_argument('--seed', type=int, default=0)
-    g.add_argument('--shift', nargs='+', default=[], choices=[*SHIFTS, 'all'], help='synthetic: a shifted cohort, out of distribution')
-    g.add_argument('--prevalence-scale', type=float, default=1., help='synthetic: .3 comes near the prevalences of CODE')
-    g = p.add_argument_group('show')
-    g.add_argument('--record', type=int, default=0, help='row of the prepared dataset')
+def make_parser():
+    """One subcommand per source, each with its own flags."""
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    sources, sub = {}, p.add_subparsers(dest='source', metavar='SOURCE')
+    for name in READERS:
+        add = sources[name] = sub.add_parser(name).add_argument
+        add('--out', default=name, help='name of the prepared dataset')
+        add('--workers', type=int, help='processes (default: one per core)')
+        add('--no-peaks', action='store_true', help='do not look for R-peaks')
+        add('--contract', choices=list(CONTRACTS), default='ps',
+            help='ps: mV, 240 Hz, 2.5 s; sc: 100 Hz, 10 s, high-pass, notch')
+        add('--fs', type=int, help='Hz')
+        add('--window', type=float, help='s: shorter records are dropped')
+        add('--filter', help='none, or steps like hp0.5+lp40+notch60')
+        add('--norm', choices=['none', 'record'], help='record: each lead to mean 0, SD 1')
+        if name in ('synthetic', 'sequences'):
+            add('--records', type=int, default=4000)
+            add('--seconds', type=float, default=10.)
+            add('--seed', type=int, default=0)
+        elif name != 'sample':
+            add('--root', required=True, help='folder (for array: file) of the source')
+            add('--folds', choices=['stratified', 'hash', 'auto'], default=FOLDS.get(name, 'hash'),
+                help='how records whose source gives no fold get one')
+        if name in ('ptbxl', 'challenge'):
+            add('--download', action='store_true', help='fetch it from PhysioNet into --root first')
+        if name in ('wfdb', 'array'):
+            add('--labels', help='csv of labels, with a column id')
+            add('--ignore', nargs='+', default=[], metavar='COLUMN', help='of --labels')
+    sources['ptbxl']('--rate', type=int, choices=[100, 500], default=100, help='Hz')
+    sources['ptbxl']('--folders', nargs='+', default=[], help='only these, such as 00000 01000')
+    sources['challenge']('--cohort', nargs='+', default=[], help='default: all that are there')
+    sources['mimic']('--least', type=int, default=2000,
+                     help='ECGs that a cardiac code needs to become a label')
+    sources['array']('--fs-in', type=float, help='Hz of the array')
+    sources['array']('--leads', default=','.join(LEADS), help='in the order of the array')
+    sources['array']('--unit', choices=['mV', 'uV', 'V'], default='mV')
+    sources['synthetic']('--shift', nargs='+', default=[], choices=[*SHIFTS, 'all'],
+                         help='another population, other devices')
+    s = sub.add_parser('show', help='draw a record')
+    s.add_argument('name')
+    s.add_argument('--record', default='0', help='row number or id')
     return p
 
 
-def arguments(argv=None):
-    """(parsed command line, contract). Stops at what the source would ignore and at values out of range."""
-    p = parser()
-    a = p.parse_args(argv)
-    given = [k for k, v in vars(a).items() if k != 'source' and v != p.get_default(k)]
-    ignored = [k for k in given if a.source not in TAKES.get(k, (*MADE, 'sample', *READ))]
-    if ignored:
-        named = ', '.join(repr(a.name) if k == 'name' else '--' + k.replace('_', '-') for k in ignored)
-        raise Stop(f'{a.source or "data.py without a source"} makes no use of {named}: leave it out')
-    changes = {k: getattr(a, k) for k in ('fs', 'window', 'filter', 'norm') if getattr(a, k) is not None}
-    contract = replace(CONTRACTS[a.contract], **changes, unit='SD' if a.norm == 'record' else 'mV')
+def contract_of(a):
+    """The contract that the arguments ask for."""
+    given = {k: v for k, v in vars(a).items()
+             if k in ('fs', 'window', 'filter', 'norm') and v is not None}
+    contract = replace(CONTRACTS[a.contract], **given, unit='SD' if a.norm == 'record' else 'mV')
+    step = r'(hp|lp|notch)(?!0+(\.0+)?(\+|$))\d+(\.\d+)?'           # not of 0 Hz
+    if not re.fullmatch(rf'none|{step}(\+{step})*', contract.filter):
+        raise Stop(f'--filter {contract.filter}: none, or steps like hp0.5+lp40+notch60')
     if not 50 <= contract.fs <= 1000 or not .1 <= contract.window <= MAX_SECONDS:
         raise Stop('--fs must lie between 50 and 1000 Hz, --window between 0.1 and 3600 s')
-    step = r'(hp|lp|notch)(\d+(?:\.\d+)?)'
-    steps = re.findall(step, contract.filter)
-    known = contract.filter == 'none' or re.fullmatch(rf'{step}(\+{step})*', contract.filter)
-    if not known or any(float(hz) == 0 for _, hz in steps):
-        raise Stop(f'--filter {contract.filter}: none, or steps like hp0.5+lp40+notch60')
-    rate = (RATES | {'ptbxl': a.rate, 'array': a.fs_in}).get(a.source) or math.inf
-    for kind, hz in steps:                                       # a notch may remove mains that the contract's rate would alias
-        limit = contract.fs if kind == 'notch' else min(rate, contract.fs) / 2
-        if float(hz) >= limit:
-            raise Stop(f'--filter {contract.filter}: {kind}{hz} must stay below {limit:g} Hz, with --fs {contract.fs}'
-                       + (f' and a source of {rate:g} Hz' if rate < math.inf else ''))
-    if a.seed < 0 or a.seed >= 2 ** 31 or (a.workers is not None and a.workers < 1) or a.least < 1:
-        raise Stop('--seed must lie between 0 and 2^31, --workers and --least be 1 or more')
-    if a.records < 1 or not .5 <= a.seconds <= MAX_SECONDS or not 0 < a.prevalence_scale <= 5:
-        raise Stop('--records must be 1 or more, --seconds 0.5 to 3600, --prevalence-scale above 0 and up to 5')
-    if a.source in READ and not a.root:
-        raise Stop(f'--root DIR is missing: where is the {a.source} source?')
-    return a, contract
+    if (a.workers or 1) < 1:
+        raise Stop('--workers must be 1 or more')
+    return contract
+
+
+def records_of(a):
+    """The Records that the arguments ask for."""
+    if a.source in ('synthetic', 'sequences'):
+        if a.records < 1 or not .5 <= a.seconds <= MAX_SECONDS or not 0 <= a.seed < 2 ** 31:
+            raise Stop('--records must be 1 or more, --seconds 0.5 to 3600, --seed not negative')
+    if getattr(a, 'download', False):
+        download(a)
+    if not Path(getattr(a, 'root', '.')).exists():
+        raise Stop(f'no such folder or file: {a.root}')
+    return READERS[a.source](a)
 
 
 def main(argv=None):
     """The command line: see the top of the file."""
-    a, contract = arguments(argv)
+    a = make_parser().parse_args(argv)
     if a.source == 'show':
-        return show(a.name or 'sample', a.record)
-    if a.source == 'calibrate':
-        return calibrate()
-    if a.source == 'peaks':
-        return check_peaks(a.root or '.', a.annotation)
+        return show(a.name, a.record)
     if a.source is None:
-        DEFAULTS['sample']()
-        DEFAULTS['synthetic']()
-        return
-    if a.download:
-        download(a.source, a.root, a.rate, a.cohort)
-    if a.root and not Path(a.root).exists():
-        raise Stop(f'no such folder or file: {a.root}')
-    shifts = tuple(SHIFTS) if 'all' in a.shift else tuple(a.shift)
-    records = {                                                  # generators: only the one taken reads anything
-        'synthetic': synthetic(a.records, a.seed, a.seconds, shifts, a.prevalence_scale),
-        'sequences': sequences(a.records, a.seed, a.seconds),
-        'sample': ptbxl(HERE / 'sample/ptbxl'),
-        'ptbxl': ptbxl(a.root, a.rate),
-        'challenge': challenge(a.root, a.cohort),
-        'zzu': zzu(a.root), 'sph': sph(a.root), 'code15': code15(a.root), 'echonext': echonext(a.root), 'wfdb': wfdb_folder(a.root),
-        'mimic': mimic(a.root, a.least),
-        'array': array(a.root, a.fs_in, a.leads.split(','), a.unit, a.labels)}[a.source]
-    made, totals = a.source in MADE, {'sample': 500} | dict.fromkeys(MADE, a.records)
-    prepare(a.out or a.source, records, contract, ' '.join(sys.argv[1:] if argv is None else argv),
-            extra_tasks=SYNTHETIC_TASKS if a.source == 'synthetic' else (), workers=a.workers or (1 if made else None),
-            peaks=not a.no_peaks, strict=a.strict, total=totals.get(a.source),
-            folds=a.folds or ('stratified' if a.source in ('challenge', 'sph', 'zzu') else 'hash'))
-
-
-DEFAULTS = {name: functools.partial(main, command.split()) for name, command in (                     # these prepare themselves
-    ('sample', 'sample'), ('synthetic', 'synthetic --records 4000'),
-    ('shifted', 'synthetic --records 1000 --seed 1 --shift all --out shifted'))}
+        return [main(DEFAULTS[name].split()) for name in ('sample', 'synthetic')]
+    contract, records = contract_of(a), records_of(a)
+    prepare(a.out, records, contract, ' '.join(sys.argv[1:] if argv is None else argv),
+            extra_tasks=SYNTHETIC_TASKS if a.source == 'synthetic' else (), workers=a.workers,
+            peaks=not a.no_peaks, total=getattr(a, 'records', None),
+            folds=getattr(a, 'folds', 'hash'))
 
 
 if __name__ == '__main__':
-    script(main, 'stopped; nothing was changed')
+    run_script(main)

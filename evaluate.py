@@ -27,9 +27,19 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import HERE, TASKS, Contract, Dataset, Stop, arguments, figure, peak_memory, script, stratify
-from models import (AttentionPool, Config, Encoder, MeanPool, groups, learning_rate, load, load_encoder, pick_device, pool, precision,
-                    regularise, see_data, to_device)
+from data import HERE, TASKS, Contract, Dataset, Stop, contract_of, make_parser, overlap, read_seen, run_script, stratify
+from models import (AttentionPool, Config, Encoder, MeanPool, autocast, calibrate_batchnorm, learning_rate, load, load_encoder, mean_pool,
+                    parameter_groups, pick_device, set_regularisation, to_device)
+
+
+def figure(*args, **kwargs):
+    """A matplotlib figure that needs no screen: (fig, axes) of plt.subplots."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(*args, **kwargs)
+    plt.close(fig)                                               # it can still be drawn on and saved, and goes when the caller lets go
+    return fig, axes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,7 +272,7 @@ def per_record(encode, ds, rows, samples, device, name='predicting', first=False
     owner, start = (rows, np.zeros(len(rows), int)) if first else ds.crops(rows, samples)
     out = []
     for _, batch in batches(ds, owner, start, samples, device, name):
-        with precision(device):
+        with autocast(device):
             out.append(encode(batch).double().cpu())
     out, place = torch.cat(out), {row: i for i, row in enumerate(rows)}
     at = torch.tensor([place[row] for row in owner])
@@ -273,7 +283,7 @@ def per_record(encode, ds, rows, samples, device, name='predicting', first=False
 def embed(encoder, ds, rows, samples, device, name='embedding', first=False):
     """Mean over tokens and crops of the encoder's output: (len(rows), D)."""
     encoder = encoder.to(device).eval()
-    return per_record(lambda batch: pool(*encoder(batch)), ds, rows, samples, device, name, first)
+    return per_record(lambda batch: mean_pool(*encoder(batch)), ds, rows, samples, device, name, first)
 
 
 class Tokens:
@@ -289,10 +299,10 @@ class Tokens:
         self.h, self.count = None, np.zeros(len(owner), int)
         self.mean, self.square = np.zeros((2, len(ds.length), encoder.dim))                  # the first is what `embed` gives
         for mine, batch in batches(ds, owner, start, samples, device, 'tokens'):
-            with precision(device):
+            with autocast(device):
                 h, pad = encoder(batch)
-                mean = pool(h, pad)
-                square = pool(h.float() ** 2, pad)
+                mean = mean_pool(h, pad)
+                square = mean_pool(h.float() ** 2, pad)
             crops = (ds.length[owner[mine]] // samples)[:, None]
             np.add.at(self.mean, owner[mine], mean.double().cpu().numpy() / crops)
             np.add.at(self.square, owner[mine], square.double().cpu().numpy() / crops)
@@ -503,7 +513,7 @@ def rates(encoder, head, mode, recipe):
         parts = [(m, lr) for m in (head, middle, encoder.stem)]
     else:
         parts = [(head, lr)]
-    return [g for m, rate in parts for g in groups(m, rate, recipe.weight_decay)]
+    return [g for m, rate in parts for g in parameter_groups(m, rate, recipe.weight_decay)]
 
 
 def new_head(dim, classes, mode, dropout, start):
@@ -529,7 +539,7 @@ def fit(encoder, source, y, train, val, test, samples, mode, recipe, device, see
     head = new_head(encoder.dim, y.shape[1], mode, recipe.dropout, start).to(device)
     if not still:
         encoder = copy.deepcopy(encoder).requires_grad_(True)
-        regularise(encoder, recipe.path, recipe.dropout)
+        set_regularisation(encoder, recipe.path, recipe.dropout)
     encoder = encoder.to(device)
     optimiser = torch.optim.AdamW(rates(encoder, head, mode, recipe), lr=recipe.lr)
     learns = [p for g in optimiser.param_groups for p in g['params']]
@@ -571,7 +581,7 @@ def fit(encoder, source, y, train, val, test, samples, mode, recipe, device, see
             for group in optimiser.param_groups:
                 group['lr'] = learning_rate(epoch * per_epoch + i, epochs * per_epoch, group['peak'], recipe.schedule, warmup)
             batch = to_device(source.collate(rows, starts, samples), device)
-            with precision(device):
+            with autocast(device):
                 loss = loss_of(output(batch), torch.from_numpy(y[rows]).float().to(device), kinds)
             if not loss.isfinite():
                 raise Stop(f'{mode}: the loss is {loss.item()} in epoch {epoch}; try a lower rate')
@@ -594,21 +604,41 @@ def fit(encoder, source, y, train, val, test, samples, mode, recipe, device, see
     return z, predict(test)
 
 
+def yes_no(y):
+    """Which columns of labels y (n, K) hold 0 and 1, apart from NaN: (K,) bool."""
+    answer = np.isin(y, (0, 1))
+    return answer.any(0) & (answer | np.isnan(y)).all(0)
+
+
+def probe_rows(ds, samples, most):
+    """What the online probe looks at: the first `most` labelled training records that last a crop,
+    half as many validation records, and the label columns."""
+    columns = next((c for task, c in ds.tasks.items() if task != 'tail'), [])
+    parts = []
+    for part, n in zip(ds.split(), (most, most // 2)):
+        part = part[ds.length[part] >= samples]
+        labelled = (row for row in part if np.isfinite(ds.labels[row][columns]).any())
+        parts.append(list(itertools.islice(labelled, n)))
+    return *parts, columns
+
+
+def online_probe(encoder, ds, probed, samples, device):
+    """Macro AUROC of a linear probe on first crops, a rough gauge of progress. NaN if there are too
+    few records with yes/no labels."""
+    train, val, columns = probed
+    y = ds.labels[train + val][:, columns]
+    y = y[:, yes_no(y)]
+    if min(len(train), len(val)) < 20 or not y.shape[1]:
+        return math.nan
+    n, at = len(train), np.arange(len(train))
+    X = embed(encoder, ds, np.array(train + val), samples, device, 'probe', first=True)
+    predict, _ = linear_probe(X, y, at[:n * 4 // 5], at[n * 4 // 5:])
+    table = auroc(predict(X[n:]), y[n:])
+    return float(macro(table)[0]) if np.isfinite(table).any() else math.nan
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # one dataset, the tasks that one model is trained on, and how to score an encoder on them
-
-def overlap(ds, seen):
-    """True where a record, or its patient, is among `seen`, the patients and records of a pretraining. The Challenge's ptb-xl/HRn is
-    PTB-XL's record n under another name."""
-    def again(name):
-        kind, _, rest = name.partition('/')
-        if kind == 'ptb-xl' and rest[2:].isdigit():
-            return f'ptbxl/{int(rest[2:])}'
-        return f'ptb-xl/HR{int(rest):05d}' if kind == 'ptbxl' and rest.isdigit() else ''
-
-    direct = np.array([p in seen or i in seen or again(i) in seen for p, i in zip(ds.patient.tolist(), ds.id.tolist())])
-    return np.isin(ds.patient, ds.patient[direct])
-
 
 def plans(ds, rows, seen, folds=None, allow=False):
     """(train, val, test) row numbers of each probe to fit, and whether they are folds of a cross-validation: small datasets (under 1,000
@@ -626,6 +656,9 @@ def plans(ds, rows, seen, folds=None, allow=False):
         result = result if small else result[-1:]
     for train, val, test in result:
         assert not set(ds.patient[test]) & set(ds.patient[np.r_[train, val]]), 'a patient of the test fold is in training or validation'
+    for plan in result:                                          # a recording may be in the set twice, under two patients
+        again = overlap(ds, ds.names(plan[2]))
+        plan[:2] = [part[~again[part]] for part in plan[:2]]
     known = overlap(ds, seen)
     clean = [p for p in result if allow or not known[p[2]].any()]
     if n := sum(known[p[2]].sum() for p in result):
@@ -762,7 +795,7 @@ class Task:
         if len(made) >= count:
             return made[:count]
         rows = np.concatenate([part for p in self.plans for part in p[1:]])
-        held = {*self.ds.patient[rows].tolist(), *self.ds.id[rows].tolist()}
+        held = self.ds.names(rows)
         contract = Contract.read(run['contract'])
         for name in (run['data'], self.ds.name, 'synthetic', 'sample'):
             if name in ('synthetic', 'sample') or all(Path('datasets', part).is_dir() for part in name.split(',')):
@@ -776,7 +809,7 @@ class Task:
                        'on which it was pretrained')
         for i in range(len(made), count):
             torch.manual_seed(10_000 + i)
-            made.append(see_data(fresh(run), (ds.batch(rows, samples, min(64, len(rows)), i, s) for s in range(8))))
+            made.append(calibrate_batchnorm(fresh(run), (ds.batch(rows, samples, min(64, len(rows)), i, s) for s in range(8))))
         return made
 
     def scaled(self, plan):
@@ -982,7 +1015,7 @@ def evaluate_task(families, t, mode, counts, a, out):
         print('  * the interval of the paired difference excludes 0'
               + ('; with two seeds intervals are very wide: three or more tell more' if seeds == 2 else ''))
     speed = f'; {t.encoded:,} records encoded at {t.encoded / t.seconds:,.0f}/s' if t.seconds else ''
-    print(f'  {time.time() - began:.0f} s{speed}; peak memory {peak_memory():,.0f} MB')
+    print(f'  {time.time() - began:.0f} s{speed}')
     return rows, classes, pairs
 
 
@@ -1146,7 +1179,7 @@ def cohort(t, name):
     """Records of another dataset that the probes of task `t` can be asked about: (dataset, its rows, columns of the probe, labels)."""
     other = Dataset(name)
     common = [c for c in t.parts[t.names[0]] if t.label_names[c] in other.label_names]
-    rows = np.flatnonzero((other.length >= t.samples) & ~overlap(other, t.seen | {*t.ds.patient.tolist(), *t.ds.id.tolist()}))
+    rows = np.flatnonzero((other.length >= t.samples) & ~overlap(other, t.seen | t.ds.names(slice(None))))
     if not common or other.contract.differs(t.ds.contract) or not len(rows) or t.numbers.any():
         raise Stop(f'--cohort {name}: a dataset of patients seen neither here nor in pretraining, with the same contract and some of the same '
                    'yes/no labels is needed')
@@ -1301,7 +1334,7 @@ def layer_features(encoder, ds, rows, samples, device):
         z, pad = encoder.tokens(batch)
         layers = []
         encoder.backbone(z, pad, layers)
-        pooled = [pool(x, pad if pad is None or pad.shape[1] == x.shape[1] else None) for x in (z, *(output for _, output in layers))]
+        pooled = [mean_pool(x, pad if pad is None or pad.shape[1] == x.shape[1] else None) for x in (z, *(output for _, output in layers))]
         widths[:] = [p.shape[1] for p in pooled]
         return torch.cat(pooled, 1)
     return np.split(per_record(stages, ds, rows, samples, device, 'layers', first=True), np.cumsum(widths)[:-1], 1)
@@ -1397,23 +1430,27 @@ ANALYSES = {'robustness': robustness, 'efficiency': efficiency, 'cka': similarit
 
 def open_run(path):
     """The checkpoint of a run folder, with its path and hash. Prints what was loaded."""
+    path, _, step = str(path).partition('@')                     # out/run@20: the copy that --keep 20 made
     path = Path(path).parent if Path(path).name == 'ckpt.pt' else Path(path)
     if set('*?[') & set(str(path)) and not path.exists():
         raise Stop(f'no run matches {path}')
-    file = path / 'ckpt.pt'
+    file = path / (f'ckpt_{step}.pt' if step else 'ckpt.pt')
+    if step and not file.exists():
+        raise Stop(f'{path} kept no checkpoint of step {step}; it has {", ".join(sorted(f.name for f in path.glob("ckpt*.pt"))) or "none"}')
     if not file.exists() and (inside := sorted(str(f.parent) for f in path.glob('*/ckpt.pt'))):
         more = f' ... ({len(inside)} in all)' if len(inside) > 6 else ''
         raise Stop(f'{path} is a folder of runs, no run: name some of {" ".join(inside[:6])}{more}')
     try:
         c = load(file)
-        c |= dict(path=str(path), hash=hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest(), patients=set(c['patients']))
+        c['patients'] = read_seen(path) if 'encoder' in c else set()
+        c |= dict(path=str(path), hash=hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest())
         c['net'] = load_encoder(c)
         c['net'].window = c['contract']['window']
     except ValueError as e:
         raise Stop(str(e))
     except (RuntimeError, KeyError, TypeError) as e:
         raise Stop(f'{file} is no checkpoint of train.py, or of another version of it: {" ".join(str(e).split())[:200]}')
-    if c['step'] < c['args']['steps']:
+    if c['step'] < c['args']['steps'] and not step:
         print(f'{file} is of an unfinished run, {c["step"]} of {c["args"]["steps"]} steps: go on with python train.py --resume --out {path}')
     print(f'{file}: the {c["objective"]} student after {c["step"]:,} steps on {c["data"]}, seed {c["seed"]}, '
           f'{sum(p.numel() for p in c["net"].parameters()):,} parameters in {len(c["encoder"])} tensors, all matched')
@@ -1444,12 +1481,12 @@ def show_tasks():
     last = ''
     for name, task in TASKS.items():
         paper = 'out of distribution in arXiv 2605.17276' if name.startswith('sc_') else 'arXiv 2605.12241'
-        if (heading := f'{task.category}, {paper}') != last:
-            print(heading)
-        last, state = heading, f'not prepared: {task.prepare}'
+        if paper != last:
+            print(paper)
+        last, state = paper, f'not prepared: {task.prepare}'
         if m := metas.get(task.data):
             state = f'{m["records"]:,} records in datasets/{task.data}'
-            differs = m['contract'].differs(arguments(shlex.split(task.prepare)[2:])[1])
+            differs = m['contract'].differs(contract_of(make_parser().parse_args(shlex.split(task.prepare)[2:])))
             if not differs and '--rate 500' in task.prepare and '--rate 500' not in m['source']:
                 differs = 'from the 100 Hz files'
             if differs:
@@ -1615,4 +1652,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    script(main, 'stopped; what was finished is kept in out/scores, so the same command goes on from there')
+    run_script(main)

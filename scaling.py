@@ -19,7 +19,7 @@ Laws and experiments of arXiv 2605.17276, fitted as Hoffmann et al. (2203.15556,
 (2404.10102); loss-vs-error is of 2605.12241. Where a run has several rows, the one with the lowest validation loss stands for it, and its
 test loss is fitted. Tables, figures and JSON in full precision land beside the CSV of runs, or in --out.
 """
-import argparse, contextlib, copy, csv, io, itertools, json, math, multiprocessing, os, re, textwrap, threading, time
+import argparse, contextlib, copy, csv, io, itertools, json, math, multiprocessing, os, re, shutil, textwrap, threading, time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
@@ -34,10 +34,10 @@ import torch
 from tqdm import tqdm
 
 import train
-from data import Dataset, Stop, figure, script
-from evaluate import (Arm, PROTOCOLS, Task, arms_of, auroc, compare, embed, entropy, first_task, fresh, interval, linear_probe, macro, open_run, overlap, slug,
+from data import Dataset, Stop, overlap, run_script
+from evaluate import (Arm, PROTOCOLS, Task, arms_of, auroc, compare, embed, entropy, figure, first_task, fresh, interval, linear_probe, macro, open_run, slug,
                       write_csv)
-from models import SIZES, flops, keep_heap, load, parameters, pick_device, save, sized, to_device
+from models import SIZES, config_of, count_parameters, load, pick_device, save, to_device
 from objectives import OBJECTIVES
 
 MOVING = ('jepa', 'data2vec', 'dinosr', 'hubert')                # their targets move with the run: losses of two runs do not compare
@@ -1751,9 +1751,25 @@ def draw_exponents(names, alpha, beta, sets, gamma, path):
 # ---------------------------------------------------------------------------------------------------------------------
 # compute
 
+def flops(work, fft=False):
+    """FLOPs of work()'s matrix products and convolutions, two a multiply-accumulate, as torch counts them: attention under the kernel that it
+    can count, and products in place, which it overlooks, too. fft: add real FFTs, 5/2 n log2 n each. What is done element by element is
+    left out."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    overlooked = {torch.ops.aten.baddbmm_: lambda total, a, b, out_shape=None, **how: 2 * math.prod(a) * b[2]}
+    if fft:                                                      # shape: of what is real, of all transforms side by side
+        real = lambda shape, n: round(math.prod(shape[:-1]) * 5 / 2 * n * math.log2(n))
+        overlooked[torch.ops.aten._fft_r2c] = lambda x, *rest, out_shape=None, **how: real(x, x[-1])
+        overlooked[torch.ops.aten._fft_c2r] = lambda x, dim, norm, n, out_shape=None, **how: real(x, n)
+    with FlopCounterMode(display=False, custom_mapping=overlooked) as counter, sdpa_kernel(SDPBackend.MATH):
+        work()
+    return counter.get_total_flops()
+
+
 @torch.no_grad()
 def counted(objective, batch):
-    """Forward MACs of one crop through an objective in eval mode, as models.flops counts them, FFTs too: (student with all its views and
+    """Forward MACs of one crop through an objective in eval mode, as `flops` counts them, FFTs too: (student with all its views and
     heads, what has no backward: teacher, tokenizer and the search for codes)."""
     B, T = batch['x'].shape[0], batch['x'].shape[2]
     macs = lambda work: flops(work, fft=True) / 2 / B            # of a crop
@@ -1790,7 +1806,7 @@ def first_batch(ds, t, size, device):
 def price(t, ds, device):
     """(seconds, FLOPs) of one training step, the optimiser's left out."""
     columns = ds.columns(t.task) if t.task else ()
-    tokenizer = train.load_tokenizer(t.tokenizer, ds.contract)[0] if t.tokenizer else None
+    tokenizer = train.load_tokenizer(t.tokenizer, ds.contract) if t.tokenizer else None
     objective = train.build(t, ds.contract.fs, columns, tokenizer).to(device)
     batch = first_batch(ds, t, t.batch, device)
     for _ in range(2):                                           # the first step also grows the heap
@@ -1833,7 +1849,7 @@ def ladder(steps):
 
 def settings(a, ds, family, objective, size, records, seed, task=None):
     """train.py's arguments of one run."""
-    t = train.knobs().parse_args([])
+    t = train.make_parser().parse_args([])
     steps = a.steps if a.fixed == 'steps' else math.ceil(a.epochs * records / a.batch)
     vars(t).update(objective=objective, backbone=family, size=size, data=a.data, records=records, seed=seed, lr=a.lr, steps=steps, batch=a.batch,
                    schedule=a.schedule, device=a.device, probe_every=0, save_every=100, log_every=50)
@@ -1841,7 +1857,7 @@ def settings(a, ds, family, objective, size, records, seed, task=None):
         t.task = task or first_task(ds)
     if objective == 'beats':
         t.tokenizer = a.tokenizer
-    train.settle(t)
+    train.fill_in(t)
     return t
 
 
@@ -1870,7 +1886,7 @@ def pairs(a):
     if bare := [f for f in a.family if not sizes[f]]:
         raise Stop(f'{bare[0]} has no ladder of sizes: name some with --size, of {", ".join(SIZES[bare[0]])}')
     objectives = [o for o in a.objective if o == 'supervised' or a.kind != 'labels']         # others learn no labels
-    found = [(f, o, sizes[f]) for f, o in itertools.product(a.family, objectives) if f in OBJECTIVES[o].backbones]
+    found = [(f, o, sizes[f]) for f, o in itertools.product(a.family, objectives) if f in OBJECTIVES[o].rates]
     if not found:
         raise Stop(f'none of {", ".join(a.objective)} runs on any of {", ".join(a.family)}' + ' with labels' * (a.kind == 'labels')
                    + ': see python objectives.py --pairs')
@@ -1928,7 +1944,7 @@ def held_out(objective, ds, rows, t, device, columns):
             outputs.append(objective.head(*objective.encoder(batch)).float().cpu().numpy())
     if columns is None:
         return float(np.mean(outputs)), math.nan
-    z = np.concatenate(outputs)[:, [objective.columns.index(c) for c in columns]]
+    z = np.concatenate(outputs)[:, [objective.columns.tolist().index(c) for c in columns]]
     y = np.array(ds.labels[rows])[:, columns]
     return entropy(z, y), float(macro(auroc(z, y))[0])
 
@@ -1967,16 +1983,16 @@ def assess(objective, t, ds, anchors, oods, device):
     """Losses of a checkpoint: in distribution on 512 training records and all validation and test records, then out of distribution."""
     samples = round(t.window * ds.contract.fs)
     rows = [r[ds.length[r] >= samples] for r in ds.split()]
-    seen = {*ds.patient[rows[0]].tolist(), *ds.id[rows[0]].tolist()}                  # by the largest run: the same test records for all
+    seen = ds.names(rows[0])                  # by the largest run: the same test records for all
     rows[0] = ds.nested(rows[0], t.records, t.seed)[:512]
     columns = None
     if t.objective == 'supervised':
-        columns = [ds.label_names.index(n) for n in anchors] if anchors else objective.columns
+        columns = [ds.label_names.index(n) for n in anchors] if anchors else objective.columns.tolist()
     result = {}
     for name, part in zip(('train', 'val', 'test'), rows):
         result[f'id_{name}'], result[f'id_{name}_auroc'] = held_out(objective, ds, part, t, device, columns)
     result.pop('id_train_auroc')
-    window = round(samples / getattr(OBJECTIVES[t.objective], 'views', 1))
+    window = round(samples / OBJECTIVES[t.objective].views)
     for name in oods:
         result |= out_of_distribution(objective.encoder, name, window, ds.contract, device, seen)
     return result
@@ -1988,7 +2004,7 @@ def facts(objective, t, arm, step, ds, device):
     student, extra = counted(objective, first_batch(ds, t, min(t.batch, t.records), device))
     patients = np.unique(ds.patient[ds.nested(trainable(ds, t), t.records, t.seed)])
     return dict(family=t.backbone, paradigm='SL' if t.objective == 'supervised' else 'SSL', objective=t.objective, arm=arm, size=t.size,
-                N=parameters(encoder), N_total=parameters(objective), macs=round(student), extra_macs=round(extra), batch=t.batch, D=t.records,
+                N=count_parameters(encoder), N_total=count_parameters(objective), macs=round(student), extra_macs=round(extra), batch=t.batch, D=t.records,
                 patients=len(patients), labels=len(getattr(objective, 'columns', ())), lr=t.lr, step=step, epochs=round(step * t.batch / t.records, 4),
                 flops=float(compute(student, t.batch, step, extra)), seed=t.seed)
 
@@ -2052,6 +2068,7 @@ def run_one(name, t, arm, anchors, a):
         if worth(rows[-1]) == min(map(worth, rows)):
             (folder / 'best').mkdir(exist_ok=True)
             save(folder / 'best/ckpt.pt', saved)
+            shutil.copy(folder / 'seen.npz', folder / 'best')
         write_csv(folder / 'rows.csv', rows)
     return rows
 
@@ -2091,7 +2108,6 @@ def share_threads(a, device):
 def start_worker(threads):
     """What a worker does first. It ends when the process that made it is killed, and does not go on alone."""
     torch.set_num_threads(threads)
-    keep_heap()
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
@@ -2231,9 +2247,9 @@ def arm_settings(part, arm, seed, a):
     flags = STUDY[part].arms[arm]
     pool = len(Dataset('ludb,cinc').split()[0]) if '{pool}' in flags else 0
     flags = flags.format(long=4 * a.steps, pool=pool)
-    t = train.knobs().parse_args(['--steps', str(a.steps), '--size', a.size, '--data', a.data, *flags.split()])
+    t = train.make_parser().parse_args(['--steps', str(a.steps), '--size', a.size, '--data', a.data, *flags.split()])
     vars(t).update(seed=seed, batch=a.batch, device=a.device, probe_every=0, save_every=100)
-    train.settle(t)
+    train.fill_in(t)
     return t
 
 
@@ -2246,7 +2262,7 @@ def study_runs(part, a, device):
         for arm, ts in runs.items():
             for t in ts:
                 t.steps = max(1, round(a.steps * min(cost.values()) / cost[arm]))
-    default = vars(train.knobs().parse_args([]))
+    default = vars(train.make_parser().parse_args([]))
     apart = ('objective', 'backbone', 'lr', 'window', 'seed', 'device', 'steps', 'probe_every', 'save_every')
 
     def folder(t):
@@ -2664,7 +2680,7 @@ def check(a):
         raise Stop(f'--out {out}: {there} is no folder that can be written to')
     if a.command == 'sweep':
         for family, size in itertools.product(a.family, a.size or ()):
-            sized(family, size)
+            config_of(family, size)
         if not a.ood and (a.kind == 'finetune' or a.kind != 'labels' and set(MOVING) & set(a.objective)):
             raise Stop(f'--ood names no data: by them finetune, and {", ".join(MOVING)}, whose targets move, are judged')
 
@@ -2679,4 +2695,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    script(main, 'stopped; the same command goes on with what is there')
+    run_script(main)

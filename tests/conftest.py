@@ -1,7 +1,9 @@
-"""Prepared datasets that several tests share, in a folder of their own; and one thread, for tensors so small that threads wait for each other longer than they work."""
+"""Prepared datasets that several tests share, in a folder of their own; and one thread, for tensors
+so small that threads wait for each other longer than they work."""
 import os
 
-os.environ.setdefault('OMP_NUM_THREADS', '1')                    # before torch is imported, and for the scripts that tests start
+# before torch is imported, and for the scripts that tests start
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest
 
@@ -14,7 +16,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp('world')
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        data.DEFAULTS['sample']()
+        data.main(data.DEFAULTS['sample'].split())
         data.prepare('synthetic', data.synthetic(640), extra_tasks=data.SYNTHETIC_TASKS, workers=1)
     return folder
 
@@ -24,3 +26,10 @@ def here(world, monkeypatch):
     """The shared folder as the current one."""
     monkeypatch.chdir(world)
     return world
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch):
+    """An empty folder as the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

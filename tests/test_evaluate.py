@@ -20,10 +20,10 @@ import data
 import evaluate
 import train
 from data import TASKS, Dataset, Stop
-from evaluate import (MODES, POST, PROTOCOLS, Arm, Recipe, Score, Task, Tokens, at_rate, auroc, average_precision, cka, compare, draw_labels, embed, f1, fit, grouped,
+from evaluate import (MODES, POST, PROTOCOLS, Arm, Recipe, Score, Task, Tokens, at_rate, auroc, average_precision, cka, compare, draw_labels, embed, f1, figure, fit, grouped,
                       holm, hsic, interval, jobs_of, label_law, linear_probe, logistic, loss_of, macro, mae, noisy, one_per_patient, open_run, overlap, p_value,
                       per_record, plans, rates, resample_patients, ridge, swap_arms, thresholds, training_free, without)
-from models import AttentionPool, Config, Encoder, load, see_data, sized
+from models import AttentionPool, Config, Encoder, calibrate_batchnorm, config_of, load
 
 CPU = torch.device('cpu')
 TINY = Config(dim=16, layers=1)
@@ -383,7 +383,13 @@ def small(world):
     """datasets/few: 150 synthetic records with many findings in three folds, and no more."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(world)
-        data.prepare('few', data.synthetic(150, seed=5, prevalence=4.), extra_tasks=data.SYNTHETIC_TASKS, workers=1)
+        records = []
+        for record in data.synthetic(900, seed=5):
+            record.load(record)
+            record.load = None
+            if sum(v for name, v in record.labels.items() if name.startswith('findings/')) >= 2:
+                records.append(record)
+        data.prepare('few', records[:150], extra_tasks=data.SYNTHETIC_TASKS, workers=1)
         index = dict(np.load('datasets/few/index.npz'))
         np.savez('datasets/few/index.npz', **{**index, 'fold': index['fold'] % 3})
 
@@ -520,7 +526,7 @@ def test_loss_is_the_released_joint_one():
 @pytest.mark.parametrize('backbone', ['s4', 's4d', 'transformer', 'net1d', 'resnet', 'beat', 'vit'])
 def test_rates(backbone):
     """Every tensor that learns once, at its rate: finetune 1, .1, .01; scratch all alike; layer by layer decay^(L + 1 - l)."""
-    encoder, head = Encoder(sized(backbone, 'tiny')), torch.nn.Linear(3, 2)
+    encoder, head = Encoder(config_of(backbone, 'tiny')), torch.nn.Linear(3, 2)
     L, recipe = len(encoder.blocks), Recipe(lr=1e-3, factor=dict.fromkeys(MODES, 1.) | dict(scratch=5.))
     part = {id(p): 'head' for p in head.parameters()} | {id(p): 0 for p in encoder.stem.parameters()} | {id(p): L for p in encoder.norm.parameters()}
     part |= {id(p): l + 1 for l, block in enumerate(encoder.blocks) for p in block.parameters()}
@@ -569,9 +575,12 @@ def test_folds_seen_in_pretraining_are_not_tested_on(here, capsys):
 class Listed:
     """Ids, patients and folds alone."""
     name = 'listed'
+    names = Dataset.names
 
     def __init__(self, patient, id=None, fold=None):
         self.patient, self.id = np.array(patient), np.array(patient if id is None else id)
+        self.recording = np.array([data.same_recording(str(i)) for i in self.id])
+        self.signal = np.array([f'signal of {i}' for i in self.id])
         self.fold = None if fold is None else np.array(fold)
 
 
@@ -618,7 +627,7 @@ def quickly(monkeypatch):
     """Random encoders see one batch, not eight, and are one where three would stand beside a single run."""
     three = Task.random_encoders
     monkeypatch.setattr(Task, 'random_encoders', lambda self, run, count: three(self, run, count if count < 3 else 1))
-    monkeypatch.setattr(evaluate, 'see_data', lambda encoder, batches: see_data(encoder, itertools.islice(batches, 1)))
+    monkeypatch.setattr(evaluate, 'calibrate_batchnorm', lambda encoder, batches: calibrate_batchnorm(encoder, itertools.islice(batches, 1)))
 
 
 @pytest.fixture(scope='module')
@@ -757,7 +766,7 @@ def test_scores_are_kept_and_recipes_not_confused(here, run, monkeypatch):
 
 
 def test_random_encoders_have_the_runs_shape(here, others, monkeypatch):
-    monkeypatch.setattr(evaluate, 'see_data', see_data)
+    monkeypatch.setattr(evaluate, 'calibrate_batchnorm', calibrate_batchnorm)
     runs = [open_run(r) for r in ('out/short', 'out/wide')]
     t = Task('few', ['code'], runs, CPU)
     (a, b), (c,) = t.random_encoders(runs[0], 2), t.random_encoders(runs[1], 1)
@@ -771,7 +780,7 @@ def test_random_encoders_see_nothing_that_is_tested_on(here, run, monkeypatch, n
     """Whether or not what the run was pretrained on is prepared, in one split as in ten folds."""
     seen = []
     monkeypatch.setattr(Dataset, 'batch', lambda self, rows, *rest: seen.append((self, rows)))
-    monkeypatch.setattr(evaluate, 'see_data', lambda encoder, batches: (list(batches), encoder)[1])
+    monkeypatch.setattr(evaluate, 'calibrate_batchnorm', lambda encoder, batches: (list(batches), encoder)[1])
     ds, loaded = Dataset(name), dict(open_run(run), data=pretrained)
     loaded['patients'] = set(ds.patient[ds.fold <= 8]) if pretrained == name else set()
     t = Task(name, None, [loaded], CPU)
@@ -892,7 +901,7 @@ def test_efficiency_names_the_metric_of_its_task(here, run, tmp_path, monkeypatc
     """Numbers that are trained together with labels, as MIMIC's age is."""
     monkeypatch.setitem(TASKS, 'joint', replace(TASKS['ptbxl_all'], trained='code+target', scored='target', least=1))
     drawn, runs = [], [open_run(run)]
-    monkeypatch.setattr(evaluate, 'figure', lambda *a, **k: drawn.append(data.figure(*a, **k)) or drawn[-1])
+    monkeypatch.setattr(evaluate, 'figure', lambda *a, **k: drawn.append(figure(*a, **k)) or drawn[-1])
     rows = evaluate.efficiency({'pretrained': runs}, Task('few', ['joint'], runs, CPU), SimpleNamespace(draws=1), tmp_path)
     assert {r['metric'] for r in rows} == {'macro MAE'} and drawn[0][1].get_ylabel() == 'macro MAE'
 
@@ -934,6 +943,7 @@ def test_foreign_checkpoints_are_refused(here, run):
     for name, wrong in (('a', {'w': torch.zeros(1)}), ('b', {**c, 'encoder': dict(list(c['encoder'].items())[1:])})):
         (here / 'out' / name).mkdir()
         torch.save(wrong, here / 'out' / name / 'ckpt.pt')
+        data.write_seen(here / 'out' / name, set())
         with pytest.raises(Stop, match='no checkpoint of train.py'):
             open_run(here / 'out' / name)
 
@@ -1103,7 +1113,7 @@ def test_list_tells_other_preparations_apart(tmp_path, monkeypatch, capsys):
 def test_labels_of_the_cka_figure_are_short(here, run, monkeypatch):
     """Layers at the ticks, each model's name once beside them, wrapped."""
     drawn = []
-    monkeypatch.setattr(evaluate, 'figure', lambda *a, **k: drawn.append(data.figure(*a, **k)) or drawn[-1])
+    monkeypatch.setattr(evaluate, 'figure', lambda *a, **k: drawn.append(figure(*a, **k)) or drawn[-1])
     evaluate.main([run, '--data', 'few', '--analyse', 'cka'])
     (_, ax), = drawn
     names = [t.get_text() for t in ax.texts]

@@ -1,4 +1,4 @@
-"""Objectives against brute force."""
+"""Objectives against literal loops."""
 import copy
 import math
 
@@ -7,138 +7,165 @@ import torch
 import torch.nn.functional as F
 
 import objectives
-from models import Config, Encoder, see_data, sized
-from objectives import (CMSC, CPC, JEPA, MAE, OBJECTIVES, Beats, Data2Vec, DinoSR, HuBERT, Supervised, Teacher, VQBeat, block_mask, effective_rank, halves,
-                        health, kmeans, released_input, sinkhorn, span_mask, spread, standardise)
+from models import Config, Encoder, calibrate_batchnorm, config_of
+from objectives import (ALARMS, CPC, JEPA, OBJECTIVES, Data2Vec, DinoSR, HuBERT, Teacher,
+                        block_mask, halves, health, kmeans, kmeans_plus_plus, released_input,
+                        sinkhorn, span_mask, standardise)
+
+TEACHERS = ('jepa', 'data2vec', 'dinosr', 'hubert')
+PAIRS = [(name, backbone) for name, kind in OBJECTIVES.items() for backbone in kind.rates]
 
 
-def make(seed=0, horizon=3, negatives=5):
-    torch.manual_seed(seed)
-    return CPC(Encoder(Config(dim=8, layers=1)), horizon=horizon, negatives=negatives).double().eval()
+def noise(B, T):
+    return {'x': torch.randn(B, 12, T)}
 
 
-def test_cpc_equals_brute_force(monkeypatch):
-    objective, x = make(), torch.randn(2, 12, 40, dtype=torch.float64)
-    draws = torch.randint(19, (2, 17, 5))
-    monkeypatch.setattr(torch, 'randint', lambda *args, **kwargs: draws)
-    loss, logs = objective({'x': x})
-    loss.backward()
-    gradients = [p.grad.clone() for p in objective.parameters()]
-    objective.zero_grad()
-    z = objective.encoder.tokens({'x': x})[0]
-    h = objective.encoder.backbone(z)
-    total, right = 0., 0
-    for b in range(2):
-        for i in range(17):
-            c, target = objective.head(h[b, i]), i + 3
-            candidates = [target] + [j + 1 if j >= target else j for j in draws[b, i].tolist()]
-            assert target not in candidates[1:]
-            logits = torch.stack([c @ z[b, j] for j in candidates])
-            total = total + torch.logsumexp(logits, 0) - logits[0]
-            right += int(logits[0] > logits[1:].max())
-    (total / 34).backward()
-    assert loss.item() == pytest.approx(total.item() / 34, abs=1e-6)
-    assert logs['accuracy'].item() == pytest.approx(right / 34)
-    for p, g in zip(objective.parameters(), gradients):
-        assert torch.allclose(p.grad, g, atol=1e-6)
+def records(T=1200):
+    """Noise with R-peaks every 200 samples. The last of three records has two, and the patient of
+    the first."""
+    peaks = torch.arange(150, T - 100, 200).repeat(3, 1)
+    peaks[2, 2:] = -1
+    return dict(noise(3, T), peaks=peaks, y=torch.rand(3, 4).round(),
+                patient=torch.tensor([7, 8, 7]))
 
 
-def test_cpc_targets_are_not_detached():
-    objective = make()
-    z = objective.encoder.tokens({'x': torch.randn(2, 12, 40, dtype=torch.float64)})[0].detach().requires_grad_()
-    objective.encoder.tokens = lambda batch: (z, None)
-    objective.encoder.backbone = lambda z, pad: z.detach()       # no gradient through the context
-    objective({})[0].backward()
-    assert z.grad.abs().sum() > 0
+def small(**options):
+    torch.manual_seed(0)
+    return Encoder(Config(dim=8, causal=False, **options))
 
 
-def test_cpc_with_zeroed_head_is_ln_129():
-    objective = CPC(Encoder(Config(dim=8, layers=1)))
-    objective.head.weight.data.zero_()
-    loss, logs = objective({'x': torch.randn(2, 12, 600)})
-    assert loss.item() == pytest.approx(math.log(129), abs=1e-5) and logs['accuracy'] == 0    # all tie: collapse is no success
+def build(name, backbone, batch, **more):
+    """An objective on a tiny backbone with BatchNorm calibrated, as train.py builds it."""
+    torch.manual_seed(0)
+    kind, options = OBJECTIVES[name], dict(supervised={'columns': range(4)}, vqbeat={'codes': 64})
+    if name == 'beats':
+        more['tokenizer'] = build('vqbeat', backbone, batch)
+        more['tokenizer'](batch)                                  # seeds the codebook
+    encoder = Encoder(config_of(backbone, 'tiny', kind.causal))
+    calibrate_batchnorm(encoder, [halves(batch) if kind.views == 2 else batch])
+    return kind(encoder, steps=10, **options.get(name, {}) | more).eval()
 
 
-def test_cpc_negatives_are_uniform_over_the_other_positions():
-    objective, L = make(horizon=3, negatives=4000), 20
-    z = torch.eye(L, 8, dtype=torch.float64).expand(1, L, 8)
-    counts, original = torch.zeros(L), torch.Tensor.gather
-    objective.encoder.tokens, objective.encoder.backbone = lambda batch: (z, None), lambda z, pad: z
-
-    def spy(tensor, dim, index):
-        counts.add_(torch.bincount(index[0, 4, 1:], minlength=L))                            # position 4 predicts token 7
-        return original(tensor, dim, index)
-
-    torch.Tensor.gather = spy
-    try:
-        objective({})
-    finally:
-        torch.Tensor.gather = original
-    expected = torch.full((L,), 4000 / 19)
-    expected[7] = 0
-    assert counts[7] == 0 and ((counts - expected) ** 2 / expected.clamp(min=1)).sum() < 44  # chi2(18), p = .0006
+def fix(monkeypatch, where, **draws):
+    """Replace functions by what they shall return."""
+    for name, value in draws.items():
+        monkeypatch.setattr(where, name, lambda *args, value=value, **options: value)
 
 
-# --- what the masked objectives share
+def agree(objective, batch, by_hand):
+    """The loss and its gradients are those of a loss written out by hand. Returns the logs."""
+    loss, logs = objective(batch)
+    assert loss.item() == pytest.approx(by_hand.item(), abs=2e-5)
+    learned = [p for p in objective.parameters() if p.requires_grad]
+    pairs = zip(*(torch.autograd.grad(v, learned, allow_unused=True) for v in (loss, by_hand)))
+    assert all(a is b or torch.allclose(a, b, atol=2e-4, rtol=1e-3) for a, b in pairs)
+    return logs
+
+
+def nearest(x, codes):
+    return min(range(len(codes)), key=lambda v: (x - codes[v]).norm().item())
+
 
 def within(values, expected, errors=3):
     """The mean of independent values lies within so many standard errors of what theory says."""
     return abs(values.mean() - expected) < errors * values.std() / len(values) ** .5
 
 
+# --- contrast
+
+def test_cpc_equals_a_loop(monkeypatch):
+    objective, batch = CPC(small(layers=1), horizon=3, negatives=5).eval(), noise(2, 40)
+    draws, total, right = torch.randint(19, (2, 17, 5)), 0., 0
+
+    def randint(high, shape, device):
+        assert (high, shape) == (19, draws.shape)                 # all but the target, evenly
+        return draws
+
+    monkeypatch.setattr(torch, 'randint', randint)
+    z = objective.encoder.tokens(batch)[0]
+    scores = objective.head(objective.encoder.backbone(z)) @ z.transpose(1, 2)
+    for b in range(2):
+        for i in range(17):
+            others = [j for j in range(20) if j != i + 3]
+            logits = scores[b, i, [i + 3] + [others[k] for k in draws[b, i]]]
+            total = total + logits.logsumexp(0) - logits[0]
+            right += logits.argmax().item() == 0
+    assert agree(objective, batch, total / 34)['accuracy'].item() == pytest.approx(right / 34)
+
+
+def test_halves():
+    x = torch.arange(20.)
+    h = halves(dict(x=x.view(1, 1, 20), peaks=torch.tensor([[3, 9, 10, 18, -1]])))
+    assert torch.equal(h['x'], x.view(2, 1, 10))
+    assert h['peaks'].tolist() == [[3, 9, -1, -1, -1], [0, 8, -1, -1, -1]]
+
+
+def test_cmsc_equals_a_loop():
+    batch, total, right = records(), 0., 0
+    objective = build('cmsc', 'resnet', batch)
+    parts = [objective.encoder({'x': x})[0].mean(1) for x in batch['x'].split(600, 2)]
+    z = F.normalize(objective.head(torch.cat(parts)), dim=1)
+    scores, who = z @ z.T / .1, [7, 8, 7] * 2
+    for i in range(6):
+        others = [a for a in range(6) if a != i]
+        positives = [a for a in others if who[a] == who[i]]
+        total = total + scores[i, others].logsumexp(0) - scores[i, positives].mean()
+        right += others[scores[i, others].argmax()] in positives
+    logs = agree(objective, batch, total / 6)
+    assert logs['accuracy'].item() == pytest.approx(right / 6)
+    assert logs['chance'].item() == pytest.approx((4 * 3 + 2 * 1) / 6 / 5)
+
+
+# --- masks
+
 def test_spans_equal_a_loop(monkeypatch):
     torch.manual_seed(0)
-    draws = torch.rand(3, 56), torch.randint(50, (3, 1))
-    draws[0][2] += 1                                             # nothing starts by itself in the last sequence
-    monkeypatch.setattr(torch, 'rand', lambda *shape, **kwargs: draws[0])
-    monkeypatch.setattr(torch, 'randint', lambda *args, **kwargs: draws[1])
+    uniform, one = torch.rand(3, 56), torch.randint(50, (3, 1))
+    uniform[2] += 1                                               # here no span starts by itself
+    fix(monkeypatch, torch, rand=uniform, randint=one)
     mask, p = span_mask(3, 50, 7, hide=.3), 1 - .7 ** (1 / 7)
     for b in range(3):
-        starts = [t - 6 for t in range(56) if draws[0][b, t] < p] or [draws[1][b, 0].item()]
+        starts = [t - 6 for t in range(56) if uniform[b, t] < p] or [one[b, 0].item()]
         assert mask[b].tolist() == [any(s <= t < s + 7 for s in starts) for t in range(50)]
 
 
 @pytest.mark.parametrize('span', [1, 10, 30, 60])
 def test_spans_hide_the_share_asked_for(span):
+    """At the edges too; and never nothing."""
     torch.manual_seed(0)
     mask = span_mask(3000, 300, span).float()
-    assert within(mask.mean(1), .49) and within(mask[:, 0], .49) and within(mask[:, -1], .49)                 # edges too
-    assert 1 - (1 - .49) ** .1 == pytest.approx(.065, abs=1e-3) and span_mask(400, 300, 10, hide=1e-9).any(1).all()
+    assert all(within(share, .49) for share in (mask.mean(1), mask[:, 0], mask[:, -1]))
+    assert span_mask(400, 300, 10, hide=1e-9).any(1).all()
 
 
 def test_released_spans_hide_six_percent():
     torch.manual_seed(0)
     mask = span_mask(6000, 300, 10, released=True).float()
-    inner = mask[:, 5:-6]
-    assert within(inner.mean(1), 1 - .9935 ** 10) and mask.mean() < .065
-    assert within((mask.sum(1) == 0).float(), .9935 ** 300) and within(mask[:, -1], .0065)                    # the last only as a middle
+    assert within(mask[:, 5:-6].mean(1), 1 - .9935 ** 10) and mask.mean() < .065
+    assert within((mask.sum(1) == 0).float(), .9935 ** 300)
+    assert within(mask[:, -1], .0065)                             # the last one only as a middle
 
 
-def test_blocks_are_as_specified():
+def test_blocks_are_as_specified(monkeypatch):
+    """Lengths and disjointness; hidden and visible shares against the shares of all starts."""
     torch.manual_seed(0)
-    for _ in range(20):
-        visible, cover = block_mask(16, 300)
-        lengths = cover.sum(1) / 4
-        assert (lengths == lengths[0]).all() and 45 <= lengths[0] <= 60 and cover.max() <= 4
-        assert not (visible & (cover > 0)).any() and (visible.sum(1) >= 10).all()
+    errors, t = [], torch.arange(300)
 
+    def holds(size):
+        """Which share of a block's starts makes it hold each token."""
+        start = torch.arange(301 - size)[:, None]
+        return ((start <= t) & (t < start + size)).double().mean(0)
 
-def test_block_statistics():
-    """Hidden share and visible share against the sums over all starts, for the lengths drawn."""
-    torch.manual_seed(0)
-    unions, contexts = [], []
-    for _ in range(300):
-        share = torch.rand(2, generator=torch.Generator().manual_seed(len(unions)))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, 'rand', lambda *a, **k: share)
-            visible, cover = block_mask(8, 300, least=0)
+    assert (block_mask(500, 30)[0].sum(1) >= 10).all()            # some are drawn again
+    for share in torch.rand(300, 2):
+        fix(monkeypatch, torch, rand=share)
+        visible, cover = block_mask(8, 300)
         n, c = int(300 * (.15 + .05 * share[0])), int(300 * (.85 + .15 * share[1]))
-        t = torch.arange(300)
-        by = lambda size: (torch.minimum(t, torch.tensor(300 - size)) - (t - size + 1).clamp(min=0) + 1) / (301 - size)       # a block holds t
-        free = (1 - by(n)) ** 4
-        unions.append(((cover > 0).float().mean(1) - (1 - free).mean()).mean())
-        contexts.append((visible.float().mean(1) - (by(c) * free).mean()).mean())
-    assert within(torch.stack(unions), 0.) and within(torch.stack(contexts), 0.)
+        hidden, free = cover > 0, (1 - holds(n)) ** 4
+        assert (cover.sum(1) == 4 * n).all() and not (visible & hidden).any()
+        errors.append([hidden.double().mean() - (1 - free).mean(),
+                       visible.double().mean() - (holds(c) * free).mean()])
+    assert all(within(error, 0.) for error in torch.tensor(errors).T)
 
 
 def test_released_blocks_reveal_targets():
@@ -146,344 +173,237 @@ def test_released_blocks_reveal_targets():
     masks = [block_mask(64, 300, released=True) for _ in range(60)]
     assert all((c.sum(1) == 4 * 64).all() and (v.sum(1) >= 64).all() for v, c in masks)
     leak = torch.cat([(v & (c > 0)).any(1) for v, c in masks]).float()
-    assert within(leak, .099, errors=4)                          # a tenth of the crops, by an independent simulation
+    assert within(leak, .099, errors=4)           # a tenth of the crops, by another simulation
 
+
+# --- teachers
 
 def test_teacher_starts_as_a_copy_and_follows_in_closed_form():
-    torch.manual_seed(0)
-    student = Encoder(Config(dim=8, layers=2, causal=False))
-    teacher, start = Teacher(student, steps=100), copy.deepcopy(student.state_dict())
-    for a, b in zip(teacher.net.state_dict().values(), student.state_dict().values()):
-        assert torch.equal(a, b)
-    with torch.no_grad():
-        for p in student.parameters():
-            p.add_(1.)
-    student.stem[1].running_mean += 2
-    for _ in range(7):
-        teacher.follow(student)
-    left, moved = .5 ** (7 / 5), teacher.net.state_dict()        # half-life: 5 % of 100 steps
-    assert torch.allclose(moved['blocks.0.s4.C'], start['blocks.0.s4.C'] + 1 - left, atol=1e-5)
-    assert torch.allclose(moved['stem.1.running_mean'], start['stem.1.running_mean'] + 2 * (1 - left), atol=1e-5)
-    assert torch.equal(moved['blocks.0.s4.log_dt'], student.blocks[0].s4.log_dt)
-    assert Teacher(student, 100, momentum=.9996).momentum ** 600 == pytest.approx(.79, abs=.005)
-    frozen = Teacher(student, 100, released=('ema',))
-    before = copy.deepcopy(frozen.net.state_dict())
-    frozen.follow(student)
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), frozen.net.state_dict().values())) and frozen.mode == 'train'
-    assert not torch.equal(before['blocks.0.s4.C'], student.state_dict()['blocks.0.s4.C'])
-
-
-@pytest.mark.parametrize('kind', [JEPA, Data2Vec, DinoSR, HuBERT])
-def test_teacher_gets_no_gradient_and_eval_changes_nothing(kind):
-    torch.manual_seed(0)
-    objective = kind(Encoder(Config(dim=16, layers=2, causal=False)), steps=100).train()
-    batch = {'x': torch.randn(2, 12, 200)}
-    loss, logs = objective(batch)
-    loss.backward()
-    assert all(p.grad is None for p in objective.teacher.parameters())
-    assert sum(p.grad.abs().sum() for p in objective.encoder.parameters() if p.grad is not None) > 0
-    assert not objective.teacher.net.training
-    objective.teacher.mode = 'train'
-    objective(batch)
-    assert objective.teacher.net.training
-
-
-def frozen(objective, monkeypatch, **draws):
-    """The objective in eval mode with its masks fixed."""
-    for name, value in draws.items():
-        monkeypatch.setattr(objectives, name, lambda *args, value=value, **kwargs: value)
-    return objective.eval()
-
-
-def smooth_l1(d):
-    return .5 * d * d if abs(d) < 1 else abs(d) - .5
-
-
-def agree(objective, batch, by_hand):
-    """The objective's loss and its gradients are those of a loss written out by hand."""
-    loss, learned = objective(batch)[0], [p for p in objective.parameters() if p.requires_grad]
-    assert loss.item() == pytest.approx(by_hand.item(), abs=1e-4)
-    for a, b in zip(torch.autograd.grad(loss, learned, allow_unused=True), torch.autograd.grad(by_hand, learned, allow_unused=True)):
-        assert (a is None and b is None) or torch.allclose(a, b, atol=2e-4, rtol=1e-3)
-
-
-def features(objective, batch, visible):
-    """Student's head output and the teacher's layers and features, by hand."""
-    z = objective.encoder.tokens(batch)[0]
-    h = objective.encoder.backbone(torch.where(visible[..., None], z, objective.hidden))
-    layers = []
-    objective.teacher.net.eval()
-    with torch.no_grad():
-        f = objective.teacher.net.backbone(objective.teacher.net.tokens(batch)[0], None, layers)
-    return objective.head(h), layers, f
+    """As released it has weights of its own, which never move."""
+    student = small(layers=2)
+    new, old = student.state_dict(), copy.deepcopy(student.state_dict())
+    teacher, released = Teacher(student, steps=100), Teacher(student, 100, released=('ema',))
+    own = copy.deepcopy(released.net.state_dict())
+    assert not torch.equal(own['blocks.0.s4.C'], old['blocks.0.s4.C'])
+    for name in ('blocks.0.s4.C', 'stem.1.running_mean'):
+        new[name] += 1
+    for steps in (0, 7):
+        for _ in range(steps):
+            teacher.follow(student)
+            released.follow(student)
+        for name, value in teacher.net.state_dict().items():
+            left = .5 ** (steps / 5)                              # half-life: 5 % of 100 steps
+            expected = new[name] + left * (old[name] - new[name])
+            assert torch.allclose(value.double(), expected.double(), atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(released.net.state_dict().values(), own.values()))
+    for kept in (teacher, released):
+        kept(noise(2, 40))
+    assert released.net.training and not teacher.net.training
 
 
 def standard(x):
     """Mean 0, SD 1 over the tokens of each crop, feature by feature; x (B, L, D)."""
-    return torch.stack([torch.stack([(c - c.mean()) / (c.var(correction=0) + 1e-8) ** .5 for c in crop.T], 1) for crop in x])
+    return torch.stack([torch.stack([(c - c.mean()) / c.std(correction=0) for c in crop.T], 1)
+                        for crop in x])
 
 
 def test_standardise():
     torch.manual_seed(0)
     x = torch.randn(2, 20, 8) * 3 + 5 * torch.randn(8)
     assert torch.allclose(standardise(x), standard(x), atol=1e-5)
-    assert torch.allclose(standardise(x, 'layer')[1, 3], (x[1, 3] - x[1, 3].mean()) / (x[1, 3].var(correction=0) + 1e-5) ** .5, atol=1e-5)
+    layer = standard(x.transpose(1, 2)).transpose(1, 2)           # each token over its features
+    assert torch.allclose(standardise(x, 'layer'), layer, atol=1e-5)
+
+
+def smooth_l1(d):
+    return .5 * d * d if abs(d) < 1 else abs(d) - .5
+
+
+def masked(monkeypatch, kind, hidden, **options):
+    """An objective with a fixed mask, its batch; by hand the prediction, and the teacher's layers
+    and output."""
+    objective, batch = kind(small(layers=3), **options).eval(), noise(2, 2 * hidden.shape[1])
+    fix(monkeypatch, objectives, span_mask=hidden)
+    objective(batch)                                              # seeds HuBERT's prototypes
+    layers, net = [], objective.teacher.net
+    z = objective.encoder.tokens(batch)[0]
+    h = objective.encoder.backbone(torch.where(hidden[..., None], objective.mask_token, z))
+    with torch.no_grad():
+        f = net.backbone(net.tokens(batch)[0], None, layers)
+    return objective, batch, objective.head(h), layers, f
+
+
+@pytest.fixture
+def hidden():
+    torch.manual_seed(0)
+    return torch.rand(2, 20) < .4
 
 
 def test_jepa_equals_a_loop_over_blocks(monkeypatch):
-    torch.manual_seed(0)
-    starts, length, context = [[2, 5, 9, 14], [0, 8, 8, 15]], 4, [[1, 19], [0, 18]]
-    cover, visible = torch.zeros(2, 20, dtype=torch.long), torch.zeros(2, 20, dtype=torch.bool)
+    starts, cover = [[2, 5, 9, 14], [0, 8, 8, 15]], torch.zeros(2, 20, dtype=torch.long)
     for b in range(2):
-        visible[b, context[b][0]:context[b][1]] = True
         for s in starts[b]:
-            cover[b, s:s + length] += 1
-            visible[b, s:s + length] = False
-    objective = frozen(JEPA(Encoder(Config(dim=8, layers=2, causal=False))), monkeypatch, block_mask=(visible, cover))
-    batch = {'x': torch.randn(2, 12, 40)}
-    p, _, f = features(objective, batch, visible)
+            cover[b, s:s + 4] += 1
+    visible = cover == 0
+    visible[:, 19] = False                                        # outside the context
+    fix(monkeypatch, objectives, block_mask=(visible, cover))
+    objective, batch, p, _, f = masked(monkeypatch, JEPA, ~visible)
     d = p - standard(f)
-    terms = [smooth_l1(d[b, t, k]) for b in range(2) for s in starts[b] for t in range(s, s + length) for k in range(8)]
-    assert len(terms) == 2 * 4 * 4 * 8
+    terms = [smooth_l1(e) for b in range(2) for s in starts[b] for e in d[b, s:s + 4].flatten()]
     agree(objective, batch, sum(terms) / len(terms))
 
 
-def test_data2vec_equals_a_loop(monkeypatch):
-    torch.manual_seed(0)
-    mask = torch.rand(2, 20) < .4
-    objective = frozen(Data2Vec(Encoder(Config(dim=8, layers=3, causal=False))), monkeypatch, span_mask=mask)
-    batch = {'x': torch.randn(2, 12, 40)}
-    p, layers, _ = features(objective, batch, ~mask)
-    target = (standard(layers[1][0]) + standard(layers[2][0])) / 2
-    terms = [sum(smooth_l1(d) for d in p[b, t] - target[b, t]) / 8 ** .5 for b, t in torch.nonzero(mask).tolist()]
-    agree(objective, batch, sum(terms) / len(terms))
+def test_data2vec_equals_a_loop(monkeypatch, hidden):
+    objective, batch, p, layers, _ = masked(monkeypatch, Data2Vec, hidden)
+    d = p - (standard(layers[1][0]) + standard(layers[2][0])) / 2
+    agree(objective, batch, sum(smooth_l1(e) for e in d[hidden].flatten()) / 8 ** .5 / hidden.sum())
 
 
-def test_dinosr_equals_a_loop(monkeypatch):
-    torch.manual_seed(0)
-    mask = torch.rand(2, 20) < .4
-    objective = frozen(DinoSR(Encoder(Config(dim=8, layers=3, causal=False)), codes=6), monkeypatch, span_mask=mask)
-    batch = {'x': torch.randn(2, 12, 40)}
-    p, layers, _ = features(objective, batch, ~mask)
+def test_dinosr_equals_a_loop(monkeypatch, hidden):
+    objective, batch, p, layers, _ = masked(monkeypatch, DinoSR, hidden, codes=6)
     terms = []
-    for b, t in torch.nonzero(mask).tolist():
-        for j in range(2):
-            x = standard(layers[1 + j][1])[b, t]
-            code = min(range(6), key=lambda v: (x - objective.codebook()[j, v]).norm().item())
-            terms.append(-p[b, t, 6 * j:6 * j + 6].log_softmax(0)[code])
+    for j in range(2):
+        x, logits = standard(layers[1 + j][1]), p[..., 6 * j:6 * j + 6].log_softmax(2)
+        for b, t in hidden.nonzero().tolist():
+            terms.append(-logits[b, t, nearest(x[b, t], objective.codebook()[j])])
     agree(objective, batch, sum(terms) / len(terms))
 
 
-def test_dinosr_codebook_as_released_is_one():
-    torch.manual_seed(0)
-    objective = DinoSR(Encoder(Config(dim=8, layers=3, causal=False)), released=('codebook',)).train()
-    objective({'x': torch.randn(2, 12, 40)})[0].backward()
-    assert objective.codebook().shape == (1, 256, 8) and objective.head.out.out_features == 512
-    assert objective.head.out.weight.grad[:256].any() and not objective.head.out.weight.grad[256:].any()
-
-
-def test_dinosr_codebook_equals_a_loop(monkeypatch):
-    torch.manual_seed(0)
-    objective = DinoSR(Encoder(Config(dim=8, layers=2, causal=False)), codes=5).train()
-    before = objective.codebook().clone()
-    objective({'x': torch.randn(2, 12, 40)})
-    x, code, _ = objective.seen
-    sums, counts = objective.sums.clone(), objective.counts.clone()
-    objective.after_step(0)
-    for j in range(2):
+@pytest.mark.parametrize('released', [(), ('codebook',)])
+def test_dinosr_codebook_equals_a_loop(released):
+    """Codes are running means of their features. Unassigned codes stay; as released, with one
+    codebook and half of the head idle, they fade to the origin."""
+    objective = DinoSR(small(layers=3), codes=5, released=released)
+    objective(noise(2, 40))[0].backward()
+    gradient = objective.head.out.weight.grad
+    assert gradient[:5].any() and gradient[5:].any() != bool(released)
+    before, (x, code, _) = copy.deepcopy(objective), objective.last_assignment
+    objective.after_step()
+    for j, codes in enumerate(before.codebook()):
         for v in range(5):
-            mine = [x[j, i] for i in range(40) if min(range(5), key=lambda u: (x[j, i] - before[j, u]).norm().item()) == v]
-            s = .9 * sums[j, v] + .1 * (torch.stack(mine).sum(0) if mine else 0)
-            n = .9 * counts[j, v] + .1 * len(mine)
-            assert torch.allclose(objective.codebook()[j, v], s / n if mine else before[j, v], atol=1e-4)
-            if not mine:
-                assert torch.allclose(objective.codebook()[j, v], before[j, v], atol=1e-5)
+            mine = [y for y in x[j] if nearest(y, codes) == v]
+            total = .9 * before.sums[j, v] + .1 * sum(mine)
+            expected = total / (.9 * before.counts[j, v] + .1 * len(mine))
+            assert torch.allclose(objective.codebook()[j, v], expected, atol=1e-4)
+    before, one = objective.codebook()[:, 1:], F.one_hot(torch.zeros_like(code), 5).float().sum(1)
+    for _ in range(300):
+        objective.last_assignment = x, torch.zeros_like(code), one
+        objective.after_step()
+    used, others = objective.codebook().split((1, 4), 1)
+    assert torch.allclose(used[:, 0], x.mean(1), atol=1e-4)
+    assert others.abs().max() < 1e-3 if released else torch.equal(others, before)
 
 
 def test_sinkhorn_is_even_and_normalised():
     torch.manual_seed(0)
     q = sinkhorn(torch.randn(500, 10) * 2, rounds=60)
-    assert torch.allclose(q.sum(1), torch.ones(500), atol=1e-5) and torch.allclose(q.sum(0), torch.full((10,), 50.), rtol=1e-2)
+    assert torch.allclose(q.sum(1), torch.ones(500), atol=1e-5)
+    assert torch.allclose(q.sum(0), torch.full((10,), 50.), rtol=1e-2)
     a = torch.randn(6, 3)
     expected = (a - a.amax(1, keepdim=True)).exp()
     for _ in range(3):
-        for k in range(3):
-            expected[:, k] = expected[:, k] / (expected[:, k].sum() + 1e-8)
-        for i in range(6):
-            expected[i] = expected[i] / (expected[i].sum() + 1e-8)
+        for line in (*expected.T, *expected):                     # in place
+            line /= line.sum()
     assert torch.allclose(sinkhorn(a), expected, atol=1e-6)
 
 
-def test_seeding_finds_separate_clusters():
+def test_clusters_are_found():
     torch.manual_seed(0)
     centres = F.normalize(torch.randn(8, 16), dim=1)
-    x = F.normalize(centres.repeat(100, 1) + .01 * torch.randn(800, 16), dim=1)
-    found = (spread(x, 64) @ centres.T).argmax(1)
-    assert len(set(found.tolist())) == 8
+    x = F.normalize(centres.repeat(50, 1) + .01 * torch.randn(400, 16), dim=1)
+    assert set((kmeans_plus_plus(x, 64) @ centres.T).argmax(1).tolist()) == set(range(8))
+    found = kmeans(x, 16)
+    assert ((found @ centres.T).amax(0) > .99).all()
+    assert torch.allclose(found.norm(dim=1), torch.ones(16)) and kmeans(x[:5], 8).shape == (8, 16)
 
 
 def test_hubert_equals_a_loop(monkeypatch):
     torch.manual_seed(0)
     mask = torch.rand(2, 150) < .5
-    objective = frozen(HuBERT(Encoder(Config(dim=16, layers=1, causal=False))), monkeypatch, span_mask=mask)
-    batch = {'x': torch.randn(2, 12, 300)}
-    objective(batch)                                             # seeds the prototypes
-    p, _, f = features(objective, batch, ~mask)
-    x, total = F.normalize(standard(f).flatten(0, 1), dim=1), 0.
-    for z, proto in zip(p.flatten(0, 1).split((128, 256), 1), objective.prototypes.split((128, 256))):
-        q = sinkhorn(x @ proto.T / .15)
-        kl = torch.stack([F.kl_div((z[i] / .5).log_softmax(0), q[i], reduction='sum') for i in range(300)])
+    objective, batch, p, _, f = masked(monkeypatch, HuBERT, mask)
+    x, total, books = F.normalize(standard(f).flatten(0, 1), dim=1), 0., (128, 256)
+    for z, codes in zip(p.flatten(0, 1).split(books, 1), objective.prototypes.split(books)):
+        q = sinkhorn(x @ codes.T / .15)
+        kl = F.kl_div((z / .5).log_softmax(1), q, reduction='none').sum(1)
         entropy = torch.distributions.Categorical(logits=z).entropy().mean()
-        total += .75 * kl[mask.flatten()].mean() + .25 * kl[~mask.flatten()].mean() + .001 * entropy
+        total += .75 * kl[mask.flatten()].mean() + .25 * kl[~mask.flatten()].mean()
+        total += .001 * entropy
     agree(objective, batch, total)
 
 
-def test_effective_rank():
-    torch.manual_seed(0)
-    assert effective_rank(torch.randn(4000, 8)).item() == pytest.approx(8, abs=.1)
-    assert effective_rank(torch.randn(4000, 1) * torch.randn(8)).item() == pytest.approx(1, abs=1e-2)
-
-
-# --- the second paper's objectives, beats and patches
-
-def records(B=3, T=1200, patients=None):
-    """A batch of noise with R-peaks every 200 samples; the last record has fewer."""
-    peaks = torch.arange(150, T - 100, 200).repeat(B, 1)
-    peaks[-1, 2:] = -1
-    return dict(x=torch.randn(B, 12, T), peaks=peaks, patient=torch.tensor(patients or list(range(B))), y=(torch.rand(B, 4) < .5).float())
-
-
-def test_halves():
-    batch = dict(x=torch.arange(20.).view(1, 1, 20), peaks=torch.tensor([[3, 9, 10, 18, -1]]))
-    h = halves(batch)
-    assert h['x'].flatten(1).tolist() == [list(range(10)), list(range(10, 20))]
-    assert h['peaks'].tolist() == [[3, 9, -1, -1, -1], [0, 8, -1, -1, -1]]
-
-
-def test_cmsc_equals_a_loop():
-    torch.manual_seed(0)
-    objective, batch = CMSC(Encoder(sized('resnet', 'tiny'))).eval(), records(patients=[7, 8, 7])
-    f = torch.cat([objective.encoder({'x': batch['x'][..., a:a + 600]})[0].mean(1) for a in (0, 600)])
-    z = [v / v.norm() for v in objective.head(f)]
-    who, total, right = [7, 8, 7] * 2, 0., 0
-    for i in range(6):
-        others = [a for a in range(6) if a != i]
-        positives = [a for a in others if who[a] == who[i]]
-        assert len(positives) == (3 if who[i] == 7 else 1)
-        denominator = torch.logsumexp(torch.stack([z[i] @ z[a] / .1 for a in others]), 0)
-        total = total + sum(denominator - z[i] @ z[p] / .1 for p in positives) / len(positives)
-        right += max(others, key=lambda a: (z[i] @ z[a]).item()) in positives
-    agree(objective, batch, total / 6)
-    logs = objective(batch)[1]
-    assert logs['accuracy'].item() == pytest.approx(right / 6) and logs['chance'].item() == pytest.approx((4 * 3 + 2) / 6 / 5)
-
+# --- heartbeats, patches, labels
 
 def test_vqbeat_equals_a_loop():
-    torch.manual_seed(0)
-    objective, batch = VQBeat(Encoder(sized('beat', 'tiny')), codes=9).eval(), records()
-    objective(batch)                                             # seeds the codebook
-    h, pad = objective.encoder(batch)
-    e = F.normalize(objective.to_code(h), dim=2)
-    q = torch.zeros_like(e)
-    commit = []
-    for b, t in torch.nonzero(~pad[:, 1:]).tolist():
-        nearest = min(range(9), key=lambda k: (e[b, t + 1] - objective.codebook[k]).norm().item())
-        q[b, t + 1] = e[b, t + 1] + (objective.codebook[nearest] - e[b, t + 1]).detach()
-        commit.append((e[b, t + 1] - objective.codebook[nearest]).square().mean())
-    y = objective.from_code(q)
+    batch = records()
+    objective = build('vqbeat', 'beat', batch, codes=9)
+    objective(batch)                                              # seeds the codebook
+    before, (h, pad) = objective.codebook.clone(), objective.encoder(batch)
+    real, tokens = ~pad[:, 1:], torch.zeros(*pad.shape, 128)
+    e = F.normalize(objective.to_code(h), dim=2)[:, 1:][real]
+    code = torch.tensor([nearest(x, before) for x in e])
+    tokens[:, 1:][real] = e + (before[code] - e).detach()
+    y = objective.from_code(tokens)
     for block in objective.decoder:
         y = block(y, pad)[0]
-    beats, out = objective.encoder.stem.beats(batch)[0], objective.head(y[:, 1:])
-    errors = [(out[b, t] - beats[b, t]).square().mean() for b, t in torch.nonzero(~pad[:, 1:]).tolist()]
-    agree(objective, batch, sum(errors) / len(errors) + sum(commit) / len(commit))
-
-
-def test_vqbeat_codebook_equals_a_loop():
-    torch.manual_seed(0)
-    objective, batch = VQBeat(Encoder(sized('beat', 'tiny')), codes=9).train(), records()
-    objective(batch)
-    before, (x, code) = objective.codebook.clone(), objective.seen
-    objective.after_step(0)
+    error = (objective.head(y[:, 1:]) - objective.encoder.stem.beats(batch)[0])[real]
+    agree(objective, batch, error.square().mean() + (e - before[code]).square().mean())
+    objective.after_step()
     for v in range(9):
-        mine = [x[i] for i in range(len(x)) if code[i] == v]
-        new = before[v] if not mine else F.normalize(.99 * before[v] + .01 * F.normalize(torch.stack(mine).mean(0), dim=0), dim=0)
+        new, mine = before[v], e[code == v]
+        if len(mine):
+            new = F.normalize(.99 * new + .01 * F.normalize(mine.sum(0), dim=0), dim=0)
         assert torch.allclose(objective.codebook[v], new, atol=1e-6)
 
 
-def test_kmeans_finds_separate_clusters():
-    torch.manual_seed(0)
-    centres = F.normalize(torch.randn(8, 16), dim=1)
-    x = F.normalize(centres.repeat(50, 1) + .01 * torch.randn(400, 16), dim=1)
-    found = kmeans(x, 16)
-    assert ((found @ centres.T).amax(0) > .99).all() and torch.allclose(found.norm(dim=1), torch.ones(16))
-    assert kmeans(x[:5], 8).shape == (8, 16)                     # fewer beats than codes
-
-
-def make_beats(codes=9):
-    tokenizer = VQBeat(Encoder(sized('beat', 'tiny')), codes=codes).eval()
-    tokenizer(records(8))
-    return Beats(Encoder(sized('beat', 'tiny')), tokenizer=tokenizer).eval()
-
-
 def test_beats_equals_a_loop(monkeypatch):
-    torch.manual_seed(0)
-    objective, batch = make_beats(), records()
-    noise = torch.rand(3, 60)
-    monkeypatch.setattr(torch, 'rand', lambda *shape, **kwargs: noise)
-    pad = (batch['peaks'] < 0).repeat(1, 12)
+    batch = records()
+    objective, draws = build('beats', 'beat', batch), torch.rand(3, 60)
+    fix(monkeypatch, torch, rand=draws)
     mask = torch.zeros(3, 60, dtype=torch.bool)
     for b in range(3):
-        real = torch.nonzero(~pad[b])[:, 0].tolist()
-        mask[b, sorted(real, key=lambda t: noise[b, t].item())[:len(real) // 2]] = True
-    assert mask.sum(1).tolist() == [30, 30, 12] and not (mask & pad).any()
+        real = [t for t in range(60) if b < 2 or t % 5 < 2]       # the last has two beats of five
+        mask[b, sorted(real, key=lambda t: draws[b, t])[:len(real) // 2]] = True
     e, _ = objective.tokenizer.encode(batch)
     z, padded = objective.encoder.tokens(batch, ~mask)
-    h = objective.encoder.backbone(z, padded)
-    terms = []
-    for b, t in torch.nonzero(mask).tolist():
-        code = max(range(9), key=lambda k: (e[b, t + 1] @ objective.tokenizer.codebook[k]).item())
-        terms.append(-objective.head(h[b, t + 1]).log_softmax(0)[code])
+    logits = objective.head(objective.encoder.backbone(z, padded)[:, 1:]).log_softmax(2)
+    terms = [-logits[b, t, nearest(e[b, t + 1], objective.tokenizer.codebook)]
+             for b, t in mask.nonzero().tolist()]
     agree(objective, batch, sum(terms) / len(terms))
-    assert all(not p.requires_grad for p in objective.tokenizer.parameters())
 
 
-def test_mae_equals_a_loop(monkeypatch):
-    torch.manual_seed(0)
-    objective, batch = MAE(Encoder(sized('vit', 'tiny'))).eval(), records(2, 480)
-    noise = torch.rand(2, 40)
-    monkeypatch.setattr(torch, 'rand', lambda *shape, **kwargs: noise)
-    mask = torch.stack([n <= n.sort().values[19] for n in noise])                            # the 20 smallest of 40
-    z, _ = objective.encoder.tokens(batch, ~mask)
+@pytest.mark.parametrize('raw, count', [(False, 20), (True, 2)])
+def test_mae_equals_a_loop(raw, count, monkeypatch):
+    batch = noise(2, 480)
+    objective = build('mae', 'vit', batch, hide=count / 40, raw_target=raw)
+    draws, terms = torch.rand(2, 40), []
+    fix(monkeypatch, torch, rand=draws)
+    hidden, visible = draws.argsort(1).split((count, 40 - count), 1)
+    z, _ = objective.encoder.tokens(batch, visible)
     y = objective.embed(objective.encoder.backbone(z))
-    terms = []
     for b in range(2):
-        seen = iter(y[b, 1:])
-        line = torch.stack([y[b, 0]] + [objective.hidden if m else next(seen) for m in mask[b]]) + objective.place[:41]
-        p = objective.head(objective.norm(objective.decoder(line[None])[0]))[0, 1:]
-        for t in torch.nonzero(mask[b])[:, 0].tolist():
+        line = objective.mask_token.repeat(41, 1)
+        line[0], line[visible[b] + 1] = y[b, 0], y[b, 1:]
+        line, _ = objective.decoder((line + objective.position[:41])[None])
+        p = objective.head(objective.norm(line))[0, 1:]
+        for t in hidden[b].tolist():
             patch = batch['x'][b, :, 12 * t:12 * t + 12]
-            patch = patch - patch.mean(1, keepdim=True)
-            terms.append((p[t] - (patch / (patch.square().mean() + 1e-6).sqrt()).flatten()).square().mean())
+            if not raw:
+                patch = patch - patch.mean(1, keepdim=True)
+                patch = patch / (patch.square().mean() + 1e-6).sqrt()
+            terms.append((p[t] - patch.flatten()).square().mean())
     agree(objective, batch, sum(terms) / len(terms))
-
-
-def test_mae_hides_the_same_number_everywhere():
-    torch.manual_seed(0)
-    for hide in (.05, .5, .75):
-        logs = MAE(Encoder(sized('vit', 'tiny')), hide=hide)(records(2, 2400))[1]
-        assert logs['hidden'].item() == pytest.approx(hide, abs=1e-6)
 
 
 @pytest.mark.parametrize('focal', [0., 2.])
 def test_supervised_equals_a_loop(focal):
-    torch.manual_seed(0)
-    objective, batch = Supervised(Encoder(sized('s4', 'tiny')), columns=[2, 0, 3], focal=focal).eval(), records()
+    batch = records()
     batch['y'][1, 2] = math.nan
+    objective = build('supervised', 's4', batch, columns=[2, 0, 3], focal=focal)
     z, terms = objective.head(objective.encoder(batch)[0]), []
     for b in range(3):
-        for k, c in enumerate([2, 0, 3]):
-            if math.isfinite(batch['y'][b, c]):
-                p = z[b, k].sigmoid() if batch['y'][b, c] else 1 - z[b, k].sigmoid()
+        for k, y in enumerate(batch['y'][b, [2, 0, 3]]):
+            if y.isfinite():
+                p = (z[b, k] if y else -z[b, k]).sigmoid()
                 terms.append(-p.log() * (1 - p) ** focal)
     assert len(terms) == 8
     agree(objective, batch, sum(terms) / 8)
@@ -491,169 +411,161 @@ def test_supervised_equals_a_loop(focal):
 
 # --- every pair
 
-def build(name, backbone):
-    kind = OBJECTIVES[name]
-    more = {'supervised': dict(columns=range(4)), 'beats': dict(tokenizer=None), 'vqbeat': dict(codes=64)}.get(name, {})
-    if name == 'beats':
-        more['tokenizer'] = make_beats(codes=64).tokenizer
-    return kind(Encoder(sized(backbone, 'tiny', kind.causal)), steps=10, **more)
-
-
-def derived(name, objective, batch, logs):
+def zero_head_loss(name, objective, batch, logs):
     """The loss with a zeroed head where every token is hidden."""
-    if name in ('jepa', 'data2vec'):                             # smooth L1 of the target itself
+    if name in ('jepa', 'data2vec'):                              # smooth L1 of the target itself
         layers, f = objective.teacher(batch)
-        target = standardise(f) if name == 'jepa' else (standardise(layers[-1][0]) + standardise(layers[-2][0])) / 2
+        parts = [f] if name == 'jepa' else [layers[-1][0], layers[-2][0]]
+        target = sum(map(standardise, parts)) / len(parts)
         error = F.smooth_l1_loss(torch.zeros_like(target), target).item()
-        return error * (objective.encoder.dim ** .5 if name == 'data2vec' else 1)
-    if name == 'hubert':                                         # uniform prediction: ln K - entropy of the target, + .001 ln K
+        return error * (1 if name == 'jepa' else objective.encoder.dim ** .5)
+    if name == 'hubert':                        # ln K - entropy of the target, + .001 ln K
         x = F.normalize(standardise(logs['target']).flatten(0, 1), dim=1)
-        entropy = [torch.special.entr(sinkhorn(x @ p.T / .15)).sum(1).mean().item() for p in objective.prototypes.split((128, 256))]
-        return (.75 + .001) * math.log(128 * 256) - .75 * sum(entropy)
+        targets = [sinkhorn(x @ p.T / .15) for p in objective.prototypes.split((128, 256))]
+        entropy = sum(torch.special.entr(q).sum(1).mean().item() for q in targets)
+        return .751 * math.log(128 * 256) - .75 * entropy
     if name == 'vqbeat':
         beats, pad = objective.encoder.stem.beats(batch)
-        e = objective.encode(batch)[0][:, 1:][~pad]
-        return (beats[~pad].square().mean() + (e - objective.codebook[(e @ objective.codebook.T).argmax(1)]).square().mean()).item()
-    return {'cpc': math.log(129), 'dinosr': math.log(256), 'cmsc': math.log(2 * 3 - 1), 'beats': math.log(64), 'mae': 1., 'supervised': math.log(2)}[name]
+        cosine = (logs['features'] @ objective.codebook.T).amax(1).mean()
+        return (beats[~pad].square().mean() + (2 - 2 * cosine) / 128).item()
+    return {'cpc': math.log(129), 'dinosr': math.log(256), 'cmsc': math.log(2 * 3 - 1),
+            'beats': math.log(64), 'mae': 1., 'supervised': math.log(2)}[name]
 
 
-@pytest.mark.parametrize('name, backbone', [(name, backbone) for name, kind in OBJECTIVES.items() for backbone in kind.backbones])
+@pytest.mark.parametrize('name, backbone', PAIRS)
 def test_every_pair_learns(name, backbone, monkeypatch):
-    """Two steps: finite losses, a gradient for every trainable tensor and none for what is fixed, and the loss of a zeroed head."""
+    """Two steps: finite losses, a gradient for all that learns and none for teachers and
+    tokenizers; then the loss of a zeroed head."""
     torch.manual_seed(0)
-    objective, batch = build(name, backbone).train(), records()
+    batch = records()
+    objective = build(name, backbone, batch).train()
     learned = {n: p for n, p in objective.named_parameters() if p.requires_grad}
     optimiser = torch.optim.AdamW(learned.values(), lr=1e-3)
-    for step in range(2):
+    for _ in range(2):
         loss, logs = objective(batch)
         loss.backward()
         assert loss.isfinite()
         idle = [n for n, p in learned.items() if p.grad is None]
-        assert idle == (['encoder.stem.hidden'] if backbone == 'beat' and name != 'beats' else [])            # learns only where beats are hidden
+        masked = backbone != 'beat' or name == 'beats'            # else no beat is ever hidden
+        assert idle == ([] if masked else ['encoder.stem.mask_token'])
         assert all(p.grad is None for n, p in objective.named_parameters() if n not in learned)
-        optimiser.step(), optimiser.zero_grad()
-        objective.after_step(step)
-    numbers, alarm = health(logs)
-    assert all(math.isfinite(v) for v in numbers.values()) and 1 <= numbers['rank'] <= 128 and 0 <= numbers['std'] <= 1.01
+        optimiser.step()
+        optimiser.zero_grad()
+        objective.after_step()
+    assert all(map(math.isfinite, health(logs)[0].values()))
     objective.eval()
     if name == 'hubert':
         objective.age.zero_()
     last = [m for m in objective.head.modules() if isinstance(m, torch.nn.Linear)][-1]
-    last.weight.data.zero_()
-    if last.bias is not None:
-        last.bias.data.zero_()
-    monkeypatch.setattr(objectives, 'span_mask', lambda B, L, *args: torch.ones(B, L, dtype=torch.bool))
-    monkeypatch.setattr(objectives, 'block_mask', lambda B, L, *args: (torch.zeros(B, L, dtype=torch.bool), torch.ones(B, L, dtype=torch.long)))
+    for p in last.parameters():
+        p.data.zero_()
+    every = torch.ones(3, 600, dtype=torch.bool)
+    fix(monkeypatch, objectives, span_mask=every, block_mask=(~every, every.long()))
     loss, logs = objective(batch)
-    assert loss.item() == pytest.approx(derived(name, objective, batch, logs), rel=2e-4)
+    assert loss.item() == pytest.approx(zero_head_loss(name, objective, batch, logs), rel=2e-4)
+    assert name != 'cpc' or logs['accuracy'] == 0                 # all tie: collapse is no success
 
 
-# --- leaks
+@pytest.mark.parametrize('name, backbone', PAIRS)
+def test_every_pair_takes_a_step_in_bf16(name, backbone, monkeypatch):
+    """The loss is that of fp32 within 2 %. Without oneDNN, since its bf16 convolutions of 16 taps
+    over 4 or 8 channels (Net1D's) are wrong on CPUs with AMX."""
+    monkeypatch.setattr(torch.backends.mkldnn, 'enabled', False)
+    torch.manual_seed(0)
+    batch, losses = records(T=600), []
+    objective = build(name, backbone, batch)
+    for low in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast('cpu', torch.bfloat16, enabled=low):
+            loss, _ = objective(batch)
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=.02) and losses[1] != losses[0]
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(objective.parameters(), 1., error_if_nonfinite=True)
+    objective.after_step()
+    assert all(v.isfinite().all() for v in objective.state_dict().values())
 
-@pytest.mark.parametrize('name, backbone', [(n, b) for n in ('jepa', 'data2vec', 'dinosr', 'hubert') for b in OBJECTIVES[n].backbones] + [('beats', 'beat'), ('mae', 'vit')])
+
+@pytest.mark.parametrize('name, backbone', [
+    pair for pair in PAIRS if pair[0] in (*TEACHERS, 'beats', 'mae')])
 def test_what_is_hidden_cannot_be_seen(name, backbone, monkeypatch):
-    """Other values in the hidden samples change no output of the student at all; other values in visible ones do."""
+    """Other values in the hidden samples change no output of the student at all; other values in
+    visible ones do. Every second beat or patch is hidden, or every second ten tokens."""
     torch.manual_seed(0)
-    objective, batch = build(name, backbone).eval(), records()
-    out, hidden = [], torch.zeros(3, 12, 1200, dtype=torch.bool)
+    batch, out, t = records(), [], torch.arange(1200)
+    objective, hidden = build(name, backbone, batch), t // 12 % 2 == 0
     if name == 'beats':
-        noise = torch.rand(3, 60)
-        monkeypatch.setattr(torch, 'rand', lambda *shape, **kwargs: noise)
-        pad = (batch['peaks'] < 0).repeat(1, 12)
-        rank = noise.masked_fill(pad, 2.).argsort(1).argsort(1)
-        for b, t in torch.nonzero(rank < (~pad).sum(1, keepdim=True) // 2).tolist():
-            p = batch['peaks'][b, t % 5]
-            hidden[b, t // 5, p - 100:p + 100] = True
-    elif name == 'mae':
-        noise = torch.rand(3, 100)
-        monkeypatch.setattr(torch, 'rand', lambda *shape, **kwargs: noise)
-        hidden[:] = (noise.argsort(1).argsort(1) < 50).repeat_interleave(12, 1)[:, None]
-    elif name == 'jepa':
-        visible, cover = block_mask(3, 600)
-        monkeypatch.setattr(objectives, 'block_mask', lambda *args: (visible, cover))
-    else:
-        visible = ~span_mask(3, 600, 10)
-        monkeypatch.setattr(objectives, 'span_mask', lambda *args: ~visible)
-    if name in ('jepa', 'data2vec', 'dinosr', 'hubert'):         # token t sees samples 2 t - 1 to 2 t + 1
-        seen = torch.zeros(3, 1202, dtype=torch.bool)
-        for k in range(3):
-            seen[:, k:k + 1200:2] |= visible
-        hidden[:] = ~seen[:, None, 1:1201]
+        hidden = torch.zeros(3, 12, 1200, dtype=torch.bool)
+        for token in range(0, 60, 2):
+            for b, p in enumerate(batch['peaks'][:, token % 5]):
+                hidden[b, token // 5, p - 100:p + 100] = p > 0
+    elif name in TEACHERS:                              # token i sees samples 2 i - 1 to 2 i + 1
+        mask = t[:600] // 10 % 2 == 0
+        hidden = mask[t // 2] & mask[((t + 1) // 2).clamp(max=599)]
+        mask = mask.repeat(3, 1)
+        fix(monkeypatch, objectives, block_mask=(~mask, mask), span_mask=mask)
+    draws = (t[:60 if name == 'beats' else 100] % 2.).repeat(3, 1)
+    fix(monkeypatch, torch, rand=draws)                           # the lower half is hidden
     objective.head.register_forward_hook(lambda module, inputs, output: out.append(output))
-    objective(batch)
-    for where in (hidden, ~hidden):
-        assert where.any()
-        objective({**batch, 'x': torch.where(where, batch['x'] + 1, batch['x'])})
-    assert torch.equal(out[0], out[1]) and not torch.equal(out[0], out[2])
+    for where in (0, hidden, ~hidden):
+        objective({**batch, 'x': batch['x'] + where})
+    assert hidden.any() and torch.equal(out[0], out[1]) and not torch.equal(out[0], out[2])
 
 
-# --- health and alarms
-
-def test_unassigned_codes_stay_for_good():
-    torch.manual_seed(0)
-    for released, stays in (((), True), (('codebook',), False)):
-        objective = DinoSR(Encoder(Config(dim=8, layers=2, causal=False)), codes=5, released=released)
-        before = objective.codebook().clone()
-        x, code = torch.randn(objective.books, 40, 8), torch.zeros(objective.books, 40, dtype=torch.long)
-        for _ in range(300):
-            objective.seen = x, code, F.one_hot(code, 5).float().sum(1)
-            objective.after_step(0)
-        dead = objective.codebook()[:, 1:]
-        assert torch.equal(dead, before[:, 1:]) if stays else dead.abs().max() < 1e-3        # as released they fade to the origin
-        assert torch.allclose(objective.codebook()[:, 0], x.mean(1), atol=1e-4)
-
+# --- health
 
 def test_alarms_fire_on_collapse():
     torch.manual_seed(0)
-    good = dict(features=torch.randn(4, 300, 16), target=torch.randn(4, 300, 16), hits=torch.full((2, 64), 30.))
+    x = torch.randn(8, 512, 8)
+    line, same = x[..., :1] * torch.randn(8), torch.randn(8) + .001 * x
+    good = dict(features=x, target=x, hits=torch.full((2, 64), 30.))
     numbers, alarm = health(good)
-    assert alarm == '' and numbers['std'] == pytest.approx(1, abs=.02) and numbers['perplexity'] == pytest.approx(64) and numbers['chance'] == pytest.approx(1 / 64)
-    assert 'one direction' in health({**good, 'features': torch.randn(4, 300, 1) * torch.randn(16)})[1]
-    assert 'all the same' in health({**good, 'features': torch.randn(16) + .001 * torch.randn(4, 300, 16)})[1]
-    for constant in (torch.ones(4, 300, 16), torch.zeros(4, 300, 16)):
-        numbers, alarm = health({**good, 'features': constant})
-        assert numbers['rank'] == pytest.approx(1, abs=1e-3) and 'one direction' in alarm and 'all the same' in alarm
-    assert 'targets hardly vary' in health({**good, 'target': torch.randn(16) + .001 * torch.randn(4, 300, 16)})[1]
-    one = torch.zeros(2, 64)
-    one[:, 3] = 1000
-    numbers, alarm = health({**good, 'hits': one})
-    assert 'any code' in alarm and numbers['perplexity'] == pytest.approx(1) and numbers['chance'] == 1 and numbers['codes'] == 1
+    expected = dict(rank=8, std=1, target_std=1, codes=64, chance=1 / 64, perplexity=64)
+    assert not alarm and numbers == pytest.approx(expected, rel=.0125)
+    for name, logs in (('rank', dict(features=line)), ('std', dict(features=same)),
+                       ('target_std', dict(target=same))):
+        assert health(good | logs)[1].endswith(ALARMS[name])
+    one = F.one_hot(torch.tensor([3, 3]), 64) * 1000.
+    expected = dict(rank=1, std=0, target_std=0, codes=1, chance=1, perplexity=1)
+    for constant in (torch.ones_like(x), torch.zeros_like(x)):
+        numbers, alarm = health(dict(features=constant, target=constant, hits=one))
+        assert all(text in alarm for text in ALARMS.values())
+        assert numbers == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize('kind', [JEPA, Data2Vec, DinoSR, HuBERT])
-def test_a_constant_teacher_raises_an_alarm(kind):
+def test_codebooks_of_two_sizes_share_one_limit():
+    """2 % of the mean of HuBERT's 128 and 256 codes is 3.84: 3 and 4 codes in use are too few, 4
+    and 4 are enough."""
+    for used, alarming in ((3, True), (4, False)):
+        hits = torch.zeros(128), torch.zeros(256)
+        hits[0][:used], hits[1][:4] = 1000., 1000.
+        numbers, alarm = health(dict(features=torch.randn(300, 16), hits=hits))
+        assert numbers['codes'] == pytest.approx(numbers['perplexity']) == (used + 4) / 2
+        assert ('any code' in alarm) == alarming
+
+
+@pytest.mark.parametrize('name', TEACHERS)
+def test_a_constant_teacher_raises_an_alarm(name):
     torch.manual_seed(0)
-    batch = {'x': torch.randn(4, 12, 600).cumsum(2) * .1}
-    objective = kind(see_data(Encoder(Config(dim=16, layers=2, causal=False)), [batch]), steps=100).eval()
-    assert health(objective(batch)[1])[1] == ''
-    objective.teacher.net.blocks[-1].norm.weight.data.zero_()    # every feature the same
-    objective.teacher.net.blocks[-1].out.weight.data.zero_()     # and every branch
-    assert health(objective(batch)[1])[1] != ''
+    batch = {'x': torch.randn(4, 12, 600).cumsum(2)}
+    objective = build(name, 's4', batch)
+    assert not health(objective(batch)[1])[1]
+    last = objective.teacher.net.blocks[-1]
+    last.norm.weight.data.zero_()                                 # every feature the same
+    last.out.weight.data.zero_()                                  # and every branch
+    assert health(objective(batch)[1])[1]
 
 
 def test_released_input_is_positional():
+    """V4 is divided by what is another lead's SD."""
     x = torch.zeros(1, 12, 5)
-    x[0, 9] = .14030828 + .00155546                              # V4, divided by what is another lead's SD
-    assert released_input(x)[0, 9, 0].item() == pytest.approx(1, abs=1e-4) and released_input(x)[0, 0, 0].item() == pytest.approx(.00184586 / .16401004, abs=1e-5)
+    x[0, 9] = .14030828 + .00155546
+    y = released_input(x)[0, :, 3]
+    assert (y[0], y[9]) == pytest.approx((.00184586 / .16401004, 1), abs=1e-5)
 
 
-def test_pairs_and_picture(tmp_path, here, capsys):
-    objectives.main(['--pairs'])
+def test_pairs_are_printed(capsys, monkeypatch):
+    monkeypatch.setattr('sys.argv', ['objectives.py'])
+    objectives.main()
     text = capsys.readouterr().out
     assert all(name in text for name in OBJECTIVES)
-    objectives.main(['--out', str(tmp_path / 'o.png')])
-    assert (tmp_path / 'o.png').stat().st_size > 10_000
-    with pytest.raises(SystemExit, match='--record 500: the sample has records 0 to'):
-        objectives.main(['--record', '500'])
-
-
-def test_raw_target_is_millivolts():
-    """Patch by patch, lead by lead, the signal itself; with a zeroed head the loss is its mean square over all patches but one."""
-    objective, batch = MAE(Encoder(sized('vit', 'tiny')), hide=.999, raw_target=True).eval(), records(2, 480)
-    target = objective.target(batch)                             # (B, 40, 12 12): 50 ms are 12 samples
-    x = batch['x']
-    assert all(torch.equal(target[b, i, 12 * lead:12 * lead + 12], x[b, lead, 12 * i:12 * i + 12]) for b in (0, 1) for i in (0, 17, 39) for lead in (0, 11))
-    objective.head.weight.data.zero_(), objective.head.bias.data.zero_()
-    squares = target.square().mean(2)                            # (B, 40)
-    loss = objective(batch)[0].item()
-    assert squares.sum().sub(squares.amax(1).sum()).item() / 78 - 1e-7 <= loss <= squares.sum().sub(squares.amin(1).sum()).item() / 78 + 1e-7

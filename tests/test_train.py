@@ -1,380 +1,357 @@
-"""The pretraining loop: exact resume after a kill, refusals, benchmark."""
+"""The pretraining loop: exact resuming, what a run leaves behind, refusals, two processes."""
 import csv
+import math
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import data
-import objectives
 import train
-from models import load
+from data import Contract, Dataset, Stop, read_seen, run_script
+from models import Encoder, config_of, load
+from objectives import CPC, JEPA, OBJECTIVES, released_input
+from tests import benchmark
 
-ROOT = Path(__file__).resolve().parent.parent
-SHORT = '--steps 30 --batch 8 --layers 1 --log-every 5 --save-every 10 --probe-every 15 --seed 3'.split()
-
-
-def start(*flags):
-    return subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+SCRIPTS = {**os.environ, 'PYTHONPATH': str(Path(__file__).resolve().parent.parent)}
 
 
-def rows(path):
-    return [{k: v for k, v in r.items() if k not in ('seconds', 'crops_per_second')} for r in csv.DictReader(open(path))]
+def run(out, flags=''):
+    """A short run in out/OUT: its checkpoint."""
+    short = '--batch 4 --records 16 --layers 1 --log-every 1 --probe-every 0'
+    train.main(f'{short} {flags} --out out/{out}'.split())
+    return load(f'out/{out}')
 
 
-def test_killed_and_resumed_is_bitwise_the_same(here):
-    whole = start(*SHORT, '--out', 'out/whole')
-    assert whole.wait() == 0, whole.stdout.read()
-    killed, checkpoint = start(*SHORT, '--out', 'out/killed'), here / 'out/killed/ckpt.pt'
-    while not (checkpoint.exists() and load(checkpoint)['step'] >= 10):
-        assert killed.poll() is None, killed.stdout.read()
-        time.sleep(.01)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    assert load(checkpoint)['step'] < 30
-    again = start('--resume', '--out', 'out/killed')
-    assert again.wait() == 0, again.stdout.read()
-    a, b = load(here / 'out/whole/ckpt.pt'), load(checkpoint)
-    assert a['step'] == b['step'] == 30 and a['state'].keys() == b['state'].keys()
-    assert all(torch.equal(a['state'][k], b['state'][k]) for k in a['state'])
-    assert rows(here / 'out/whole/log.csv') == rows(here / 'out/killed/log.csv')
-    assert (here / 'out/killed/loss.png').exists()
+def resume(out):
+    train.main(['--resume', '--out', f'out/{out}'])
+    return load(f'out/{out}')
 
 
-@pytest.mark.parametrize('objective, backbone', [('cpc', 's4'), ('jepa', 's4d'), ('data2vec', 'transformer'), ('dinosr', 's4'), ('hubert', 's4'),
-                                                 ('cmsc', 'resnet'), ('vqbeat', 'beat'), ('beats', 'beat'), ('mae', 'vit'), ('supervised', 's4')])
-def test_every_objective_resumes_exactly(here, monkeypatch, objective, backbone):
-    """Teachers, codebooks, prototypes and temperatures come back with the weights."""
-    flags = f'--objective {objective} --backbone {backbone} --layers 2 --steps 4 --batch 4 --save-every 2 --log-every 1 --probe-every 0 --out out/{objective}'
-    if objective == 'beats':
-        train.main('--objective vqbeat --steps 1 --batch 4 --codes 32 --probe-every 0 --out out/vq'.split())
-        flags = '--tokenizer out/vq ' + flags
-    train.main((flags + '-whole').split())
-    kind = train.OBJECTIVES[objective]
-    after, seen = kind.after_step, []
-
-    def interrupted(self, step):
-        seen.append(step)
-        if step == 2:
-            raise KeyboardInterrupt
-        after(self, step)
-
-    monkeypatch.setattr(kind, 'after_step', interrupted)
-    with pytest.raises(SystemExit, match='stopped; go on from'):
-        train.main((flags + '-cut').split())
-    monkeypatch.undo()
-    monkeypatch.chdir(here)
-    train.main(['--resume', '--out', f'out/{objective}-cut'])
-    a, b = (load(here / f'out/{objective}-{end}/ckpt.pt') for end in ('whole', 'cut'))
-    assert all(torch.equal(a['state'][k], b['state'][k]) for k in a['state']) and seen == [0, 1, 2]
-    assert rows(here / f'out/{objective}-whole/log.csv') == rows(here / f'out/{objective}-cut/log.csv')
+def read(path):
+    """The rows of a table, without times."""
+    with open(path) as f:
+        return [{k: v for k, v in row.items() if k != 'seconds'} for row in csv.DictReader(f)]
 
 
-def test_loss_falls(here):
-    train.main('--steps 60 --batch 16 --layers 1 --probe-every 0 --out out/falls'.split())
-    losses = [float(r['loss']) for r in rows(here / 'out/falls/log.csv')]
-    assert losses[-1] < 4.7                                      # below chance, ln 129 = 4.86
+def log(out):
+    return read(f'out/{out}/log.csv')
 
 
-def test_non_finite_loss_stops_and_keeps_the_last_good_state(here):
-    with pytest.raises(SystemExit, match='at step . the loss or its gradient was not finite.*lower --lr'):
-        train.main('--steps 20 --batch 4 --layers 1 --lr 1e30 --clip 1e30 --probe-every 0 --out out/blown'.split())
-    state = load(here / 'out/blown/ckpt.pt')['state']
-    assert all(t.isfinite().all() for t in state.values()) and (here / 'out/blown/bad_batch.pt').exists()
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_bad_gradient_never_reaches_a_checkpoint(here, monkeypatch):
-    from objectives import CPC
-    forward = CPC.forward
+def arguments(flags):
+    a = train.make_parser().parse_args(flags.split())
+    train.fill_in(a)
+    return a
+
+
+def prepare(name, labels, contract=Contract()):
+    """A dataset of 30 records of noise."""
+    noise = np.random.default_rng(0).normal(0, .05, (30, 720, 12))
+    records = (data.Record(str(i), x=x, fs=240, leads=data.LEADS, unit='mV',
+                           labels={f'label/{name}': i % 2 for name in labels})
+               for i, x in enumerate(noise))
+    data.prepare(name, records, contract, workers=1, peaks=False)
+
+
+# -------------------------------------------------------------------------------------------------
+# resuming
+
+@pytest.mark.parametrize('name', OBJECTIVES)
+def test_interrupted_run_goes_on_exactly(here, monkeypatch, name):
+    """Ctrl-C in the second of four steps. Compared with a run that keeps copies: weights, teachers,
+    codebooks and the log, bit for bit."""
+    flags, kind, steps = f'--objective {name} --layers 2 --steps 4', OBJECTIVES[name], []
+    if name == 'beats':
+        run('vq', '--objective vqbeat --steps 1 --codes 32')
+        flags += ' --tokenizer out/vq'
+    whole = run(f'{name}_whole', f'{flags} --keep 0 2 4')
+    kept = {step: load(f'out/{name}_whole/ckpt_{step}.pt') for step in (0, 2, 4)}
+    after_step = kind.after_step
+
+    def interrupt(self):
+        after_step(self)
+        steps.append(0)
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, 'after_step', interrupt)
+        with pytest.raises(SystemExit, match='saved at step 2'):
+            run(f'{name}_cut', flags)
+    cut = load(f'out/{name}_cut')
+    end = resume(f'{name}_cut')
+    assert same(cut['state'], kept[2]['state']) and same(end['state'], kept[4]['state'])
+    assert all(same(c['initial'], kept[0]['encoder']) for c in (whole, cut, end))
+    assert log(f'{name}_whole') == log(f'{name}_cut')
+    assert whole['contract']['window'] == whole['args']['window'] / kind.views
+    if name not in ('vqbeat', 'beats'):
+        assert {row['alarm'] for row in log(f'{name}_whole')} == {''}
+
+
+KILLED = '''
+import os, torch, train
+write = torch.save
+def save(checkpoint, file):
+    if checkpoint['step'] == 20:
+        file.write(b'half a checkpoint')
+        file.flush()
+        os.kill(os.getpid(), 9)
+    write(checkpoint, file)
+torch.save = save
+train.main()
+'''
+
+
+def test_run_killed_while_it_saves_goes_on_exactly(here):
+    """The probe and the log leave no trace in the weights, and the loss falls below chance."""
+    flags = '--steps 30 --batch 8 --layers 1 --log-every 5 --save-every 10 --seed 3 --out'.split()
+    killed = subprocess.run([sys.executable, '-c', KILLED, *flags, 'out/killed'], env=SCRIPTS)
+    assert killed.returncode == -signal.SIGKILL and load('out/killed')['step'] == 10
+    train.main([*flags, 'out/whole'])
+    train.main([*flags, 'out/quiet', '--log-every', '30', '--probe-every', '0'])
+    whole = load('out/whole')
+    assert same(whole['state'], resume('killed')['state']) and log('whole') == log('killed')
+    assert same(whole['state'], load('out/quiet')['state'])
+    assert float(log('whole')[-1]['loss']) < math.log(129)
+
+
+def test_full_disk_leaves_the_checkpoint_before(here):
+    """A limit on the size of files stands in for a full disk. The checkpoint of step 0, which has
+    no moments of the optimiser yet, fits."""
+    resource = pytest.importorskip('resource')
+    run('fits', '--steps 1')
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = os.path.getsize('out/fits/ckpt.pt') * 4 // 5
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most[1]))
+    try:
+        with pytest.raises(Stop):                          # one line
+            run_script(lambda: run('full', '--steps 1'))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert load('out/full')['step'] == 0 and not [*Path('out/full').glob('*.partial')]
+
+
+def test_only_the_run_itself_is_resumed_or_overwritten(here):
+    run('mine', '--steps 1')
+    before = Path('out/mine/ckpt.pt').read_bytes()
+    for flags, why in (('', 'exists: add --resume'), ('--resume --size base', 'than --size'),
+                       ('--resume --steps 800', 'than --steps')):          # 800 is the default
+        with pytest.raises(SystemExit, match=why):
+            train.main(f'{flags} --out out/mine'.split())
+    assert Path('out/mine/ckpt.pt').read_bytes() == before
+    assert run('mine', '--steps 2 --force')['step'] == 2
+    os.makedirs('out/thesis')
+    with pytest.raises(SystemExit, match='out/thesis exists'):
+        run('thesis', '--steps 1 --force')
+
+
+def test_data_prepared_anew_is_not_resumed(here):
+    """The number of labels is the head's width, so this is asked before weights are loaded."""
+    prepare('anew', 'ab')
+    run('anew', '--objective supervised --steps 1 --data anew')
+    prepare('anew', 'a')
+    with pytest.raises(SystemExit, match='begun with other data'):
+        resume('anew')
+
+
+# -------------------------------------------------------------------------------------------------
+# what training does
+
+def test_bad_gradient_stops_before_it_is_saved(here, monkeypatch):
+    """The loss of the third step is finite, but not its gradient. Its batch is kept."""
+    forward, seen = CPC.forward, []
 
     def poisoned(self, batch):
         loss, logs = forward(self, batch)
-        steps.append(0)
-        return (loss + (0 * self.head.weight.sum()).sqrt() if len(steps) == 3 else loss), logs                # finite loss, NaN gradient
+        seen.append(batch)
+        root = (0 * self.head.weight.sum()).sqrt()
+        return loss + root if len(seen) == 3 else loss, logs
 
-    steps = []
     monkeypatch.setattr(CPC, 'forward', poisoned)
     with pytest.raises(SystemExit, match='at step 2 .*norm nan'):
-        train.main('--steps 6 --batch 4 --layers 1 --save-every 1 --probe-every 0 --out out/poisoned'.split())
-    checkpoint = load(here / 'out/poisoned/ckpt.pt')
-    assert checkpoint['step'] == 2 and all(t.isfinite().all() for t in checkpoint['state'].values())
+        run('poisoned', '--steps 6 --save-every 1')
+    last = load('out/poisoned')
+    assert last['step'] == 2 and all(t.isfinite().all() for t in last['state'].values())
+    assert torch.equal(torch.load('out/poisoned/bad_batch.pt')['x'], seen[2]['x'])
 
 
-def test_an_exploded_gradient_stops(here, monkeypatch):
-    monkeypatch.setattr(train, 'EXPLODED', 1e-3)
-    with pytest.raises(SystemExit, match='at step 0 .* the norm of the gradient above 0.001'):
-        train.main('--steps 6 --batch 4 --layers 1 --probe-every 0 --out out/exploded'.split())
-    assert load(here / 'out/exploded/ckpt.pt')['step'] == 0
+def test_exploding_gradient_stops(here):
+    with pytest.raises(SystemExit, match=r'norm \d.*lower --lr'):
+        run('exploded', '--steps 20 --lr 1e4 --clip 1e9')
+    assert load('out/exploded')['step'] == 0 and Path('out/exploded/bad_batch.pt').exists()
 
 
-def test_a_failing_write_leaves_the_checkpoint_before(here):
-    """RLIMIT_FSIZE stands in for a full disk. The checkpoint of step 0 has no moments yet and fits, the next does not."""
-    resource = pytest.importorskip('resource')
-    flags = '--steps 4 --batch 4 --layers 1 --save-every 2 --probe-every 0 --out'.split()
-    train.main([*flags, 'out/fits'])
-    size = (here / 'out/fits/ckpt.pt').stat().st_size - 500
-    done = subprocess.run([sys.executable, str(ROOT / 'train.py'), *flags, 'out/full'], capture_output=True, text=True,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
-    assert done.returncode == 1 and 'ckpt.pt cannot be written' in done.stderr and 'Traceback' not in done.stderr
-    assert load(here / 'out/full/ckpt.pt')['step'] == 0 and not list((here / 'out/full').glob('*.partial'))
-
-
-def test_numeric_labels_do_not_disturb_pretraining(here):
-    rng = np.random.default_rng(0)
-    np.save('num.npy', rng.normal(0, .2, (60, 12, 800)).cumsum(2) * .05)
-    Path('num.csv').write_text('hr,sick\n' + ''.join(f'{60 + i},{i % 2}\n' for i in range(60)))
-    data.main('array --root num.npy --fs-in 250 --labels num.csv --out num --workers 1 --no-peaks'.split())
-    train.main('--steps 2 --batch 4 --layers 1 --data num --out out/num'.split())
-    assert load(here / 'out/num/ckpt.pt')['step'] == 2
-
-
-def test_data_prepared_anew_with_other_labels_is_one_line(here):
-    """The number of labels decides the head's shape, so this must be asked before the weights are loaded."""
-    def prepare(names, answers):
-        Path('anew.csv').write_text(names + ''.join(answers.format(i % 2) for i in range(30)))
-        data.main('array --root anew.npy --fs-in 250 --labels anew.csv --out anew --workers 1 --no-peaks'.split())
-
-    np.save('anew.npy', np.random.default_rng(0).normal(0, .2, (30, 12, 800)).cumsum(2) * .05)
-    prepare('a,b\n', '{0},{0}\n')
-    train.main('--objective supervised --steps 1 --batch 4 --layers 1 --probe-every 0 --data anew --out out/anew'.split())
-    prepare('a\n', '{0}\n')
-    with pytest.raises(SystemExit, match='prepared anew'):
-        train.main('--resume --out out/anew'.split())
-
-
-def test_choices_that_do_not_exist_are_one_line(here):
-    for flags, why in (('--objective cpc --backbone resnet', 'cpc does not run on resnet: take s4, s4d, transformer, net1d'),
-                       ('--objective cpc --hide .3', 'cpc has no --hide: it takes --horizon, --negatives'),
-                       ('--objective cpc --as_released ema', '--as_released ema: of cpc there is lr to switch'),
-                       ('--size 5x320', 's4 has no size 5x320'), ('--objective beats', 'train one with python train.py --objective vqbeat'),
-                       ('--objective beats --tokenizer out/none', 'no checkpoint at'), ('--objective supervised --task target', 'needs yes/no labels'),
-                       ('--objective mae --hide 1.5', '--hide 1.5 must lie between 0 and 1')):
-        with pytest.raises(SystemExit, match=why):
-            train.main([*flags.split(), '--out', 'out/refused'])
-    assert not (here / 'out/refused').exists()
-
-
-def test_released_rates_and_input(here):
-    """Head 3e-3, backbone and mask token a tenth, stem a hundredth, all constant; the student sees standardised input."""
-    a = train.knobs().parse_args('--objective jepa --as_released lr,norm'.split())
-    train.settle(a)
+def test_released_rates_input_and_teacher(here, monkeypatch):
+    """Rates: head 3e-3, backbone and mask token a tenth, stem a hundredth, all constant. The input
+    is standardised. The teacher has weights of its own, which stay."""
+    flags = '--objective jepa --as_released ema,lr,norm --steps 2'
+    a = arguments(flags)
     objective = train.build(a, 240)
     groups = train.optimiser_groups(objective, a)
-    assert [g['peak'] for g in groups] == pytest.approx([3e-3, 3e-4, 3e-5])
-    assert sum(p.numel() for g in groups for p in g['params']) == sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    assert any(p is objective.hidden for p in groups[1]['params'])
-    seen, real = [], objectives.JEPA.forward
-    with pytest.MonkeyPatch.context() as patch:
-        real = objectives.JEPA.forward
-        patch.setattr(objectives.JEPA, 'forward', lambda self, batch: (seen.append(batch['x']), real(self, batch))[1])
-        train.main('--objective jepa --as_released lr,norm --steps 2 --batch 4 --log-every 1 --probe-every 0 --out out/released'.split())
-    x = data.Dataset('synthetic').batch(data.Dataset('synthetic').split()[0], 600, 4, 0, 0)['x']
-    assert torch.equal(seen[0], objectives.released_input(x))
-    assert [float(r['lr']) for r in rows(here / 'out/released/log.csv')] == [3e-3, 3e-3]
+    grouped = [p for group in groups for p in group['params']]
+    assert [group['peak'] for group in groups] == pytest.approx([3e-3, 3e-4, 3e-5])
+    assert {*map(id, grouped)} == {id(p) for p in objective.parameters() if p.requires_grad}
+    assert any(p is objective.mask_token for p in groups[1]['params'])
+    forward, seen = JEPA.forward, []
+    monkeypatch.setattr(JEPA, 'forward',
+                        lambda self, batch: seen.append(batch) or forward(self, batch))
+    end = run('released', flags + ' --keep 0')['state']
+    start = load('out/released/ckpt_0.pt')['state']
+    ds = Dataset('synthetic')
+    x = ds.batch(ds.nested(ds.split()[0], 16, 0), 600, 4, 0, 0)['x']
+    assert torch.equal(seen[0]['x'], released_input(x))
+    assert [float(row['lr']) for row in log('released')] == [3e-3, 3e-3]
+    student, teacher = 'encoder.stem.0.weight', 'teacher.net.stem.0.weight'
+    assert torch.equal(start[teacher], end[teacher])
+    assert not torch.equal(start[student], end[student])
+    assert not torch.equal(start[student], start[teacher])
 
 
 def test_teacher_copies_statistics_that_have_seen_data(here):
-    """BatchNorm is calibrated before the copy is made, and that leaves the weights alone."""
-    a = train.knobs().parse_args('--objective jepa'.split())
-    train.settle(a)
-    ds = data.Dataset('synthetic')
+    """BatchNorm is calibrated before the copy is made, and nothing else changes."""
+    a, ds, built = arguments('--objective jepa'), Dataset('synthetic'), []
     batches = [ds.batch(ds.split()[0], 600, 16, 0, step) for step in range(3)]
-    built = []
     for given in ((), batches):
         torch.manual_seed(0)
         built.append(train.build(a, 240, batches=given))
-    old, new = (o.state_dict() for o in built)
+    old, new = (objective.state_dict() for objective in built)
     changed = [k for k in old if not torch.equal(old[k], new[k])]
     assert changed and all('running' in k or 'tracked' in k for k in changed)
-    assert torch.allclose(new['teacher.net.stem.1.running_mean'], torch.stack([built[1].encoder.stem[0](b['x']).mean((0, 2)) for b in batches]).mean(0), atol=1e-5)
-    stale, fresh = (objectives.health(o.eval()(batches[0])[1])[0]['target_std'] for o in built)
-    assert stale < .3 and fresh > .5                             # a teacher that has seen nothing hardly tells tokens apart
+    means = [built[1].encoder.stem[0](batch['x']).mean((0, 2)) for batch in batches]
+    torch.testing.assert_close(new['teacher.net.stem.1.running_mean'], sum(means) / 3)
 
 
-@pytest.mark.parametrize('objective', ['cpc', 'jepa', 'data2vec', 'dinosr', 'hubert', 'mae', 'cmsc', 'supervised'])
-def test_healthy_runs_raise_no_alarm(here, objective):
-    train.main(f'--objective {objective} --steps 12 --batch 8 --log-every 3 --probe-every 0 --out out/healthy_{objective}'.split())
-    assert {r['alarm'] for r in rows(here / f'out/healthy_{objective}/log.csv')} == {''}
+def test_what_a_run_and_its_tokenizer_have_seen_is_noted(here):
+    run('vqs', '--objective vqbeat --steps 1 --codes 32 --data sample')
+    run('bs', '--objective beats --tokenizer out/vqs --steps 1')
+    names = []
+    for ds in Dataset('sample'), Dataset('synthetic'):
+        rows = ds.nested(ds.split()[0], 16, 0)
+        names.append({*ds.patient[rows], *ds.recording[rows], *ds.signal[rows]})
+    assert read_seen('out/vqs') == names[0] and read_seen('out/bs') == names[0] | names[1]
 
 
 def test_alarm_reaches_the_log(here, monkeypatch, capsys):
-    monkeypatch.setattr(train, 'health', lambda logs: ({'rank': 1.}, 'rank 1: features lie in one direction'))
-    train.main('--steps 3 --batch 4 --layers 1 --log-every 1 --probe-every 0 --out out/alarm'.split())
-    out = capsys.readouterr().out
-    assert '! rank 1: features lie in one direction' in out and 'logged steps raised an alarm' in out
-    assert {r['alarm'] for r in rows(here / 'out/alarm/log.csv')} == {'rank 1: features lie in one direction'}
+    monkeypatch.setattr(train, 'health', lambda logs: ({'rank': 1.}, 'rank 1: collapsed'))
+    run('alarm', '--steps 3')
+    assert {row['alarm'] for row in log('alarm')} == {'rank 1: collapsed'}
+    assert capsys.readouterr().out.count('rank 1: collapsed') == 4         # and once at the end
 
 
-def test_patients_of_the_tokenizer_count_as_seen(here):
-    train.main('--objective vqbeat --steps 1 --batch 4 --codes 32 --probe-every 0 --data sample --out out/vqs'.split())
-    train.main('--objective beats --tokenizer out/vqs --steps 1 --batch 4 --probe-every 0 --out out/bs'.split())
-    patients = load(here / 'out/bs/ckpt.pt')['patients']
-    assert any(p.startswith('ptbxl/') for p in patients) and any(p.startswith('synthetic0/') for p in patients)
-
-
-def test_existing_folder_is_not_overwritten(here):
-    train.main('--steps 1 --batch 4 --layers 1 --probe-every 0 --out out/mine'.split())
-    before = (here / 'out/mine/ckpt.pt').read_bytes()
-    with pytest.raises(SystemExit, match='exists: add --resume'):
-        train.main('--steps 1 --out out/mine'.split())
-    with pytest.raises(SystemExit, match='was started with --size tiny'):
-        train.main('--size base --resume --out out/mine'.split())
-    with pytest.raises(SystemExit, match='was started with --steps 1'):
-        train.main('--steps 800 --resume --out out/mine'.split())                            # 800 is the default, but it was typed
-    assert (here / 'out/mine/ckpt.pt').read_bytes() == before
-    train.main('--steps 2 --batch 4 --layers 1 --probe-every 0 --out out/mine --force'.split())
-    assert load(here / 'out/mine/ckpt.pt')['step'] == 2
-    (here / 'out/thesis').mkdir()
-    (here / 'out/thesis/figure.png').write_bytes(b'mine')
-    with pytest.raises(SystemExit, match='is no run folder'):
-        train.main('--steps 1 --out out/thesis --force'.split())
-    assert (here / 'out/thesis/figure.png').exists()
-
-
-@pytest.mark.parametrize('flags, why', [
-    ('--data nowhere', "no dataset 'nowhere'"), ('--steps 0', 'must be 1 or more'), ('--window .1', '0.5 s or more'), ('--seed -1', '--seed'),
-    ('--lr nan', '--lr'), ('--window inf', '--window'), ('--objective dinosr --layers 1', 'last two layers'), ('--out a/../b', 'without ..'), ('--device tpu', 'cannot be used here'), ('--device meta', 'cannot be used here'), ('--horizon 300', 'no more tokens than the horizon'),
-    ('--out /proc/nothing', 'cannot be made'), ('--window 11', 'lasts 11.0 s'),
-    ('--resume --out out/nothing', 'nothing to resume')])
-def test_bad_requests_stop_before_anything_is_written(here, flags, why):
-    before = sorted((here / 'out').glob('*')) if (here / 'out').exists() else []
-    with pytest.raises(SystemExit, match=why):
-        train.main(flags.split())
-    assert before == (sorted((here / 'out').glob('*')) if (here / 'out').exists() else [])
-
-
-def test_checkpoint_says_what_it_is(here):
-    train.main('--steps 1 --batch 4 --layers 1 --probe-every 0 --data sample,synthetic --out out/both'.split())
-    c = load(here / 'out/both/ckpt.pt')
-    assert c['objective'] == 'cpc' and c['config']['causal'] and c['contract']['fs'] == 240 and c['contract']['window'] == 2.5
-    assert any(p.startswith('ptbxl/') for p in c['patients']) and any(p.startswith('synthetic0/') for p in c['patients'])
-
-
-@pytest.mark.parametrize('objective', list(train.OBJECTIVES))
-def test_benchmark_parts_make_up_the_step(here, objective):
-    train.main(f'--benchmark {objective} --batch 2 --layers 2'.split())
-    row, = csv.DictReader(open('out/benchmark.csv'))
-    assert row['objective'] == objective and float(row['crops_per_second']) > 0 and float(row['gflop']) > 0 and float(row['traffic_ms']) > 0
-    parts = {part: float(row[f'{part}_ms']) for part in train.PARTS}
-    assert [part for part in parts if parts[part] <= 0] == ([] if objective in ('jepa', 'data2vec', 'dinosr', 'hubert') else ['teacher'])
-    assert .2 < sum(parts.values()) / float(row['step_ms']) < 5  # measured in turn: the same but for noise
-
-
-def test_traffic_is_counted_by_hand():
-    x, w = torch.ones(10, 4), torch.ones(4, 3)
-    with train.Traffic() as traffic:
-        y = (x.t().t() + x) @ w                                  # views move nothing, products are counted elsewhere
-        y.sum()
-        torch.nn.functional.linear(x[None], w.t())               # products of three dimensions go through a view, too
-    assert traffic.bytes == 4 * (40 + 40 + 40) + 4 * (30 + 1)
+def test_intervals_that_nobody_set(here):
+    """On a CPU: a row every 20 steps, a probe at the first, the last and every 200th."""
+    train.main('--steps 201 --batch 1 --layers 1 --records 8 --probe-records 40 '
+               '--out out/intervals'.split())
+    rows = log('intervals')
+    assert [int(row['step']) for row in rows] == [*range(0, 200, 20), 199, 200]
+    assert [int(row['step']) for row in rows if row['probe']] == [0, 199, 200]
 
 
 def test_batches_come_in_order_and_faults_where_they_are_wanted():
-    def fetch(step):
-        if step == 3:
-            raise ValueError('lost')
-        return 10 * step
-
-    got = []
-    with pytest.raises(ValueError, match='lost'):
-        for step, batch in train.ahead(fetch, range(1, 6)):
-            got.append((step, batch))
-    assert got == [(1, 10), (2, 20)]
-    with pytest.raises(SystemExit, match='no batch for 0 s: is the disk'):
-        list(train.ahead(lambda step: time.sleep(5), range(2), patience=.05))
+    batches = train.prefetch(lambda step: 6 // (3 - step), range(1, 6))
+    assert [next(batches), next(batches)] == [(1, 3), (2, 6)]
+    with pytest.raises(ZeroDivisionError):
+        next(batches)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('flags, why', [
+    ('--backbone resnet', 'cpc does not run on resnet: take s4, s4d, transformer, net1d'),
+    ('--hide .3', 'cpc has no --hide: it has --horizon, --negatives'),
+    ('--as_released ema', 'cpc has lr to switch'),
+    ('--objective data2vec --as_released mask --hide .3', 'leave --hide out'),
+    ('--objective jepa --as_released norm --data normed', 'standardises millivolts'),
+    ('--objective beats', 'train one with python train.py --objective vqbeat'),
+    ('--objective supervised --task target', 'yes/no labels are needed'),
+    ('--objective dinosr --layers 1', 'must be 2 or more'),
+    ('--size 5x320', 's4 has no size 5x320'), ('--data nowhere', "no dataset 'nowhere'"),
+    ('--window 11', 'lasts 11.0 s'), ('--horizon 300', 'lower --horizon'),
+    ('--device meta', 'cannot be used'), ('--resume', 'nothing to resume'),
+    ('--steps 0', '--steps'), ('--lr nan', '--lr'), ('--hide 1.5', '--hide'),
+    ('--seed -1', '--seed')])
+def test_bad_requests_stop_before_anything_is_written(here, capsys, flags, why):
+    if 'normed' in flags:
+        prepare('normed', 'a', Contract(norm='record', unit='SD'))
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags.split(), '--out', 'out/refused'])
+    assert why in f'{stop.value} {capsys.readouterr().err}' and not Path('out/refused').exists()
+
+
+# -------------------------------------------------------------------------------------------------
 # two processes
 
-def as_one_of_two(rank, folder, port, flags):
-    """Train under the environment that torchrun sets, then leave one's weights in folder/rank.pt."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-    os.chdir(folder)
-    torch.set_num_threads(1)
-    a = train.knobs().parse_args(flags.split())
-    train.settle(a)
-    train.join(a)
-    objective = train.train(a, Path(a.out))
-    torch.save(dict(objective.named_parameters()), f'{a.out}_{rank}.pt')
-    torch.distributed.destroy_process_group()
-    os._exit(0)                                                  # as at the end of train.py
-
-
-def averaged_gradient(rank, folder, port):
-    """The gradient under DistributedDataParallel on one half of a batch, BatchNorm's statistics fixed and no dropout."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-    torch.distributed.init_process_group('gloo')
-    objective, batch = still_supervised(folder, (rank, 2))
-    parallel = train.distribute(objective)
-    parallel(batch)[0].backward()
-    if not rank:
-        torch.save([p.grad for p in objective.parameters()], f'{folder}/gradient.pt')
-    torch.distributed.destroy_process_group()
-    os._exit(0)                                                  # as at the end of train.py
-
-
-def still_supervised(folder, share):
-    """A supervised objective in eval mode, which draws nothing at random, and its share of a batch."""
-    os.chdir(folder)
-    ds = data.Dataset('synthetic')
+def supervised(share):
+    """A supervised objective in eval mode, which draws nothing at random; its share of a batch."""
+    ds = Dataset('synthetic')
     torch.manual_seed(0)
-    objective = train.OBJECTIVES['supervised'](train.Encoder(train.sized('s4', 'tiny')), columns=range(6)).eval()
+    objective = OBJECTIVES['supervised'](Encoder(config_of('s4', 'tiny')), columns=range(6)).eval()
     return objective, ds.batch(ds.split()[0], 600, 8, 0, 0, share)
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return str(s.getsockname()[1])
+def as_one_of_two():
+    """What torchrun starts: the gradient of half a batch, a run, one that halts and goes on."""
+    whole = train.train
+
+    def both(a, out, checkpoint, until, rank, world, interrupted):
+        objective, half = supervised((rank, world))
+        parallel = train.distribute(objective)
+        parallel(half)[0].backward()
+        whole(a, out, None, 2, rank, world)
+        dist.barrier()
+        halted = whole(a, out, load(out), None, rank, world)
+        whole(a, Path('out/never_halted'), None, None, rank, world)
+        torch.save([[p.grad for p in objective.parameters()], dict(halted.named_parameters())],
+                   out / f'{rank}.pt')
+
+    train.train = both
+    train.main()
 
 
-@pytest.mark.parametrize('objective', ['cpc', 'dinosr'])
-def test_two_processes_hold_the_same_weights(here, objective):
-    flags = f'--objective {objective} --steps 3 --batch 8 --layers 2 --probe-every 0 --out out/two_{objective}'
-    torch.multiprocessing.spawn(as_one_of_two, (str(here), free_port(), flags), 2)
-    a, b = (load(here / f'out/two_{objective}_{rank}.pt') for rank in (0, 1))
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    c = load(here / f'out/two_{objective}/ckpt.pt')
-    assert c['step'] == 3 and all(torch.equal(c['state'][k], a[k]) for k in a)
-
-
-def test_torchrun_trains_and_resumes(here):
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(ROOT / 'train.py')]
-    flags = '--steps 4 --batch 8 --layers 1 --save-every 2 --probe-every 2 --out out/run'.split()
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0 and done.stdout.count('4 steps of 8 crops') == 1, done.stderr
-    assert load(here / 'out/run/ckpt.pt')['step'] == 4 and load(here / 'out/run/ckpt.pt')['world'] == 2
-    with pytest.raises(SystemExit, match='begun with 2 processes, not 1'):
-        train.main('--resume --out out/run'.split())
-
-
-def test_growth_draws_what_it_measured(here, monkeypatch):
-    monkeypatch.setattr(train, 'GROWTH', {'batch': (2, 4), 'records': (100,)})
-    train.main('--benchmark growth'.split())
-    table = list(csv.DictReader(open('out/growth.csv')))
-    assert [(r['axis'], r['value']) for r in table] == [('batch', '2'), ('batch', '4'), ('records', '100')]
-    assert all(float(r['ms']) > 0 for r in table) and Path('out/growth.png').exists()
-
-
-def test_averaged_gradient_is_that_of_the_joint_batch(here):
-    torch.multiprocessing.spawn(averaged_gradient, (str(here), free_port()), 2)
-    objective, batch = still_supervised(here, (0, 1))
+def test_two_processes(here):
+    """They hold the same weights, resume exactly, and average their gradients to that of the whole
+    batch."""
+    flags = '--objective dinosr --steps 4 --batch 8 --layers 2 --probe-every 2 --out out/two'
+    torchrun = '-m torch.distributed.run --standalone --nproc_per_node 2'
+    done = subprocess.run([sys.executable, *torchrun.split(), __file__, *flags.split()],
+                          capture_output=True, text=True, env=SCRIPTS)
+    assert done.returncode == 0 and done.stdout.count('4 steps of 8 crops') == 3, done.stderr
+    end, (gradient, weights) = load('out/two'), torch.load('out/two/0.pt')
+    assert same(weights, torch.load('out/two/1.pt')[1])
+    assert all(torch.equal(end['state'][k], weights[k]) for k in weights)
+    assert same(end['state'], load('out/never_halted')['state'])
+    objective, batch = supervised((0, 1))
     objective(batch)[0].backward()
-    for p, g in zip(objective.parameters(), load(here / 'gradient.pt'), strict=True):
-        assert torch.allclose(p.grad, g, rtol=1e-4, atol=1e-7)
+    for p, g in zip(objective.parameters(), gradient, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-7)
+    with pytest.raises(SystemExit, match=r'other processes \(2\)'):
+        resume('two')
 
 
-def test_shares_make_up_the_batch(here):
-    ds = data.Dataset('synthetic')
-    whole, *parts = (ds.batch(ds.split()[0], 600, 8, 0, 5, share) for share in ((0, 1), (0, 2), (1, 2)))
-    for k in ('x', 'y'):
-        np.testing.assert_array_equal(whole[k][0::2], parts[0][k])
-        np.testing.assert_array_equal(whole[k][1::2], parts[1][k])
+# -------------------------------------------------------------------------------------------------
+# the benchmark command
+
+def test_benchmark_measures_every_part(here, monkeypatch):
+    assert benchmark.alone(max, 2, 3) == 3                 # in another process, not so the rest
+    monkeypatch.setattr(benchmark, 'alone', lambda work, *arguments: work(*arguments))
+    monkeypatch.setattr(benchmark, 'GROWTH', {'batch': (2, 4), 'records': (50,)})
+    monkeypatch.setattr(benchmark, 'LENGTHS', (20,))
+    for what in ('jepa', 'growth', 'convolutions'):
+        benchmark.main([what, *'--size 4x12 --batch 2 --out out/benchmark'.split()])
+    step, = read('out/benchmark/jepa.csv')
+    assert all(float(step[f'{part}_ms']) > 0 for part in benchmark.PARTS)
+    assert [row['value'] for row in read('out/benchmark/growth.csv')] == ['2', '4', '50']
+    fft, matrices = read('out/benchmark/convolutions.csv')[:2]
+    assert float(fft['error']) < 1e-5 and float(matrices['error']) < 1e-5
+
+
+if __name__ == '__main__':
+    as_one_of_two()
