@@ -31,10 +31,11 @@ import zipfile
 import zlib
 from array import array as compact
 from collections import Counter
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
+from math import isnan, nan
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,8 +112,8 @@ class Record:
     fs: float = 0.
     leads: tuple = ()
     unit: str = ''
-    age: float = math.nan                                           # years
-    sex: float = math.nan                                           # 1 female, 0 male
+    age: float = nan                                           # years
+    sex: float = nan                                           # 1 female, 0 male
     labels: dict = None
     fold: int = -1                                                  # -1: to be drawn
     strata: tuple = None                                            # what stratified folds balance
@@ -137,29 +138,30 @@ def read_csv(path, *needed):
         try:
             separator = max(',;\t', key=file.readline().count)
             file.seek(0)
-            reader = csv.reader(file, delimiter=separator)
+            reader = csv.reader(file, delimiter=separator, strict=True)
             names = [name.strip() for name in next(reader, [])]
             if len(set(names)) < len(names):
                 raise Stop(f'{path}: its first line must name each column once')
             if missing := [name for name in needed if name not in names]:
                 raise Stop(f'{path} has no column {", ".join(missing)}')
             for cells in reader:
-                if len(cells) > len(names):
-                    raise Stop(f'{path}, line {reader.line_num}: more cells than the first line')
-                if any(cell.strip() for cell in cells):
-                    yield dict.fromkeys(names, '') | dict(zip(names, map(str.strip, cells)))
-        except UnicodeDecodeError:
-            raise Stop(f'{path} is not in UTF-8: save it so')
-        except csv.Error as e:
-            raise Stop(f'{path} is no table: {e}')
+                if not any(cell.strip() for cell in cells):
+                    continue
+                if len(cells) != len(names):
+                    raise Stop(f'{path}, line {reader.line_num}: {len(cells)} cells, but '
+                               f'{len(names)} columns')
+                yield dict(zip(names, map(str.strip, cells)))
+        except (UnicodeDecodeError, csv.Error) as e:
+            raise Stop(f'{path} is no table, or not in UTF-8: {e}')
 
 
 def number(text):
-    """A cell as a finite float; NaN for blanks and words."""
+    """A cell as a float that float32 can hold; NaN for blanks and words."""
     try:
-        return float(text) if math.isfinite(float(text)) else math.nan
+        value = float(text.replace('_', 'x'))                       # Python takes 1_0 for 10
     except ValueError:
-        return math.nan
+        return nan
+    return value if abs(value) < 1e38 else nan
 
 
 def whole(text):
@@ -167,18 +169,25 @@ def whole(text):
     return re.sub(r'^(\d+)\.0+$', r'\1', text.strip())
 
 
+def fold_number(text):
+    """A cell as the number of a fold; -1 if it is none."""
+    return int(whole(text)) if re.fullmatch(r'\d{1,4}', whole(text)) else -1
+
+
 def years(text):
     """An age in years. 300 stands for over 89 in PTB-XL; what no one reaches is unknown."""
     age = number(text)
     if age == 300:
         return 90.
-    return age if 0 <= age <= 120 else math.nan
+    return age if 0 <= age <= 120 else nan
 
 
 def is_female(text):
     """1 for female, 0 for male, NaN for anything else (MIMIC writes 'missing')."""
-    words = {'f': 1., 'female': 1., '1': 1., '1.0': 1., 'm': 0., 'male': 0., '0': 0., '0.0': 0.}
-    return words.get(text.strip(' \'"').lower(), math.nan)
+    word = text.strip(' \'"').lower()
+    if word in ('m', 'male', '0', '0.0'):
+        return 0.
+    return 1. if word in ('f', 'female', '1', '1.0') else nan
 
 
 def split_codes(text):
@@ -190,7 +199,7 @@ def split_codes(text):
 def with_sex_and_age(names, sex, age, edges):
     """Names, and groups of sex and age, for folds that balance them too."""
     groups = [(f'sex {sex:g}', sex), (f'age {sum(age >= e for e in edges)}', age)]
-    return (*names, *(name for name, value in groups if not math.isnan(value)))
+    return (*names, *(name for name, value in groups if not isnan(value)))
 
 
 # columns of a table of one's own that are no labels, and other names under which they are known
@@ -206,34 +215,35 @@ def read_labels(path, ignore=()):
     if not Path(path).is_file():
         raise Stop(f'no file {path}: --labels must name a csv file')
     table, rows = list(read_csv(path, *ignore)), []
-    columns = {name: OWN.get(name.lower(), name) for name in (table[0] if table else ())
-               if name and name not in ignore}
+    columns = {name: OWN.get(name.lower(), name if '/' in name else f'label/{name}')
+               for name in (table[0] if table else ()) if name and name not in ignore}
     if len(set(columns.values())) < len(columns):
         raise Stop(f'{path}: two of {", ".join(columns)} mean the same: --ignore one')
-    names = [name for name in columns if columns[name] == name and name not in OWN]
+    names = [name for name, own in columns.items() if own not in OWN]
     for name in names:
         others = {row[name] for row in table if number(row[name]) not in (0, 1)} - {''}
         if others:
             print(f'{path}: column {name} is a number, not yes or no (it has {min(others)}): '
                   'scored by MAE')
     for i, cells in enumerate(table, 1):
-        row = {'id': '', 'patient': '', 'age': '', 'sex': '', 'fold': ''}
-        row |= {own: cells[name] for name, own in columns.items()}
+        row = dict.fromkeys(OWN, '') | {own: cells[name] for name, own in columns.items()}
         for name in names:
-            if row[name] and math.isnan(number(row[name])):
-                raise Stop(f'{path}, row {i}, column {name}: {row[name][:40]!r} is no number; use '
-                           f'1, 0, or blank for unknown, rename it id, or --ignore {name}')
-        age, sex, fold, patient = row['age'], row['sex'], whole(row['fold']), whole(row['patient'])
-        if age.lower() not in UNKNOWN and math.isnan(number(age)):
+            if cells[name] and isnan(number(cells[name])):
+                raise Stop(f'{path}, row {i}, column {name}: {cells[name][:40]!r} is no number; '
+                           f'use 1, 0, or blank for unknown, rename it id, or --ignore {name}')
+        age, sex, fold, patient = row['age'], row['sex'], row['fold'], whole(row['patient'])
+        if patient.lower() in UNKNOWN:
+            patient = ''
+        if age.lower() not in UNKNOWN and isnan(number(age)):
             raise Stop(f'{path}, row {i}: age {age!r} is no number of years')
-        if sex.lower() not in UNKNOWN and math.isnan(is_female(sex)):
+        if sex.lower() not in UNKNOWN and isnan(is_female(sex)):
             raise Stop(f'{path}, row {i}: sex {sex!r}? Write female, male, or leave it blank')
-        if fold and not re.fullmatch(r'\d{1,4}', fold):
+        if fold and fold_number(fold) < 0:
             raise Stop(f'{path}, row {i}: fold {fold!r} is no whole number')
         rows.append(dict(
             id=row['id'], patient=f'patient {patient}' if patient.isdigit() else patient,
-            fold=int(fold or -1), age=years(age), sex=is_female(sex),
-            labels={name if '/' in name else f'label/{name}': number(row[name]) for name in names}))
+            fold=fold_number(fold), age=years(age), sex=is_female(sex),
+            labels={columns[name]: number(cells[name]) for name in names}))
     return rows
 
 
@@ -244,6 +254,9 @@ def match_labels(path, ignore, names):
     by_id = {re.sub(r'\.(hea|dat|mat)$', '', row['id']): row for row in rows}
     if len(by_id) < len(rows):
         raise Stop(f'{path}: a column id must name the record of each row, each once')
+    last = Counter(name.split('/')[-1] for name in names)
+    if several := [i for i in by_id if i not in names and last[i] > 1]:
+        raise Stop(f'{path}: {several[0]} is the name of several records: give their paths')
     found = [by_id.get(name, by_id.get(name.split('/')[-1], {})) for name in names]
     count = sum(map(bool, found))
     print(f'{path}: {len(rows)} rows; {count} records have one, {len(names) - count} do not')
@@ -280,7 +293,9 @@ def read_header(path):
     fs = number(re.split('[/(]', first[2])[0])
     if not 50 <= fs <= 10000:
         raise BadRecord('absurd fs')
-    if not number(first[3] if len(first) > 3 else '0') <= MAX_SECONDS * fs:
+    if len(first) > 3 and not first[3].isdigit():
+        raise BadRecord(f'unreadable length {first[3]}')
+    if len(first) > 3 and int(first[3]) > MAX_SECONDS * fs:
         raise BadRecord('longer than an hour')
     wanted, units = [], set()
     for position, words in enumerate(signals[:int(first[1])]):
@@ -307,12 +322,17 @@ def load_wfdb(record, path):
     record.fs, wanted, record.unit, comments = read_header(path)
     if not wanted:
         raise BadRecord('none of the twelve leads is there')
-    file = wfdb.rdrecord(str(path), channels=wanted)
-    record.x, record.leads = file.p_signal, tuple(file.sig_name)
-    field = lambda name: re.search(rf'(?im)\b{name}>?\s*:[ \t]*(\w[\w.]*)', comments)
-    if math.isnan(record.age) and (found := field('age')):
+    # wfdb averages a frame with its invalid samples, and applies no skew in formats 8, 508 ... 524
+    file = wfdb.rdrecord(str(path), channels=wanted, smooth_frames=False, ignore_skew=True)
+    record.x, record.leads = np.full((file.sig_len, len(wanted)), np.nan), tuple(file.sig_name)
+    for i, (x, skew) in enumerate(zip(file.e_p_signal, file.skew)):
+        frames = x.reshape(file.sig_len, -1).mean(1)[skew or 0:]
+        record.x[:len(frames), i] = frames
+    field = lambda name: re.search(rf'(?im)(?:^#\s*|<){name}>?\s*:[ \t]*'
+                                   r'(\w[\w.]*)(?![\w.]| *(?:week|month|day))', comments)
+    if isnan(record.age) and (found := field('age')):
         record.age = years(found[1])
-    if math.isnan(record.sex) and (found := field('sex')):
+    if isnan(record.sex) and (found := field('sex')):
         record.sex = is_female(found[1])
     return comments
 
@@ -332,8 +352,6 @@ def ptbxl(root, rate=100, folders=()):
     all (71 statements), diag (44), form (19), rhythm (12), sub (23), super (5). A statement counts
     whatever its likelihood; folds are strat_fold. folders: only these, such as 00000."""
     root, file = Path(root), 'filename_lr' if rate == 100 else 'filename_hr'
-    if not (root / f'records{rate}').is_dir() and (root / f'records{600 - rate}').is_dir():
-        raise Stop(f'{root} has no records{rate}, but records{600 - rate}: add --rate {600 - rate}')
     names = {}                                                      # statement -> its labels
     for row in read_csv(root / 'scp_statements.csv', '', 'diagnostic', 'form', 'rhythm',
                         'diagnostic_class', 'diagnostic_subclass'):
@@ -348,19 +366,18 @@ def ptbxl(root, rate=100, folders=()):
                         'scp_codes', 'strat_fold', file):
         if folders and Path(row[file]).parent.name not in folders:
             continue
-        patient, fold = whole(row['patient_id']), number(row['strat_fold'])
-        load = partial(load_ptbxl, path=root / row[file], codes=row['scp_codes'],
-                                 names=names)
-        yield Record(f'ptbxl/{row["ecg_id"]}', f'ptbxl/patient{patient}' if patient else '',
+        patient = whole(row['patient_id'])
+        load = partial(load_ptbxl, path=root / row[file], codes=row['scp_codes'], names=names)
+        yield Record(f'ptbxl/{whole(row["ecg_id"])}', f'ptbxl/patient{patient}' if patient else '',
                      age=years(row['age']), sex=is_female(row['sex']), labels=no, load=load,
-                     fold=-1 if math.isnan(fold) else int(fold))
+                     fold=fold_number(row['strat_fold']))
 
 
 def load_ptbxl(record, path, codes, names):
     """Signal and labels of one row of ptbxl_database.csv."""
     try:
-        codes = list(ast.literal_eval(codes))
-    except (ValueError, SyntaxError, TypeError):
+        codes = ast.literal_eval(codes).keys()
+    except (ValueError, SyntaxError, TypeError, AttributeError):
         raise BadRecord('unreadable scp_codes')
     for code in codes:
         record.labels = record.labels | dict.fromkeys(names.get(code, [f'all/{code}']), 1.)
@@ -448,12 +465,12 @@ def code15(root):
     samples, six findings. Hashed folds by patient. Its unit is not stated: taken as mV, as in the
     released code, though the CODE test set of the same group is in .1 mV: check that the SD is .2
     to .4 before mixing. Not tried on real files."""
-    names, yes = ('1dAVb', 'RBBB', 'LBBB', 'SB', 'AF', 'ST'), {'true': 1., 'false': 0.}
-    value = lambda text: yes.get(text.lower(), number(text))
+    names, yes = ('1dAVb', 'RBBB', 'LBBB', 'SB', 'AF', 'ST'), {'true': '1', 'false': '0'}
+    value = lambda text: is_female(yes.get(text.lower(), text))     # 1, 0, or NaN
     for r in read_csv(Path(root, 'exams.csv'), 'exam_id', 'age', 'is_male', 'patient_id',
                       'trace_file', *names):
         exam, patient = whole(r['exam_id']), whole(r['patient_id'])
-        load = partial(load_code15, path=Path(root, r['trace_file']), exam=int(exam))
+        load = partial(load_code15, path=Path(root, r['trace_file']), exam=exam)
         yield Record(f'code15/{exam}', f'code15/patient{patient}', None, 400, LEADS, 'mV',
                      years(r['age']), 1 - value(r['is_male']),
                      {f'code/{n}': value(r[n]) for n in names}, load=load)
@@ -463,7 +480,7 @@ def code15(root):
 def code15_part(path):
     """(tracings (N, 4096, 12), {exam: row}) of one file."""
     file = open_h5(path)
-    return file['tracings'], {int(exam): i for i, exam in enumerate(file['exam_id'][:])}
+    return file['tracings'], {str(int(exam)): i for i, exam in enumerate(file['exam_id'][:])}
 
 
 def load_code15(record, path, exam):
@@ -540,10 +557,10 @@ def mimic(root, cardiac=2000, others=2000):
     for name in label_of.values():
         commonest.setdefault(name.split('/')[0], name)
     for r in read_csv(root / 'record_list.csv', 'subject_id', 'study_id', 'path'):
-        study, fold, age, sex = whole(r['study_id']), -1, math.nan, math.nan
+        study, fold, age, sex = whole(r['study_id']), -1, nan, nan
         if stays is not None and study not in stays:
             continue
-        measured = features.get(study, [math.nan] * len(FEATURES))
+        measured = features.get(study, [nan] * len(FEATURES))
         labels = {f'features/{name}': value for name, value in zip(FEATURES, measured)}
         labels |= zip(names, outcomes.get(study, ()))
         if stays is not None:
@@ -564,11 +581,11 @@ def load_mimic(record, path):
 
 def machine_features(r):
     """The FEATURES of a row of machine_measurements.csv; absurd times and axes are unknown."""
-    within = lambda v, low, high: v if low <= v <= high else math.nan
+    within = lambda v, low, high: v if low <= v <= high else nan
     rr, on, end, t = (within(number(r[name]), 0, 5000) for name in ECG_TIMES)
     qrs, qt = within(end - on, 0, 5000), within(t - on, 0, 5000)
     axes = [within(number(r[name]), -360, 360) for name in ECG_AXES]
-    return [rr, qrs, qt, qt / math.sqrt(rr / 1000) if rr > 0 else math.nan, *axes]
+    return [rr, qrs, qt, qt / math.sqrt(rr / 1000) if rr > 0 else nan, *axes]
 
 
 def icd_codes(text):
@@ -584,12 +601,12 @@ def mimic_stays(path, cardiac, others):
     count, stays, label_of = Counter(), {}, {}
     for r in read_csv(path, 'study_id', 'all_diag_all', 'gender', 'age', 'ecg_taken_in_ed',
                       'ecg_no_within_stay', 'strat_fold'):
-        codes, fold = icd_codes(r['all_diag_all']), int(number(r['strat_fold']))
+        codes, fold = icd_codes(r['all_diag_all']), fold_number(r['strat_fold'])
         count.update(codes)
         in_ed = r['ecg_taken_in_ed'].lower() in ('true', '1', '1.0')
         if codes and in_ed and (fold < 18 or number(r['ecg_no_within_stay']) == 0):
             codes = tuple(map(sys.intern, sorted(codes)))
-            stays[whole(r['study_id'])] = codes, fold, number(r['age']), is_female(r['gender'])
+            stays[whole(r['study_id'])] = codes, fold, years(r['age']), is_female(r['gender'])
     for code, n in count.most_common():
         label_set, least = ('cardiac', cardiac) if code[0] == 'I' else ('noncardiac', others)
         if n >= least:
@@ -597,15 +614,13 @@ def mimic_stays(path, cardiac, others):
     return stays, label_of
 
 
-def mds_outcomes(path):
-    """(label names, {study: values}) of mds_ed.csv. Columns deterioration_... are yes/no outcomes,
-    in three label sets: mortality/, icu/, deterioration/. Measurements are the column of that name,
-    or the first of MDS-ED's 90 minutes. -999, and the outer 1 % of a measurement, are unknown."""
-    import pandas as pd
-    table = pd.read_csv(path)
+def mds_columns(columns):
+    """{label: column} of mds_ed.csv. Columns deterioration_... are yes/no outcomes, in three label
+    sets: mortality/, icu/, deterioration/. Measurements are the column of that name, or the first
+    of MDS-ED's 90 minutes."""
     plain = lambda text: re.sub('[^a-z0-9]', '', text.lower())
-    column_of, found = {plain(column): column for column in table}, {}
-    for column in table:
+    column_of, found = {plain(column): column for column in columns}, {}
+    for column in columns:
         if column.lower().startswith('deterioration_'):
             rest = column.lower().removeprefix('deterioration_')
             home = next((h for h in ('mortality', 'icu') if rest.startswith(h)), 'deterioration')
@@ -615,13 +630,24 @@ def mds_outcomes(path):
             for key in (plain(prefix + name + 'first'), plain(prefix + name)):
                 if key in column_of:
                     found[f'{home}/{name}'] = column_of[key]
-    values = table[list(found.values())].astype('float32').replace(-999, np.nan)
-    for name, column in found.items():
-        if name.split('/')[0] in MEASURED:
-            low, high = values[column].quantile([.01, .99])
-            values[column] = values[column].where(values[column].between(low, high))
-    studies = [whole(str(study)) for study in table['general_study_id']]
-    return tuple(found), dict(zip(studies, values.values.tolist()))
+    return found
+
+
+def mds_outcomes(path):
+    """(label names, {study: values}) of mds_ed.csv. -999, and the outer 1 % of a measurement, are
+    unknown."""
+    found, studies, values = {}, [], []
+    for row in read_csv(path, 'general_study_id'):
+        found = found or mds_columns(row)
+        studies.append(whole(row['general_study_id']))
+        values.append(compact('f', [number(row[column]) for column in found.values()]))
+    values = np.array(values, np.float32)                           # (studies, labels)
+    values[values == -999] = np.nan
+    for k, name in enumerate(found):
+        if name.split('/')[0] in MEASURED and np.isfinite(values[:, k]).any():
+            low, high = np.nanquantile(values[:, k], (.01, .99))
+            values[(values[:, k] < low) | (values[:, k] > high), k] = np.nan
+    return tuple(found), dict(zip(studies, values.tolist()))
 
 
 SEQUENCES = ('sine', 'square', 'sawtooth', 'walk', 'noise')
@@ -644,18 +670,16 @@ def sequences(records, seed=0, seconds=10., fs=240):
 
 def sequence(name, t, rng):
     """One source of class `name` at times t (T,) in s, of order 1."""
-    f, phase = .5 * 16 ** rng.random(), rng.random()                # .5 to 8 Hz
-    cycles, steps = f * t + phase, rng.normal(size=len(t))
-    if name == 'square':
-        return np.sign(np.sin(math.tau * cycles))
-    if name == 'sawtooth':
-        return 2 * (cycles % 1) - 1
+    cycles = .5 * 16 ** rng.random() * t + rng.random()             # .5 to 8 Hz
+    steps, f = rng.normal(size=len(t)), np.fft.rfftfreq(len(t), t[1])
     if name == 'walk':
         return np.cumsum(steps) / np.sqrt(len(t))
     if name == 'noise':                                             # power 1 / f^0 ... 1 / f^1.2
-        frequencies = np.maximum(np.fft.rfftfreq(len(t), t[1]), .3)
-        return np.fft.irfft(np.fft.rfft(steps) * frequencies ** (-.6 * rng.random()), len(t))
-    return np.sin(math.tau * cycles)
+        return np.fft.irfft(np.fft.rfft(steps) * np.maximum(f, .3) ** (-.6 * rng.random()), len(t))
+    if name == 'sawtooth':
+        return 2 * (cycles % 1) - 1
+    sine = np.sin(math.tau * cycles)
+    return np.sign(sine) if name == 'square' else sine
 
 
 def array(path, fs, leads, unit, labels=None, ignore=()):
@@ -668,7 +692,7 @@ def array(path, fs, leads, unit, labels=None, ignore=()):
         rows = match_labels(labels, ignore, ids)
     elif labels:
         rows = read_labels(labels, ignore)
-        if len(rows) != len(x):
+        if len(rows) != len(x) or not rows:
             raise Stop(f'{labels} has {len(rows)} rows for {len(x)} records')
         print(f'{labels}: matched by position, row 1 = {rows[0]["id"] or "record 0"}')
     for i, row in enumerate(rows):
@@ -691,8 +715,10 @@ def read_array(path, fs, leads, unit):
     if x.ndim != 3 or len(leads) not in x.shape[1:] or x.dtype.kind not in 'iuf':
         raise Stop(f'{path} is {x.dtype} {x.shape}: numbers of shape (N, {len(leads)}, T) or '
                    f'(N, T, {len(leads)}) are needed')
+    if fs and 'fs' in file:
+        raise Stop(f'{path} holds its own sampling rate: leave --fs-in out')
     fs, unit = np.ravel(file.get('fs', fs or 0)), np.ravel(file.get('unit', unit))
-    ids = file['id'].astype(str).tolist() if 'id' in file else None
+    ids = np.ravel(file['id']).astype(str).tolist() if 'id' in file else None
     if not {len(fs), len(unit)} <= {1, len(x)} or len(ids or x) != len(x):
         raise Stop(f'{path} has {len(x)} records, but {len(fs)} fs, {len(unit)} units, '
                    f'{len(ids or x)} ids')
@@ -710,8 +736,6 @@ def download(a):
     if a.source == 'challenge':
         records = [r for r in wfdb.get_record_list('challenge-2021')
                    if not a.cohort or r.split('/')[1] in a.cohort]
-        if not records:
-            raise Stop(f'the Challenge 2021 has no cohort {", ".join(a.cohort)}')
         wfdb.dl_database('challenge-2021', a.root, records, annotators=None)
         return
     wfdb.dl_files('ptb-xl', a.root, ['ptbxl_database.csv', 'scp_statements.csv', 'LICENSE.txt'])
@@ -1220,8 +1244,8 @@ def synthesize(seed, index, seconds=10., fs=240, shifts=(), noise=True):
         x = apply_filter(x, fs, f'hp{setting["highpass"]}')
     x = twelve_leads(x, setting['lsb'], swapped=record.random() < setting['swap'])
     beats = beats[(beats >= 0) & (beats < seconds)]
-    hr = 60 / np.diff(beats).mean() if len(beats) > 1 else math.nan
-    targets = [hr, ecg.pr if ecg.sinus else math.nan, ecg.qrs, ecg.qt, axis, ecg.age]
+    hr = 60 / np.diff(beats).mean() if len(beats) > 1 else nan
+    targets = [hr, ecg.pr if ecg.sinus else nan, ecg.qrs, ecg.qt, axis, ecg.age]
     return dict(x=x, patient=number, female=ecg.female, age=ecg.age, beats=beats,
                 findings={name: float(found) for name, found in ecg.findings.items()},
                 tail=(ecg.tail > 0).ravel() * 1., targets=dict(zip(TARGETS, targets)))
@@ -1264,6 +1288,8 @@ def take_leads(x, fs, leads, unit, contract):
             raise BadRecord(f'lead {lead} missing or named twice')
     x = np.asarray(x, float)[:, [names.index(lead.upper()) for lead in contract.leads]]
     x = x * UNITS[str(unit).lower()]
+    if len(x) > MAX_SECONDS * fs:
+        raise BadRecord('longer than an hour')
     filled = np.flatnonzero((np.isfinite(x) & (x != 0)).any(1))
     if not len(filled):
         raise BadRecord('empty')
@@ -1273,9 +1299,10 @@ def take_leads(x, fs, leads, unit, contract):
 
 def signal_hash(x):
     """Sixteen hexadecimal digits by which the source signal x (T, 12) in mV is known again under
-    another file name, folder, container, unit or order of leads: a hash of lead II in uV."""
-    lead = np.where(np.isfinite(x[:, 1]), x[:, 1], 0)
-    counts = np.floor(1000 * lead + .51).astype(np.int64)           # halves may be rounded before
+    another file name, folder, container, unit or order of leads: a hash of II and V2 in uV (one
+    of them may be flat)."""
+    x = np.where(np.isfinite(x), x, 0)[:, [1, 7]]
+    counts = np.floor(1000 * x + .51).astype(np.int64)              # halves may be rounded before
     return hashlib.blake2b(counts.tobytes(), digest_size=8).hexdigest()
 
 
@@ -1390,12 +1417,9 @@ def process_all(records, contract, peaks, workers):
         yield from map(work, records)
         return
     records = iter(records)
-    try:
-        with ProcessPoolExecutor(workers) as pool:
-            while block := list(itertools.islice(records, 256)):
-                yield from pool.map(work, block, chunksize=4)
-    except BrokenExecutor:
-        raise Stop('a worker process died, perhaps for lack of memory: take fewer --workers')
+    with ProcessPoolExecutor(workers) as pool:
+        while block := list(itertools.islice(records, 256)):
+            yield from pool.map(work, block, chunksize=4)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1435,9 +1459,13 @@ def stratify(Y, groups=None, folds=10, seed=0):
 
 def draw_folds(index, strata, how):
     """Folds (N,) of the records whose source gives none, by hash of the patient or by `stratify`.
-    'auto': stratified if there are labels and under 1,000 records."""
+    'auto': stratified if there are labels and under 1,000 records. Where the source gives some, the
+    other records get -1, which always trains, unless their patient has a fold."""
     fold, patient, names = index['fold'], index['patient'], sorted(set(itertools.chain(*strata)))
-    if how == 'hash' or not names or (how == 'auto' and len(fold) >= 1000):
+    if (fold >= 0).any():
+        given = dict(zip(patient[fold >= 0], fold[fold >= 0]))
+        drawn = np.array([given.get(name, -1) for name in patient])
+    elif how == 'hash' or not names or (how == 'auto' and len(fold) >= 1000):
         drawn = np.array([fold_of(name) for name in patient])
     else:
         Y = [[name in its for name in names] for its in map(set, strata)]
@@ -1493,26 +1521,24 @@ class LabelTable:
     def __init__(self):
         self.column = {}                                            # label -> column
         self.rows, self.columns, self.values = compact('q'), compact('q'), compact('f')
-        self.sets, self.kind = [], compact('q')                     # label sets; which a row uses
+        self.sets, self.kind = {}, compact('q')                     # label sets; which a row uses
 
     def add(self, labels):
         """One record's labels."""
-        used = {label.split('/')[0] for label in labels}
-        if used not in self.sets:
-            self.sets.append(used)
+        used = frozenset(label.split('/')[0] for label in labels)
         for label, value in labels.items():
             column = self.column.setdefault(label, len(self.column))
             if value:                                               # NaN too
                 self.rows.append(len(self.kind))
                 self.columns.append(column)
                 self.values.append(value)
-        self.kind.append(self.sets.index(used))
+        self.kind.append(self.sets.setdefault(used, len(self.sets)))
 
     def write(self, path):
         """Save as .npy (N, K) float32: NaN in the label sets that a record does not use."""
         shape = len(self.kind), len(self.column)
         table = np.lib.format.open_memmap(path, 'w+', np.float32, shape)
-        for kind, used in enumerate(self.sets):
+        for used, kind in self.sets.items():
             unknown = [k for label, k in self.column.items() if label.split('/')[0] not in used]
             table[np.ix_(np.array(self.kind) == kind, unknown)] = np.nan
         table[np.array(self.rows, int), np.array(self.columns, int)] = self.values
@@ -1537,6 +1563,7 @@ def write_dataset(folder, finished, contract, folds):
             labels.add(its_labels)
             if folds != 'hash':
                 positive = [name for name, value in its_labels.items() if value > 0]
+                positive = positive or ['none'] * bool(its_labels)  # negatives are tested too
                 strata.append(positive if record.strata is None else record.strata)
             patient = record.patient or same_recording(record.id)
             rows.append((offset, len(counts), record.id, patient, facts['signal'], record.fold,
@@ -1557,7 +1584,7 @@ def write_dataset(folder, finished, contract, folds):
     index = dict(zip(keys, map(np.array, zip(*rows))))
     index['fold'] = draw_folds(index, strata, folds)
     index |= dict(peaks=np.array(r_peaks, np.int32), peak_start=np.array(peak_start))
-    digest.update(labels.write(folder / 'labels.npy').tobytes())
+    digest.update(labels.write(folder / 'labels.npy'))              # not copied: it may be large
     np.savez(folder / 'index.npz', **index)
     return dict(contract=asdict(contract), labels=list(labels.column), records=len(rows),
                 seen=len(ids), dropped=dict(dropped), gaps=gaps, odd_limbs=odd,
@@ -1658,13 +1685,13 @@ sc_mimic_icu         sc_mimic     icu        icu            1      AUROC   2
 sc_mimic_mortality   sc_mimic     SIX        SIX            1      AUROC   6
 '''
 LABEL_SETS = {
-    # Chapman's rhythms that the Challenge has codes for: AF, AFIB, AT, AVNRT, SAAWR, SB, SR ...
-    'RHYTHMS': '+'.join(f'snomed/{code}' for code in '164890007 164889003 713422000 251166008 '
-                        '17366009 426177001 426783006 427084000 426761007'.split()),
+    # Chapman's rhythms that the Challenge has codes for: AF, AFIB, AT, AVNRT, SAAWR, SB, ...
+    'RHYTHMS': 'snomed/164890007+snomed/164889003+snomed/713422000+snomed/251166008+snomed/17366009'
+               '+snomed/426177001+snomed/426783006+snomed/427084000+snomed/426761007',
     'MIMIC': 'cardiac+noncardiac+deterioration+mortality+icu+sex+age+biometrics+features+labs+'
              'vitals',
     # without that of the stay: our choice of six
-    'SIX': '+'.join(f'mortality/{days}d' for days in (1, 7, 28, 90, 180, 365))}
+    'SIX': 'mortality/1d+mortality/7d+mortality/28d+mortality/90d+mortality/180d+mortality/365d'}
 # the second paper trains on 25 %, validates on 5 % and tests on 10 % of MIMIC: which of its 20
 # folds these are is our choice
 QUARTER = ((0, 1, 2, 3, 4), (17,), (18, 19))
@@ -1840,11 +1867,11 @@ class Dataset:
         """Row numbers (train, validation, test). In each dataset the highest fold tests and the
         second highest validates. A recording or patient that is in one of these folds, under
         whatever name, is in no other part: tested before validated, validated before trained on."""
-        for part in range(self.part[-1] + 1):
-            if (n := len(np.unique(self.fold[self.part == part]))) < 3:
-                raise Stop(f'{self.name.split(",")[part]} has {n} folds: three are needed for '
-                           'train, validation and test')
-        *_, second, last = np.unique(self.fold)
+        folds = np.unique(self.fold)
+        if len(folds) < 3:
+            raise Stop(f'{self.name} has {len(folds)} folds: three are needed for train, '
+                       'validation and test')
+        second, last = folds[-2:]
         test = np.flatnonzero(self.fold == last)
         tested = overlap(self, self.names(test))
         validation = np.flatnonzero((self.fold == second) & ~tested)
@@ -1923,26 +1950,26 @@ def show(name, record):
     named = {key: row for row, its_id in enumerate(ds.id) for key in (its_id, str(row))}
     if record not in named:
         raise Stop(f'{name} has records 0 to {len(ds) - 1}, with ids such as {ds.id[0]}')
-    row = named[record]
-    fs = ds.contract.fs
+    row, fs = named[record], ds.contract.fs
     T = min(int(ds.length[row]), round(10 * fs))
-    x = ds.crop(np.array([row]), np.array([0]), T)[0].numpy()       # (12, T)
+    batch = ds.collate([row], [0], T)
     fig, ax = plt.subplots(figsize=(11, 4.9), layout='constrained')
     ax.set_xticks(np.arange(0, T / fs, .2))
     ax.set_yticks(np.arange(-7.5, 2.01, .5))
     ax.grid(color='#f3b5b5', lw=.5)
-    for i, lead in enumerate(LEADS):                                # four columns of three
-        a, b, height = i // 3 * T // 4, (i // 3 + 1) * T // 4, -2 * (i % 3)
-        ax.plot(np.arange(a, b) / fs, np.clip(x[i, a:b], -1.8, 1.9) + height, 'k', lw=.7)
+    quarters = [(lead, i // 3 * T // 4, (i // 3 + 1) * T // 4, -2 * (i % 3))
+                for i, lead in enumerate(LEADS)]                    # four columns of three
+    for lead, a, b, height in (*quarters, ('II', 0, T, -6)):
+        x = batch['x'][0, LEADS.index(lead), a:b].clamp(-1.5, 1.9)
+        ax.plot(np.arange(a, b) / fs, x + height, 'k', lw=.7)
         ax.text(a / fs + .05, height + .85, lead, weight='bold')
-    ax.plot(np.arange(T) / fs, np.clip(x[1], -1.4, 1.9) - 6, 'k', lw=.7)
-    ax.text(.05, -5.15, 'II', weight='bold')
-    peaks = ds.collate([row], [0], T)['peaks'][0]
-    ax.plot(peaks / fs, torch.full(peaks.shape, -7.3), 'k|', ms=5)
+    for peak in batch['peaks'][0] / fs:
+        ax.text(peak, -7.4, '|', ha='center')
     labels = ', '.join(n for n, v in zip(ds.label_names, ds.labels[row]) if v == 1)
     ax.set(xlim=(0, T / fs), ylim=(-7.5, 2), aspect=.4)
     ax.tick_params(length=0, labelleft=False, labelbottom=False)
-    ax.set_title(f'{ds.id[row]}   {ds.age[row]:.0f} y\n{labels}', size=9, loc='left')
+    age = '' if isnan(ds.age[row]) else f'{ds.age[row]:.0f} y'
+    ax.set_title(f'{ds.id[row]}   {age}\n{labels}', size=9, loc='left', parse_math=False)
     path = Path(f'out/{name}_{row}.png')
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=130)
@@ -2024,23 +2051,15 @@ def contract_of(a):
     step = r'(hp|lp|notch)(?!0+(\.0+)?(\+|$))\d+(\.\d+)?'           # not of 0 Hz
     if not re.fullmatch(rf'none|{step}(\+{step})*', contract.filter):
         raise Stop(f'--filter {contract.filter}: none, or steps like hp0.5+lp40+notch60')
+    if any(2 * float(hz) >= contract.fs for hz in re.findall(r'hp([\d.]+)', contract.filter)):
+        raise Stop(f'--filter {contract.filter}: hp must be below half of {contract.fs} Hz')
     if not 50 <= contract.fs <= 1000 or not .1 <= contract.window <= MAX_SECONDS:
         raise Stop('--fs must lie between 50 and 1000 Hz, --window between 0.1 and 3600 s')
-    if (a.workers or 1) < 1:
+    if getattr(a, 'seed', 0) < 0 or not .5 <= getattr(a, 'seconds', 10) <= MAX_SECONDS:
+        raise Stop('--seed must not be negative, --seconds lie between 0.5 and 3600')
+    if a.workers is not None and a.workers < 1:
         raise Stop('--workers must be 1 or more')
     return contract
-
-
-def records_of(a):
-    """The Records that the arguments ask for."""
-    if a.source in ('synthetic', 'sequences'):
-        if a.records < 1 or not .5 <= a.seconds <= MAX_SECONDS or not 0 <= a.seed < 2 ** 31:
-            raise Stop('--records must be 1 or more, --seconds 0.5 to 3600, --seed not negative')
-    if getattr(a, 'download', False):
-        download(a)
-    if not Path(getattr(a, 'root', '.')).exists():
-        raise Stop(f'no such folder or file: {a.root}')
-    return READERS[a.source](a)
 
 
 def main(argv=None):
@@ -2050,8 +2069,13 @@ def main(argv=None):
         return show(a.name, a.record)
     if a.source is None:
         return [main(DEFAULTS[name].split()) for name in ('sample', 'synthetic')]
-    contract, records = contract_of(a), records_of(a)
-    prepare(a.out, records, contract, ' '.join(sys.argv[1:] if argv is None else argv),
+    contract = contract_of(a)
+    if getattr(a, 'download', False):
+        download(a)
+    if not Path(getattr(a, 'root', '.')).exists():
+        raise Stop(f'no such folder or file: {a.root}')
+    prepare(a.out, READERS[a.source](a), contract,
+            ' '.join(sys.argv[1:] if argv is None else argv),
             extra_tasks=SYNTHETIC_TASKS if a.source == 'synthetic' else (), workers=a.workers,
             peaks=not a.no_peaks, total=getattr(a, 'records', None),
             folds=getattr(a, 'folds', 'hash'))

@@ -115,7 +115,8 @@ def test_padding_is_cut_off_and_nothing_else():
     ('unknown unit', dict(unit='furlong')), ('absurd fs', dict(fs=1e6)),
     ('absurd fs', dict(fs=np.nan)), ('empty', dict(x=0 * ecg())),
     ('more than two flat leads', dict(x=ecg() * ([0] * 3 + [1] * 9))),
-    ('wrong gain or unit', dict(x=1e4 * ecg())), ('shorter than a window', dict(x=ecg(2)))])
+    ('wrong gain or unit', dict(x=1e4 * ecg())), ('shorter than a window', dict(x=ecg(2))),
+    ('longer than an hour', dict(x=ecg(3700, 50), fs=50))])
 def test_faults_of_a_signal(why, change):
     with pytest.raises(BadRecord, match=why):
         convert(**{'x': ecg()} | change)
@@ -156,9 +157,9 @@ def stored(fmt, x):
 @pytest.mark.parametrize('fmt', '8 16 24 32 61 80 160 212 310 311 508 516 524'.split())
 def test_every_wfdb_format_is_read_as_wfdb_reads_it(empty, fmt):
     """And as it was written: one or two samples per frame, V1 to V6 stored seven frames late. wfdb
-    itself knows no skew in formats 8 and 508 to 524."""
+    itself knows no skew in formats 8 and 508 to 524, nor in frames of two samples."""
     own = fmt in '8 61 160 310 311'.split()
-    for n, skew in ((1, 0), (2, 0), (1, 0 if fmt in '8 508 516 524'.split() else 7)):
+    for n, skew in ((1, 0), (2, 0), (1, 7), (2, 7)):
         counts = np.random.default_rng(n).integers(-60, 60, (30 * n, 12))
         header = write_wfdb('r', e_d_signal=list(counts.T), samps_per_frame=[n] * 12,
                             fmt=['16' if own else fmt] * 12)
@@ -171,8 +172,10 @@ def test_every_wfdb_format_is_read_as_wfdb_reads_it(empty, fmt):
         data.load_wfdb(record, Path('r'))
         written = counts.reshape(30, n, 12).mean(1) / 1000
         written[:, 6:] = np.r_[written[skew:, 6:], np.full((skew, 6), np.nan)]
-        for x in (wfdb.rdrecord('r').p_signal, written):
-            assert np.allclose(record.x, x, equal_nan=True, rtol=0, atol=1e-3)
+        if not skew or n == 1 and fmt not in '8 508 516 524'.split():
+            trusted = wfdb.rdrecord('r').p_signal
+            assert np.allclose(record.x, trusted, equal_nan=True, rtol=0, atol=1e-3)
+        assert np.allclose(record.x, written, equal_nan=True, rtol=0, atol=1e-6)
         assert record.leads == LEADS and record.fs == 500
 
 
@@ -181,6 +184,7 @@ DAMAGE = r'''
 fs absent | rec 12 .* | rec 12
 absurd fs | rec 12 500 | rec 12 5
 longer than an hour | 500 5000 | 500 2000000
+unreadable length x | 500 5000 | 500 x
 several segments | rec 12 | rec/3 12
 a / in the name of the record | rec 12 | sub/rec 12
 unreadable header | (?s).* | garbage
@@ -225,7 +229,7 @@ def test_a_channel_that_is_no_ecg_does_no_harm(empty):
 
 def test_challenge_reads_codes_and_names(empty):
     for name, comments in {'georgia/g1/E1': 'Age: 300/Sex: Female/Dx: 426783006,164889003',
-                           'georgia/g1/E2': 'Age: 999/Sex: Missing/Dx: 426783006;59118001',
+                           'georgia/g1/E2': 'Age: 9 months/Sex: Missing/Dx: 426783006;59118001',
                            'cpsc_2018/A1': 'Age: NaN/Sex: M/Dx: RBBB,I-AVB',
                            'cpsc_2018/A2': 'Age: -1/Sex: Unknown/Dx: Unknown'}.items():
         write_wfdb(f'in/training/{name}', comments=comments.split('/'))
@@ -250,7 +254,7 @@ def test_download_asks_physionet_for_the_right_files(empty, monkeypatch):
     monkeypatch.setattr(wfdb, 'get_record_list',
                         lambda db: ['training/georgia/g1/', 'training/ptb/g1/'])
     copy_ptbxl('p', [{}, dict(filename_hr='records500/01000/01001_hr')])
-    with pytest.raises(Stop, match='has no records500, but records100: add --rate 100'):
+    with pytest.raises(Stop, match='nothing left to prepare: 1 file missing'):
         run('ptbxl --root p --rate 500 --download --folders 01000')
     assert asked[1] == ('ptb-xl', [f'records500/01000/01001_hr.{end}' for end in ('hea', 'dat')])
     with pytest.raises(Stop, match='no cohort georgia under new'):  # nothing has come
@@ -350,7 +354,10 @@ def test_arrays_and_their_labels(empty, capsys):
 BAD = """
 sick,sick/1,0 | each column once
 id,record/1,0 | mean the same
-sick/1,0 | cells
+sick/1,0 | 2 cells, but 1 columns
+id,patient,sick/a,1 | 2 cells, but 3 columns
+sick/1_0 | '1_0' is no number
+sick/1e39 | '1e39' is no number
 \xe9t\xe9/1 | not in UTF-8
 sick/yes | 'yes' is no number
 age,sick/50y,1 | age '50y' is no number
@@ -372,6 +379,7 @@ def test_a_cell_that_would_be_misread_stops(empty, line):
     (dict(x=np.zeros((3, 11, 500))), 'of shape'), (dict(y=[0], fs=1), 'no array x; .* y, fs'),
     (dict(x=np.zeros((2, 12, 9))), 'rate .* is unknown'),
     (dict(x=np.zeros((3, 12, 9)), fs=[1, 2]), '3 records, but 2 fs'),
+    (dict(x=np.zeros((0, 12, 9)), fs=1), 'no records'),
     (dict(x=np.zeros((2, 12, 999)), fs=250), 'nothing left.* 2 empty')])
 def test_bad_arrays(empty, arrays, why):
     np.savez('a.npz', **arrays)
@@ -389,9 +397,11 @@ def test_labels_of_a_wfdb_folder(empty, capsys):
     assert ' '.join(ds.id) == 'p1/a p1/b p2/c' and ds.label_names == ['super/MI']
     equal(ds.patient, ['patient 7', 'p1/b', 'patient 7'])
     equal([*ds.labels.T, ds.age], [[1, np.nan, 0], [63, 63, 5]])
-    Path('l.csv').write_text('id,super/MI\nx,1\n')
-    with pytest.raises(Stop, match='none of the records'):
-        run('wfdb --root in --labels l.csv')
+    write_wfdb('in/p2/a')
+    for name, why in (('x', 'none of the records'), ('a', 'a is the name of several records')):
+        Path('l.csv').write_text(f'id,super/MI\n{name},1\n')
+        with pytest.raises(Stop, match=why):
+            run('wfdb --root in --labels l.csv')
 
 
 def test_what_looks_wrong_is_asked_about(here, capsys):
@@ -419,6 +429,19 @@ def test_folds_are_stratified_for_few_labelled_records_else_hashed():
         equal(sorted(np.bincount(fold)) if even else fold, [99] + [100] * 9 if even else hashed[:n])
 
 
+def test_negatives_are_tested_and_given_folds_are_kept(empty):
+    np.save('x.npy', np.stack([ecg(3, 240, seed) for seed in range(40)]))
+    rows = [f'{i % 4 // 3},{i // 10 if i < 30 else ""},{"NA" if i < 33 else "p1"}'
+            for i in range(40)]
+    Path('l.csv').write_text('\n'.join(['sick,fold,patient', *rows]))
+    ds = run('array --root x.npy --fs-in 240 --labels l.csv --ignore fold patient')
+    equal(np.bincount(ds.fold), [4] * 10)
+    equal(np.bincount(ds.fold, ds.labels[:, 0]), [1] * 10)
+    ds = run('array --root x.npy --fs-in 240 --labels l.csv')       # fold 2 tests, blanks train
+    equal([len(rows) for rows in ds.split()], [20, 10, 10])
+    assert len(set(ds.patient)) == 34
+
+
 def test_a_recording_is_known_under_every_name(empty):
     """Three recordings of PTB-XL read by two readers, copied in another order of leads and unit,
     and, as the Challenge names one, found by its name alone."""
@@ -436,6 +459,8 @@ def test_a_recording_is_known_under_every_name(empty):
     for names in (h.names([0]), {p.patient[0]}):
         equal(overlap(p, names), [True, False, False])
     assert overlap(h, p.names([0])) and not overlap(c, h.names([0])).any()
+    flat = [ecg(seed=seed) * (np.arange(12) != 1) for seed in (0, 1)]        # II
+    assert data.signal_hash(flat[0]) != data.signal_hash(flat[1])
     assert data.same_recording('records500/00000/00001_hr') == p.recording[0]
 
 

@@ -120,6 +120,23 @@ def test_hdf5_sources_say_what_to_install(empty, monkeypatch):
         run('sph --root .')
 
 
+def test_odd_cells_of_the_sources(empty):
+    """A blank fold trains, a blank exam is not there, other tables than expected stop."""
+    add_credentialed(make_mimic(empty / 'm'))
+    path = Path('m/records_w_diag_icd10.csv')
+    path.write_text(path.read_text().replace(',18\n', ',\n').replace('52.0', '520'))
+    first, *_ = data.mimic('m', 1, 1)
+    assert first.fold == -1 and np.isnan(first.age)
+    Path('m/mds_ed.csv').write_text('a,b\n1,2\n')
+    with pytest.raises(Stop, match='no column general_study_id'):
+        list(data.mimic('m', 1, 1))
+    table('exams.csv', '''
+        exam_id | age | is_male | 1dAVb | RBBB | LBBB | SB | ST | AF | patient_id | trace_file
+         | 38 | 2 | False | True | False | False | False | False | 7 | exams_part0.hdf5''')
+    (record,) = data.code15('.')
+    assert np.isnan(record.sex)
+
+
 def make_echonext(root):
     root.mkdir(parents=True)
     for split, seeds in (('train', (0, 1)), ('val', (10,)), ('test', (20,))):
@@ -397,8 +414,10 @@ mimic --root . | no machine_measurements.csv
 echonext --root . | no echonext_metadata_100k.csv
 wfdb --root . | the source holds no records
 show nowhere | no dataset 'nowhere'
-synthetic --records 0 | --records must be 1 or more
+synthetic --records 0 | holds no records
 synthetic --fs 1 | --fs must lie between
+synthetic --workers 0 | --workers must be 1 or more
+synthetic --filter hp120 | hp must be below half of 240 Hz
 synthetic --filter magic | --filter magic: none, or steps
 synthetic --filter hp0.5+ | none, or steps
 synthetic --filter hp0 | none, or steps
