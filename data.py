@@ -142,8 +142,8 @@ def read_csv(path, *needed):
             names = [name.strip() for name in next(reader, [])]
             if len(set(names)) < len(names):
                 raise Stop(f'{path}: its first line must name each column once')
-            if missing := [name for name in needed if name not in names]:
-                raise Stop(f'{path} has no column {", ".join(missing)}')
+            if missing := set(needed) - set(names):
+                raise Stop(f'{path} has no column {", ".join(sorted(missing))}')
             for cells in reader:
                 if not any(cell.strip() for cell in cells):
                     continue
@@ -203,9 +203,9 @@ def with_sex_and_age(names, sex, age, edges):
 
 
 # columns of a table of one's own that are no labels, and other names under which they are known
-OWN = {'id': 'id', 'record': 'id', 'filename': 'id', 'patient': 'patient', 'patient_id': 'patient',
-       'subject_id': 'patient', 'fold': 'fold', 'strat_fold': 'fold', 'age': 'age', 'sex': 'sex',
-       'gender': 'sex'}
+OWN = dict(pair.split('=') for pair in '''
+    id=id record=id filename=id patient=patient patient_id=patient subject_id=patient
+    fold=fold strat_fold=fold age=age sex=sex gender=sex'''.split())
 
 
 def read_labels(path, ignore=()):
@@ -293,9 +293,10 @@ def read_header(path):
     fs = number(re.split('[/(]', first[2])[0])
     if not 50 <= fs <= 10000:
         raise BadRecord('absurd fs')
-    if len(first) > 3 and not first[3].isdigit():
-        raise BadRecord(f'unreadable length {first[3]}')
-    if len(first) > 3 and int(first[3]) > MAX_SECONDS * fs:
+    length = first[3] if len(first) > 3 else '0'
+    if not length.isdigit():
+        raise BadRecord(f'unreadable length {length}')
+    if int(length) > MAX_SECONDS * fs:
         raise BadRecord('longer than an hour')
     wanted, units = [], set()
     for position, words in enumerate(signals[:int(first[1])]):
@@ -340,8 +341,8 @@ def load_wfdb(record, path):
 def wfdb_folder(root, labels=None, ignore=()):
     """Any folder of WFDB records, at any depth. labels: a csv of your own, matched by the record's
     name or its path under root."""
-    files = [file.relative_to(root).with_suffix('') for file in sorted(Path(root).rglob('*.hea'))]
-    names = [file.as_posix() for file in files]
+    names = [file.relative_to(root).with_suffix('').as_posix()
+             for file in sorted(Path(root).rglob('*.hea'))]
     rows = match_labels(labels, ignore, names) if labels else [{} for _ in names]
     for name, row in zip(names, rows):
         yield Record(**row | dict(id=name), load=partial(load_wfdb, path=Path(root, name)))
@@ -1286,8 +1287,8 @@ def take_leads(x, fs, leads, unit, contract):
     for lead in contract.leads:
         if names.count(lead.upper()) != 1:
             raise BadRecord(f'lead {lead} missing or named twice')
-    x = np.asarray(x, float)[:, [names.index(lead.upper()) for lead in contract.leads]]
-    x = x * UNITS[str(unit).lower()]
+    columns = [names.index(lead.upper()) for lead in contract.leads]
+    x = np.asarray(x, float)[:, columns] * UNITS[str(unit).lower()]
     if len(x) > MAX_SECONDS * fs:
         raise BadRecord('longer than an hour')
     filled = np.flatnonzero((np.isfinite(x) & (x != 0)).any(1))
@@ -1340,7 +1341,7 @@ def to_contract(x, fs, leads, unit, contract):
 
 def apply_filter(x, fs, steps):
     """x (T, C) through a contract's filter: second-order Butterworth steps and notches of Q 30,
-    forwards and backwards. A step above half of fs has nothing to remove."""
+    forwards and backwards. A lp or notch above half of fs has nothing to remove."""
     for kind, hz in re.findall(r'(hp|lp|notch)([\d.]+)', steps):
         hz = float(hz)
         if hz >= fs / 2:
@@ -1397,7 +1398,7 @@ def process(record, contract, peaks=True):
         odd = record.r_peaks is None and not limbs_fit(filled)
         if record.r_peaks is None:
             record.r_peaks = find_r_peaks(filled, record.fs) if peaks else np.zeros(0)
-        record.r_peaks = np.rint(np.asarray(record.r_peaks) * contract.fs).astype(np.int32)
+        record.r_peaks = np.rint(record.r_peaks * contract.fs).astype(np.int32)
         facts = dict(signal=signal_hash(raw), gaps=not np.isfinite(raw).all(), odd=odd)
         counts = counts.astype(np.int16)
     except BadRecord as e:
@@ -1472,10 +1473,10 @@ def draw_folds(index, strata, how):
         drawn = stratify(np.array(Y), patient)
     fold = np.where(fold >= 0, fold, drawn)
     folds_of = {}
-    for name, number in zip(patient.tolist(), fold.tolist()):
-        if folds_of.setdefault(name, number) != number:
-            raise Stop(f'patient {name} is in folds {folds_of[name]} and {number}: a patient must '
-                       'stay in one fold')
+    for name, f in zip(patient.tolist(), fold.tolist()):
+        if folds_of.setdefault(name, f) != f:
+            raise Stop(f'patient {name} is in folds {folds_of[name]} and {f}: a patient must stay '
+                       'in one fold')
     return fold
 
 
@@ -1536,12 +1537,12 @@ class LabelTable:
 
     def write(self, path):
         """Save as .npy (N, K) float32: NaN in the label sets that a record does not use."""
-        shape = len(self.kind), len(self.column)
-        table = np.lib.format.open_memmap(path, 'w+', np.float32, shape)
+        table = np.lib.format.open_memmap(path, 'w+', np.float32,
+                                          (len(self.kind), len(self.column)))
         for used, kind in self.sets.items():
             unknown = [k for label, k in self.column.items() if label.split('/')[0] not in used]
             table[np.ix_(np.array(self.kind) == kind, unknown)] = np.nan
-        table[np.array(self.rows, int), np.array(self.columns, int)] = self.values
+        table[np.array(self.rows), np.array(self.columns)] = self.values
         table.flush()
         return table
 
@@ -1608,10 +1609,8 @@ def print_summary(name, meta, index):
         print(f'  median heart rate {rate:.0f}/min, median height of a lead {meta["height"]:.2g} mV'
               + (': unusual, is the sampling rate or the gain wrong?' if unusual else ''))
     again = n - len(set(index['signal']))
-    print(f'  {meta["gaps"]:,} with short gaps filled, {again:,} with the signal of another one')
-    if meta['odd_limbs']:
-        print(f'  {meta["odd_limbs"]:,} whose limb leads do not fit together (III = II - I and so '
-              'on): swapped, mislabelled or scaled one by one?')
+    print(f'  {meta["gaps"]:,} with short gaps filled, {again:,} with the signal of another one, '
+          f'{meta["odd_limbs"]:,} whose limb leads do not fit together (III = II - I and so on)')
     print(f'  next: python train.py --data {name}')
 
 
@@ -1881,9 +1880,9 @@ class Dataset:
     def nested(self, rows, records, seed):
         """`records` of `rows`, whole patients (the last may be cut) in an order drawn from the
         seed, so that a smaller set lies in every larger one. Stops where there are fewer."""
-        if not 0 < records <= len(rows):
-            raise Stop(f'{self.name} has {len(rows):,} training records long enough: take 1 to '
-                       f'{len(rows):,}, not {records:,}')
+        if records > len(rows):
+            raise Stop(f'{self.name} has {len(rows):,} training records long enough: take up to so '
+                       f'many, not {records:,}')
         patients, owner = np.unique(self.patient[rows], return_inverse=True)
         place = np.random.default_rng([seed, 3]).permutation(len(patients))[owner]
         return np.sort(rows[np.argsort(place, kind='stable')[:records]])
@@ -1909,7 +1908,7 @@ class Dataset:
         step) alone; an epoch passes over `rows` once, in a new order. share (i, n): every n-th crop
         from the i-th on, for one of n processes. Returns what `collate` does."""
         turn, n = step * size + np.arange(size), len(rows)
-        epoch, place = turn // n, turn % n
+        epoch, place = divmod(turn, n)
         order = [epoch_order(seed, e, n)[place[epoch == e]] for e in np.unique(epoch)]
         rows = rows[np.concatenate(order)]
         room = self.length[rows] - samples + 1
@@ -1968,7 +1967,7 @@ def show(name, record):
     labels = ', '.join(n for n, v in zip(ds.label_names, ds.labels[row]) if v == 1)
     ax.set(xlim=(0, T / fs), ylim=(-7.5, 2), aspect=.4)
     ax.tick_params(length=0, labelleft=False, labelbottom=False)
-    age = '' if isnan(ds.age[row]) else f'{ds.age[row]:.0f} y'
+    age = f'{ds.age[row]:.0f} y'.replace('nan y', '')
     ax.set_title(f'{ds.id[row]}   {age}\n{labels}', size=9, loc='left', parse_math=False)
     path = Path(f'out/{name}_{row}.png')
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -2048,15 +2047,14 @@ def contract_of(a):
     given = {k: v for k, v in vars(a).items()
              if k in ('fs', 'window', 'filter', 'norm') and v is not None}
     contract = replace(CONTRACTS[a.contract], **given, unit='SD' if a.norm == 'record' else 'mV')
-    step = r'(hp|lp|notch)(?!0+(\.0+)?(\+|$))\d+(\.\d+)?'           # not of 0 Hz
+    step = r'(hp(?=\d(\.|\+|$))|lp|notch)(?!0+(\.0+)?(\+|$))\d+(\.\d+)?'    # hp below 10 Hz, not 0
     if not re.fullmatch(rf'none|{step}(\+{step})*', contract.filter):
-        raise Stop(f'--filter {contract.filter}: none, or steps like hp0.5+lp40+notch60')
-    if any(2 * float(hz) >= contract.fs for hz in re.findall(r'hp([\d.]+)', contract.filter)):
-        raise Stop(f'--filter {contract.filter}: hp must be below half of {contract.fs} Hz')
+        raise Stop(f'--filter {contract.filter}: none, or steps like hp0.5+lp40+notch60; hp is '
+                   'below 10')
     if not 50 <= contract.fs <= 1000 or not .1 <= contract.window <= MAX_SECONDS:
         raise Stop('--fs must lie between 50 and 1000 Hz, --window between 0.1 and 3600 s')
-    if getattr(a, 'seed', 0) < 0 or not .5 <= getattr(a, 'seconds', 10) <= MAX_SECONDS:
-        raise Stop('--seed must not be negative, --seconds lie between 0.5 and 3600')
+    if getattr(a, 'seed', 0) < 0:
+        raise Stop('--seed must not be negative')
     if a.workers is not None and a.workers < 1:
         raise Stop('--workers must be 1 or more')
     return contract
@@ -2075,7 +2073,7 @@ def main(argv=None):
     if not Path(getattr(a, 'root', '.')).exists():
         raise Stop(f'no such folder or file: {a.root}')
     prepare(a.out, READERS[a.source](a), contract,
-            ' '.join(sys.argv[1:] if argv is None else argv),
+            ' '.join(argv or sys.argv[1:]),
             extra_tasks=SYNTHETIC_TASKS if a.source == 'synthetic' else (), workers=a.workers,
             peaks=not a.no_peaks, total=getattr(a, 'records', None),
             folds=getattr(a, 'folds', 'hash'))

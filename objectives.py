@@ -522,10 +522,8 @@ class VQBeat(Objective):
     @torch.no_grad()
     def after_step(self):
         x, code = self.last_assignment
-        used = torch.bincount(code, minlength=len(self.codebook))[:, None] > 0
         means = F.normalize(torch.zeros_like(self.codebook).index_add_(0, code, x), dim=1)
-        moved = F.normalize(.99 * self.codebook + .01 * means, dim=1)
-        self.codebook.copy_(torch.where(used, moved, self.codebook))
+        self.codebook.copy_(F.normalize(.99 * self.codebook + .01 * means, dim=1))
 
 
 class Beats(Objective):

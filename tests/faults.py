@@ -1,6 +1,6 @@
 """Break things on purpose and tell what became of them. A command, not a test.
 
-    python -m tests.faults                     # some 30 minutes on two cores; --times 3 for a glance
+    python -m tests.faults                     # half an hour on two cores; --times 3: a glance
     python -m tests.faults --only preparing training
 
 Kill -9 at random moments while preparing, training and sweeping; disks that refuse to write; files
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import chdir
 from pathlib import Path
 
 import torch
@@ -101,7 +102,7 @@ def preparing(times, rng):
     return killed, f'{counts}; prepared again, equal to one never killed'
 
 
-def log(path):
+def rows(path):
     """The rows of a table, without times."""
     if not Path(path).exists():
         return []
@@ -114,20 +115,122 @@ def training(times, rng):
     seconds, killed, compared = must(TRAIN + 'whole'), 0, 0
     whole = load('out/whole')['state']
     while killed < times or Path('out/cut').exists():
-        command = TRAIN + 'cut'
-        if Path('out/cut/ckpt.pt').exists():
-            load('out/cut')
-            command = 'train.py --resume --out out/cut'
+        command = 'train.py --resume --out out/cut'
+        if not Path('out/cut/ckpt.pt').exists():           # killed before the first checkpoint
+            shutil.rmtree('out/cut', ignore_errors=True)
+            command = TRAIN + 'cut'
+        if killed < times:
+            killed += kill(command, 1, .6 * seconds, rng)
         else:
-            shutil.rmtree('out/cut', ignore_errors=True)   # killed before the first checkpoint
-        if killed < times and kill(command, 1, .6 * seconds, rng):
-            killed += 1
-            continue
-        must('train.py --resume --out out/cut')
-        state = load('out/cut')['state']
-        assert all(torch.equal(state[k], whole[k]) for k in whole)
-        assert log('out/cut/log.csv') == log('out/whole/log.csv')
-        shutil.rmtree('out/cut')
-        compared += 1
+            must(command)
+        if Path('out/cut/ckpt.pt').exists() and load('out/cut')['step'] == 300:
+            must('train.py --resume --out out/cut')        # for its log and picture
+            state = load('out/cut')['state']
+            assert all(torch.equal(state[k], whole[k]) for k in whole)
+            assert rows('out/cut/log.csv') == rows('out/whole/log.csv')
+            shutil.rmtree('out/cut')
+            compared += 1
     return killed, (f'every checkpoint loaded; {compared} runs came to their end, weights and log '
                     'equal to one never killed, bit for bit')
+
+
+def sweeping(times, rng):
+    """No row of a sweep is lost, changed or doubled; it ends as one that was never killed."""
+    seconds, killed, before = must(SWEEP + 'sweep'), 0, set()
+    while killed < times or before:
+        if killed < times:
+            killed += kill(SWEEP + 'cut_sweep', 1, .7 * seconds, rng)
+        else:
+            must(SWEEP + 'cut_sweep')
+        now = {row for file in Path('out/cut_sweep/runs').glob('*/rows.csv') for row in rows(file)}
+        assert before <= now, 'a row was lost or changed'
+        before = now
+        if killed == times or Path('out/cut_sweep/runs.csv').exists():
+            must(SWEEP + 'cut_sweep')
+            assert rows('out/cut_sweep/runs.csv') == rows('out/sweep/runs.csv')
+            shutil.rmtree('out/cut_sweep')
+            before = set()
+    return killed, 'no row lost, changed or doubled; in the end equal to one never killed'
+
+
+def limit(size):
+    """For a script in which no file may grow beyond `size` bytes: writing fails as on a full
+    disk."""
+    return dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+
+
+def refusing(times, rng):
+    """Writes that fail, at random sizes: what was there before is intact."""
+    must(TRAIN + 'full --steps 5')                         # of two --steps the last counts
+    size, before = os.path.getsize('out/full/ckpt.pt'), content()
+    for _ in range(times):
+        options = limit(rng.randrange(1000, size))
+        refused(PREPARE + ' --seed 1', **options)
+        line = refused(TRAIN + 'refused --steps 5', **options)
+        assert content() == before and not [*Path('out/refused').glob('*.partial')]
+        if Path('out/refused/ckpt.pt').exists():
+            assert load('out/refused')['step'] == 0        # it has no moments, so it may fit
+        shutil.rmtree('out/refused', ignore_errors=True)
+    return 2 * times, f'one line and exit code 1, what was there before intact: "{line}"'
+
+
+def cutting(times, rng):
+    """Checkpoints and datasets cut short anywhere are refused."""
+    must(TRAIN + 'short --steps 5')
+    lines, files = set(), [Path('out/short/ckpt.pt'), *Path('datasets/made').iterdir()]
+    for i in range(times):
+        file = files[i % len(files)]
+        whole = file.read_bytes()
+        file.write_bytes(whole[:rng.randrange(len(whole))])
+        commands = ['evaluate.py out/short --data made']
+        if file.suffix == '.pt':
+            commands.append('train.py --resume --out out/short')
+        for command in commands:
+            line = refused(command)
+            assert file.parent.name in line, line
+            lines.add(line.split(' (')[0])
+        file.write_bytes(whole)
+    return times, f'refused in one line each time: {"; ".join(sorted(lines))}'
+
+
+def vanishing(times, rng):
+    """The dataset's folder is moved away in the middle of a run."""
+    process = start(TRAIN + 'gone')
+    while not Path('out/gone/log.csv').exists():
+        time.sleep(.05)
+    os.rename('datasets/made', 'datasets/away')
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    line = refused('train.py --resume --out out/gone')
+    os.rename('datasets/away', 'datasets/made')
+    return 1, f'the run, which holds the files open, came to its end; the next start: "{line}"'
+
+
+FAULTS = dict(preparing=preparing, training=training, sweeping=sweeping, refusing=refusing,
+              cutting=cutting, vanishing=vanishing)
+
+
+def main():
+    """The command line: see the top of the file."""
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--times', type=int, default=20, help='of each fault')
+    p.add_argument('--only', nargs='+', choices=list(FAULTS), default=list(FAULTS))
+    p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--out', default='out/faults.csv')
+    a = p.parse_args()
+    out, table = Path(a.out).absolute(), []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        must(PREPARE)
+        for name in a.only:
+            began = time.time()
+            count, outcome = FAULTS[name](a.times, random.Random(a.seed))
+            seconds = round(time.time() - began)
+            table.append(dict(fault=name, times=count, outcome=outcome, seconds=seconds))
+            print(f'{name}, {count} times: {outcome} ({seconds} s)', flush=True)
+            write_csv(out, table)
+
+
+if __name__ == '__main__':
+    main()

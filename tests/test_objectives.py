@@ -29,9 +29,9 @@ def records(T=1200):
                 patient=torch.tensor([7, 8, 7]))
 
 
-def small(**options):
+def small(layers):
     torch.manual_seed(0)
-    return Encoder(Config(dim=8, causal=False, **options))
+    return Encoder(Config(dim=8, layers=layers, causal=False))
 
 
 def build(name, backbone, batch, **more):
@@ -66,15 +66,15 @@ def nearest(x, codes):
     return min(range(len(codes)), key=lambda v: (x - codes[v]).norm().item())
 
 
-def within(values, expected, errors=3):
-    """The mean of independent values lies within so many standard errors of what theory says."""
-    return abs(values.mean() - expected) < errors * values.std() / len(values) ** .5
+def within(values, expected):
+    """The mean of independent values lies within three standard errors of what theory says."""
+    return abs(values.mean() - expected) < 3 * values.std() / len(values) ** .5
 
 
 # --- contrast
 
 def test_cpc_equals_a_loop(monkeypatch):
-    objective, batch = CPC(small(layers=1), horizon=3, negatives=5).eval(), noise(2, 40)
+    objective, batch = CPC(small(1), horizon=3, negatives=5).eval(), noise(2, 40)
     draws, total, right = torch.randint(19, (2, 17, 5)), 0., 0
 
     def randint(high, shape, device):
@@ -89,7 +89,7 @@ def test_cpc_equals_a_loop(monkeypatch):
             others = [j for j in range(20) if j != i + 3]
             logits = scores[b, i, [i + 3] + [others[k] for k in draws[b, i]]]
             total = total + logits.logsumexp(0) - logits[0]
-            right += logits.argmax().item() == 0
+            right += not logits.argmax()
     assert agree(objective, batch, total / 34)['accuracy'].item() == pytest.approx(right / 34)
 
 
@@ -113,7 +113,7 @@ def test_cmsc_equals_a_loop():
         right += others[scores[i, others].argmax()] in positives
     logs = agree(objective, batch, total / 6)
     assert logs['accuracy'].item() == pytest.approx(right / 6)
-    assert logs['chance'].item() == pytest.approx((4 * 3 + 2 * 1) / 6 / 5)
+    assert logs['chance'].item() == pytest.approx(14 / 30)
 
 
 # --- masks
@@ -141,7 +141,7 @@ def test_spans_hide_the_share_asked_for(span):
 def test_released_spans_hide_six_percent():
     torch.manual_seed(0)
     mask = span_mask(6000, 300, 10, released=True).float()
-    assert within(mask[:, 5:-6].mean(1), 1 - .9935 ** 10) and mask.mean() < .065
+    assert within(mask[:, 5:-6].mean(1), 1 - .9935 ** 10)
     assert within((mask.sum(1) == 0).float(), .9935 ** 300)
     assert within(mask[:, -1], .0065)                             # the last one only as a middle
 
@@ -173,14 +173,14 @@ def test_released_blocks_reveal_targets():
     masks = [block_mask(64, 300, released=True) for _ in range(60)]
     assert all((c.sum(1) == 4 * 64).all() and (v.sum(1) >= 64).all() for v, c in masks)
     leak = torch.cat([(v & (c > 0)).any(1) for v, c in masks]).float()
-    assert within(leak, .099, errors=4)           # a tenth of the crops, by another simulation
+    assert within(leak, .099)                     # a tenth of the crops, by another simulation
 
 
 # --- teachers
 
 def test_teacher_starts_as_a_copy_and_follows_in_closed_form():
     """As released it has weights of its own, which never move."""
-    student = small(layers=2)
+    student = small(2)
     new, old = student.state_dict(), copy.deepcopy(student.state_dict())
     teacher, released = Teacher(student, steps=100), Teacher(student, 100, released=('ema',))
     own = copy.deepcopy(released.net.state_dict())
@@ -219,10 +219,10 @@ def smooth_l1(d):
     return .5 * d * d if abs(d) < 1 else abs(d) - .5
 
 
-def masked(monkeypatch, kind, hidden, **options):
-    """An objective with a fixed mask, its batch; by hand the prediction, and the teacher's layers
-    and output."""
-    objective, batch = kind(small(layers=3), **options).eval(), noise(2, 2 * hidden.shape[1])
+def masked(monkeypatch, kind, hidden=torch.arange(40).view(2, 20) % 5 < 2, **options):
+    """An objective with a fixed mask, its batch, the mask; by hand the prediction, and the
+    teacher's layers and output."""
+    objective, batch = kind(small(3), **options).eval(), noise(2, 40)
     fix(monkeypatch, objectives, span_mask=hidden)
     objective(batch)                                              # seeds HuBERT's prototypes
     layers, net = [], objective.teacher.net
@@ -230,13 +230,7 @@ def masked(monkeypatch, kind, hidden, **options):
     h = objective.encoder.backbone(torch.where(hidden[..., None], objective.mask_token, z))
     with torch.no_grad():
         f = net.backbone(net.tokens(batch)[0], None, layers)
-    return objective, batch, objective.head(h), layers, f
-
-
-@pytest.fixture
-def hidden():
-    torch.manual_seed(0)
-    return torch.rand(2, 20) < .4
+    return objective, batch, hidden, objective.head(h), layers, f
 
 
 def test_jepa_equals_a_loop_over_blocks(monkeypatch):
@@ -247,20 +241,20 @@ def test_jepa_equals_a_loop_over_blocks(monkeypatch):
     visible = cover == 0
     visible[:, 19] = False                                        # outside the context
     fix(monkeypatch, objectives, block_mask=(visible, cover))
-    objective, batch, p, _, f = masked(monkeypatch, JEPA, ~visible)
+    objective, batch, _, p, _, f = masked(monkeypatch, JEPA, ~visible)
     d = p - standard(f)
     terms = [smooth_l1(e) for b in range(2) for s in starts[b] for e in d[b, s:s + 4].flatten()]
     agree(objective, batch, sum(terms) / len(terms))
 
 
-def test_data2vec_equals_a_loop(monkeypatch, hidden):
-    objective, batch, p, layers, _ = masked(monkeypatch, Data2Vec, hidden)
+def test_data2vec_equals_a_loop(monkeypatch):
+    objective, batch, hidden, p, layers, _ = masked(monkeypatch, Data2Vec)
     d = p - (standard(layers[1][0]) + standard(layers[2][0])) / 2
     agree(objective, batch, sum(smooth_l1(e) for e in d[hidden].flatten()) / 8 ** .5 / hidden.sum())
 
 
-def test_dinosr_equals_a_loop(monkeypatch, hidden):
-    objective, batch, p, layers, _ = masked(monkeypatch, DinoSR, hidden, codes=6)
+def test_dinosr_equals_a_loop(monkeypatch):
+    objective, batch, hidden, p, layers, _ = masked(monkeypatch, DinoSR, codes=6)
     terms = []
     for j in range(2):
         x, logits = standard(layers[1 + j][1]), p[..., 6 * j:6 * j + 6].log_softmax(2)
@@ -273,7 +267,7 @@ def test_dinosr_equals_a_loop(monkeypatch, hidden):
 def test_dinosr_codebook_equals_a_loop(released):
     """Codes are running means of their features. Unassigned codes stay; as released, with one
     codebook and half of the head idle, they fade to the origin."""
-    objective = DinoSR(small(layers=3), codes=5, released=released)
+    objective = DinoSR(small(3), codes=5, released=released)
     objective(noise(2, 40))[0].backward()
     gradient = objective.head.out.weight.grad
     assert gradient[:5].any() and gradient[5:].any() != bool(released)
@@ -298,7 +292,7 @@ def test_sinkhorn_is_even_and_normalised():
     torch.manual_seed(0)
     q = sinkhorn(torch.randn(500, 10) * 2, rounds=60)
     assert torch.allclose(q.sum(1), torch.ones(500), atol=1e-5)
-    assert torch.allclose(q.sum(0), torch.full((10,), 50.), rtol=1e-2)
+    assert torch.allclose(q.sum(0), torch.tensor(50.), rtol=1e-2)
     a = torch.randn(6, 3)
     expected = (a - a.amax(1, keepdim=True)).exp()
     for _ in range(3):
@@ -310,25 +304,26 @@ def test_sinkhorn_is_even_and_normalised():
 def test_clusters_are_found():
     torch.manual_seed(0)
     centres = F.normalize(torch.randn(8, 16), dim=1)
-    x = F.normalize(centres.repeat(50, 1) + .01 * torch.randn(400, 16), dim=1)
-    assert set((kmeans_plus_plus(x, 64) @ centres.T).argmax(1).tolist()) == set(range(8))
+    x = F.normalize(centres[[0] * 393 + [*range(1, 8)]] + .01 * torch.randn(400, 16), dim=1)
+    assert (kmeans_plus_plus(x, 64) @ centres.T).argmax(1).unique().numel() == 8
     found = kmeans(x, 16)
     assert ((found @ centres.T).amax(0) > .99).all()
     assert torch.allclose(found.norm(dim=1), torch.ones(16)) and kmeans(x[:5], 8).shape == (8, 16)
 
 
 def test_hubert_equals_a_loop(monkeypatch):
-    torch.manual_seed(0)
-    mask = torch.rand(2, 150) < .5
-    objective, batch, p, _, f = masked(monkeypatch, HuBERT, mask)
-    x, total, books = F.normalize(standard(f).flatten(0, 1), dim=1), 0., (128, 256)
+    objective, batch, hidden, p, _, f = masked(monkeypatch, HuBERT)
+    x, mask, books = F.normalize(standard(f).flatten(0, 1), dim=1), hidden.flatten(), (128, 256)
+    total, moved = 0., []
     for z, codes in zip(p.flatten(0, 1).split(books, 1), objective.prototypes.split(books)):
         q = sinkhorn(x @ codes.T / .15)
         kl = F.kl_div((z / .5).log_softmax(1), q, reduction='none').sum(1)
         entropy = torch.distributions.Categorical(logits=z).entropy().mean()
-        total += .75 * kl[mask.flatten()].mean() + .25 * kl[~mask.flatten()].mean()
-        total += .001 * entropy
+        total = total + .75 * kl[mask].mean() + .25 * kl[~mask].mean() + .001 * entropy
+        moved.append(.99 * codes + .01 * F.normalize(q.T @ x, dim=1))
     agree(objective, batch, total)
+    objective.after_step()
+    assert torch.allclose(objective.prototypes, F.normalize(torch.cat(moved), dim=1), atol=1e-6)
 
 
 # --- heartbeats, patches, labels
@@ -417,7 +412,7 @@ def zero_head_loss(name, objective, batch, logs):
         layers, f = objective.teacher(batch)
         parts = [f] if name == 'jepa' else [layers[-1][0], layers[-2][0]]
         target = sum(map(standardise, parts)) / len(parts)
-        error = F.smooth_l1_loss(torch.zeros_like(target), target).item()
+        error = F.smooth_l1_loss(0 * target, target).item()
         return error * (1 if name == 'jepa' else objective.encoder.dim ** .5)
     if name == 'hubert':                        # ln K - entropy of the target, + .001 ln K
         x = F.normalize(standardise(logs['target']).flatten(0, 1), dim=1)
@@ -434,21 +429,20 @@ def zero_head_loss(name, objective, batch, logs):
 
 @pytest.mark.parametrize('name, backbone', PAIRS)
 def test_every_pair_learns(name, backbone, monkeypatch):
-    """Two steps: finite losses, a gradient for all that learns and none for teachers and
-    tokenizers; then the loss of a zeroed head."""
+    """Two steps: finite losses; teachers and tokenizers do not learn, all the rest gets a gradient
+    (but no beat is hidden except by beats). Then the loss of a zeroed head."""
     torch.manual_seed(0)
     batch = records()
     objective = build(name, backbone, batch).train()
     learned = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+    assert not any(n.startswith(('teacher', 'tokenizer')) for n in learned)
+    never = ['encoder.stem.mask_token'] * (backbone == 'beat' and name != 'beats')
     optimiser = torch.optim.AdamW(learned.values(), lr=1e-3)
     for _ in range(2):
         loss, logs = objective(batch)
         loss.backward()
         assert loss.isfinite()
-        idle = [n for n, p in learned.items() if p.grad is None]
-        masked = backbone != 'beat' or name == 'beats'            # else no beat is ever hidden
-        assert idle == ([] if masked else ['encoder.stem.mask_token'])
-        assert all(p.grad is None for n, p in objective.named_parameters() if n not in learned)
+        assert [n for n, p in learned.items() if p.grad is None] == never
         optimiser.step()
         optimiser.zero_grad()
         objective.after_step()
@@ -516,15 +510,16 @@ def test_what_is_hidden_cannot_be_seen(name, backbone, monkeypatch):
 
 def test_alarms_fire_on_collapse():
     torch.manual_seed(0)
-    x = torch.randn(8, 512, 8)
+    x = torch.randn(8, 512, 8) * torch.tensor([1, 2] * 4)         # .05 and .2 of the variance
     line, same = x[..., :1] * torch.randn(8), torch.randn(8) + .001 * x
     good = dict(features=x, target=x, hits=torch.full((2, 64), 30.))
     numbers, alarm = health(good)
-    expected = dict(rank=8, std=1, target_std=1, codes=64, chance=1 / 64, perplexity=64)
+    expected = dict(rank=.05 ** -.2 * .2 ** -.8, std=1, target_std=1, codes=64, chance=1 / 64,
+                    perplexity=64)                                # rank: exp of the entropy
     assert not alarm and numbers == pytest.approx(expected, rel=.0125)
-    for name, logs in (('rank', dict(features=line)), ('std', dict(features=same)),
-                       ('target_std', dict(target=same))):
-        assert health(good | logs)[1].endswith(ALARMS[name])
+    for name, kind, value in (('rank', 'features', line), ('std', 'features', same),
+                              ('target_std', 'target', same)):
+        assert health(good | {kind: value})[1].endswith(ALARMS[name])
     one = F.one_hot(torch.tensor([3, 3]), 64) * 1000.
     expected = dict(rank=1, std=0, target_std=0, codes=1, chance=1, perplexity=1)
     for constant in (torch.ones_like(x), torch.zeros_like(x)):
