@@ -27,6 +27,7 @@ import shutil
 import sys
 import time
 import tokenize
+import warnings
 import zipfile
 import zlib
 from array import array as compact
@@ -46,6 +47,7 @@ import torch
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
+warnings.filterwarnings('ignore', 'The given NumPy array is not writable')   # nor written to
 LEADS = ('I', 'II', 'III', 'aVR', 'aVL', 'aVF', 'V1', 'V2', 'V3', 'V4', 'V5', 'V6')
 HERE = Path(__file__).resolve().parent
 MAX_SECONDS = 3600
@@ -286,8 +288,7 @@ def read_header(path):
     if len(first) < 2 or not first[1].isdigit():
         raise BadRecord('unreadable header')
     if '/' in first[0]:
-        segments = first[0].split('/')[1].isdigit()
-        raise BadRecord('several segments' if segments else 'a / in the name of the record')
+        raise BadRecord('several segments, or a / in the name of the record')
     if len(first) < 3:
         raise BadRecord('fs absent')
     fs = number(re.split('[/(]', first[2])[0])
@@ -505,7 +506,7 @@ def echonext(root):
     as they are, as in the released code. Labels: eleven flags (echonext/) and the composite one
     (shd/). The official split is kept: train is fold 0, val 8, test 9. Not tried on real files."""
     root, fold = Path(root), {'train': 0, 'val': 8, 'test': 9}
-    table = next(root.glob('[Ee]cho[Nn]ext_metadata_100k.csv'), root / 'echonext_metadata_100k.csv')
+    table = root / 'echonext_metadata_100k.csv'
     rows_so_far = Counter()                                         # of each split
     for r in read_csv(table, 'ecg_key', 'patient_key', 'split', 'age_at_ecg', 'sex', SHD, *FLAGS):
         split = r['split']
@@ -651,11 +652,11 @@ def mds_outcomes(path):
     return tuple(found), dict(zip(studies, values.tolist()))
 
 
-SEQUENCES = ('sine', 'square', 'sawtooth', 'walk', 'noise')
+SEQUENCES = ('sine', 'square', 'walk', 'noise')
 
 
 def sequences(records, seed=0, seconds=10., fs=240):
-    """Sequences that are no ECGs, five classes in turn (sequence/sine ...), for transfer beyond
+    """Sequences that are no ECGs, four classes in turn (sequence/sine ...), for transfer beyond
     medicine. Two sources of the class, of random frequency and phase, are mixed at random into
     twelve leads of .1 to 2 mV. Record i depends on (seed, i) alone."""
     for i in range(records):
@@ -677,8 +678,6 @@ def sequence(name, t, rng):
         return np.cumsum(steps) / np.sqrt(len(t))
     if name == 'noise':                                             # power 1 / f^0 ... 1 / f^1.2
         return np.fft.irfft(np.fft.rfft(steps) * np.maximum(f, .3) ** (-.6 * rng.random()), len(t))
-    if name == 'sawtooth':
-        return 2 * (cycles % 1) - 1
     sine = np.sin(math.tau * cycles)
     return np.sign(sine) if name == 'square' else sine
 
@@ -1153,7 +1152,7 @@ def noise_free(patient, record, ecg, beats, ectopic, setting, t):
     M[ks] += np.minimum(relative, 2) * FIELD[:, 4:].T
     x = np.zeros((len(t), 8))
     add_beats(x, t, beats[~ectopic], M, centre, width)
-    if ectopic.any():
+    if ecg.findings['PVC'] or ecg.findings['PAC']:
         other = ectopic_beat(record, ecg, A, M, field, local, centre, width)
         add_beats(x, t, beats[ectopic], *other)
     breath = 1 + .025 * np.sin(math.tau * (ecg.breath * t + ecg.breath_phase))
@@ -1281,14 +1280,15 @@ def take_leads(x, fs, leads, unit, contract):
     cut off, which is what is zero or NaN in all leads for over .1 s at an end. Raises BadRecord."""
     if not 50 <= fs <= 10000:
         raise BadRecord('absurd fs')
-    if str(unit).lower() not in UNITS:
+    unit = str(unit).lower()
+    if unit not in UNITS:
         raise BadRecord(f'unknown unit {unit}')
     names = [str(name).strip().upper() for name in leads]
     for lead in contract.leads:
         if names.count(lead.upper()) != 1:
             raise BadRecord(f'lead {lead} missing or named twice')
     columns = [names.index(lead.upper()) for lead in contract.leads]
-    x = np.asarray(x, float)[:, columns] * UNITS[str(unit).lower()]
+    x = np.asarray(x, float)[:, columns] * UNITS[unit]
     if len(x) > MAX_SECONDS * fs:
         raise BadRecord('longer than an hour')
     filled = np.flatnonzero((np.isfinite(x) & (x != 0)).any(1))
@@ -1403,7 +1403,7 @@ def process(record, contract, peaks=True):
         counts = counts.astype(np.int16)
     except BadRecord as e:
         counts, facts = None, str(e)
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         counts, facts = None, 'file missing'
     except Exception as e:                             # what a damaged file makes a library raise
         counts, facts = None, f'unreadable ({type(e).__name__})'
@@ -1428,7 +1428,7 @@ def process_all(records, contract, peaks, workers):
 
 def fold_of(patient):
     """Fold 1 ... 10 of a patient, by hash: it never depends on what else is in the set."""
-    return int.from_bytes(hashlib.blake2b(patient.encode(), digest_size=4).digest(), 'big') % 10 + 1
+    return zlib.crc32(patient.encode()) % 10 + 1
 
 
 def stratify(Y, groups=None, folds=10, seed=0):
@@ -1586,6 +1586,8 @@ def write_dataset(folder, finished, contract, folds):
     index['fold'] = draw_folds(index, strata, folds)
     index |= dict(peaks=np.array(r_peaks, np.int32), peak_start=np.array(peak_start))
     digest.update(labels.write(folder / 'labels.npy'))              # not copied: it may be large
+    for values in index.values():
+        digest.update(values.tobytes())
     np.savez(folder / 'index.npz', **index)
     return dict(contract=asdict(contract), labels=list(labels.column), records=len(rows),
                 seen=len(ids), dropped=dict(dropped), gaps=gaps, odd_limbs=odd,
@@ -1599,7 +1601,7 @@ def print_summary(name, meta, index):
     print(f'{name}: {n:,} of {meta["seen"]:,} records kept, {len(set(index["patient"])):,} '
           f'patients, {index["length"].sum() / fs / 3600:.1f} h of signal, {len(meta["labels"])} '
           f'labels, {len(index["peaks"]):,} R-peaks; {meta["seconds"]} s')
-    for reason, count in Counter(meta['dropped']).most_common():
+    for reason, count in meta['dropped'].items():
         print(f'  {count:,} dropped: {reason}')
     folds, sizes = np.unique(index['fold'], return_counts=True)
     print(f'  {len(folds)} folds of {sizes.min():,} to {sizes.max():,} records')
@@ -1738,7 +1740,7 @@ def open_prepared(name):
     try:
         meta = json.loads((folder / 'meta.json').read_text())
         index = dict(np.load(folder / 'index.npz'))
-        counts = np.memmap(folder / 'signals.i16', np.int16, 'c')   # 'c': torch wants it writable
+        counts = np.memmap(folder / 'signals.i16', np.int16, 'r')
         signals = torch.from_numpy(counts.reshape(-1, 12))
         labels = np.load(folder / 'labels.npy', mmap_mode='r')
         lengths = len(signals), len(labels), len(index['signal'])
@@ -1763,9 +1765,14 @@ def same_recording(name):
 def overlap(ds, seen):
     """True where a record of the Dataset, or its patient, is among `seen`: patients, ids and
     signal hashes, as `Dataset.names` gives them and seen.npz of a run holds them. (N,) bool."""
-    seen = np.array(sorted({same_recording(name) for name in seen}) or [''])
-    direct = np.isin(ds.patient, seen) | np.isin(ds.recording, seen) | np.isin(ds.signal, seen)
-    return np.isin(ds.patient, ds.patient[direct])
+    keys = ds.patient, ds.recording, ds.signal
+    seen = np.array(sorted(seen | {same_recording(name) for name in seen}) or [''])
+    known = np.any([np.isin(key, seen) for key in keys], 0)
+    while True:                                               # and what shares a name with these
+        more = np.any([np.isin(key, key[known]) for key in keys], 0)
+        if (more == known).all():
+            return known
+        known = more
 
 
 def write_seen(folder, names):
@@ -1807,7 +1814,7 @@ class Dataset:
     where a dataset is missing, damaged or of another contract."""
 
     def __init__(self, names, device='cpu'):
-        self.name, self.device = names, torch.empty(0, device=device).device
+        self.name, self.device = names, torch.device(device)
         metas, indices, signals, labels = zip(*map(open_prepared, names.split(',')))
         self.contract = Contract.read(metas[0]['contract'])
         for name, meta in zip(names.split(','), metas):

@@ -654,11 +654,11 @@ def plans(ds, rows, seen, folds=None, allow=False):
     else:
         result = [[rows[~np.isin(ds.fold[rows], (f, names[i - 1]))], which(names[i - 1]), which(f)] for i, f in enumerate(names)]
         result = result if small else result[-1:]
-    for train, val, test in result:
-        assert not set(ds.patient[test]) & set(ds.patient[np.r_[train, val]]), 'a patient of the test fold is in training or validation'
-    for plan in result:                                          # a recording may be in the set twice, under two patients
+    for plan in result:                                          # a recording may be in the set twice, a patient in two folds of joined sets
         again = overlap(ds, ds.names(plan[2]))
         plan[:2] = [part[~again[part]] for part in plan[:2]]
+    for train, val, test in result:
+        assert not set(ds.patient[test]) & set(ds.patient[np.r_[train, val]]), 'a patient of the test fold is in training or validation'
     known = overlap(ds, seen)
     clean = [p for p in result if allow or not known[p[2]].any()]
     if n := sum(known[p[2]].sum() for p in result):

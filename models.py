@@ -171,19 +171,19 @@ class S4(LongConv):
         self.register_buffer('log_dt', log_dt)
         self.C = nn.Parameter(torch.randn(1 if causal else 2, dim, state))
         self.D = nn.Parameter(torch.randn(dim))
-        self.cache = None, None                        # (key, basis)
+        self.cache = None, None, None                  # (log_dt, key, basis)
 
     def basis(self, L):
         """(Abar^l Bbar) for l = 0 ... L - 1: (H, N, L), computed in float64. Kept for the next
         call, since it does not learn."""
         key = L, self.log_dt._version, self.C.dtype, self.C.device
-        if self.cache[0] != key:
+        if self.cache[0] is not self.log_dt or self.cache[1] != key:
             Abar, Bbar = discretise(self.log_dt, self.C.shape[2])
             steps = [Bbar]
             while len(steps) < L:
                 steps.append((Abar @ steps[-1][..., None])[..., 0])
-            self.cache = key, torch.stack(steps, -1).to(self.C)
-        return self.cache[1]
+            self.cache = self.log_dt, key, torch.stack(steps, -1).to(self.C)
+        return self.cache[2]
 
     def kernel(self, L):
         """Kernels (1 or 2, H, L) over the lags 0 ... L - 1."""

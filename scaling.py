@@ -1964,6 +1964,8 @@ def out_of_distribution(encoder, name, samples, contract, device, seen):
     ds, columns = ood(name, contract)
     y, folds = np.array(ds.labels[:, columns]), np.unique(ds.fold[ds.fold >= 0])
     leaks = np.isin(ds.fold, folds[-4:]) & overlap(ds, seen)
+    test = np.isin(ds.fold, folds[-3:])
+    leaks |= ~test & overlap(ds, ds.names(test))                 # a recording may be in the set twice
     rows = np.flatnonzero((ds.length >= samples) & np.isfinite(y).any(1) & (ds.fold >= 0) & ~leaks)
     tr, val, test = (np.flatnonzero(np.isin(ds.fold[rows], which)) for which in (folds[:-4], folds[-4:-3], folds[-3:]))
     y = y[rows]
@@ -1983,7 +1985,7 @@ def assess(objective, t, ds, anchors, oods, device):
     """Losses of a checkpoint: in distribution on 512 training records and all validation and test records, then out of distribution."""
     samples = round(t.window * ds.contract.fs)
     rows = [r[ds.length[r] >= samples] for r in ds.split()]
-    seen = ds.names(rows[0])                  # by the largest run: the same test records for all
+    seen = ds.names(rows[0]) | (train.read_seen(t.tokenizer) if t.tokenizer else set())          # by the largest run: the same test records for all
     rows[0] = ds.nested(rows[0], t.records, t.seed)[:512]
     columns = None
     if t.objective == 'supervised':

@@ -15,7 +15,6 @@ trained on), log.csv and loss.png to a new numbered folder in out/, or to --out.
 import argparse
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -65,7 +64,7 @@ def make_parser():
     add('--data', default='synthetic', help='prepared datasets, joined by commas; the training '
         'folds of each are used')
     add('--records', type=count, help='train on so many records, drawn by whole patients')
-    add('--window', type=positive, help="crop in s (default: the objective's)")
+    add('--window', type=within(.1, 3600), help="crop in s (default: the objective's)")
     add = p.add_argument_group('of some objectives', 'see python objectives.py').add_argument
     add('--span-ms', type=positive, help='length of hidden spans in ms (83)')
     add('--hide', type=share, help='share of tokens hidden (.49; beats and patches .5)')
@@ -90,9 +89,9 @@ def make_parser():
     add('--lr', type=positive, help="peak (default: the objective's)")
     add('--schedule', choices=['cosine', 'constant'], default='cosine',
         help='after the warm-up')
-    add('--weight-decay', type=float, default=1e-3)
+    add('--weight-decay', type=within(0, 1e9), default=1e-3)
     add('--clip', type=positive, default=1., help='largest norm of the gradient')
-    add('--warmup', type=float, default=.05, help='share of the run')
+    add('--warmup', type=within(0, 1), default=.05, help='share of the run')
     add('--seed', type=natural, default=0)
     add('--device', help='cpu or cuda (default: cuda where there is one)')
     add('--compile', action='store_true', help='torch.compile the blocks: for long runs on a GPU')
@@ -135,8 +134,12 @@ def fill_in(a):
                    '--objective vqbeat --out out/vq, then add --tokenizer out/vq')
     if a.objective in ('data2vec', 'dinosr') and a.layers == 1:
         raise Stop(f'{a.objective} takes its targets from two layers: --layers must be 2 or more')
+    if a.backbone == 'net1d' and a.layers and a.layers < 7:
+        raise Stop('net1d has seven stages: --layers must be 7 or more')
     if 'lr' in a.as_released:
         a.lr, a.warmup, a.clip, a.schedule = a.lr or 3e-3, 0., math.inf, 'constant'
+    if a.keep and max(a.keep) > a.steps:
+        raise Stop(f'--keep {max(a.keep)}: the run has {a.steps} steps')
     a.lr = a.lr or kind.rates[a.backbone]
     a.window = a.window or (10 if a.backbone in ('resnet', 'beat', 'vit') else kind.window)
     config_of(a.backbone, a.size)                          # stops at a size that the backbone lacks
@@ -161,9 +164,17 @@ def run_folder(a):
     return out
 
 
+def load_run(folder):
+    """The checkpoint of a run folder. Stops where it is missing or damaged."""
+    try:
+        return load(folder)
+    except ValueError as e:
+        raise Stop(str(e))
+
+
 def load_tokenizer(path, contract):
     """The vqbeat of a run folder."""
-    c = load(path)
+    c = load_run(path)
     if c['objective'] != 'vqbeat' or c['step'] < c['args']['steps']:
         raise Stop(f'--tokenizer {path}: a finished run of --objective vqbeat is needed')
     if differs := Contract.read(c['contract']).differs(contract):
@@ -331,18 +342,20 @@ def begin(out, seen):
 
 
 def save_run(a, out, ds, objective, optimiser, run, world):
-    """Write ckpt.pt, and a copy of it where --keep asks for one."""
+    """Write the log, a copy of the checkpoint where --keep asks for one, and last ckpt.pt: what is
+    resumed from is never ahead of the other files."""
     skip = ('out', 'resume', 'force', 'device', 'compile')
     args = {k: v for k, v in vars(a).items() if k not in skip}
     contract = replace(ds.contract, window=a.window / objective.views)
-    save(out / 'ckpt.pt', dict(
+    checkpoint = dict(
         run, objective=a.objective, config=asdict(objective.encoder.config), args=args,
         encoder=objective.encoder.state_dict(), state=objective.state_dict(),
         optimiser=optimiser.state_dict(), seed=a.seed, world=world, data=a.data, dataset=ds.hash,
-        contract=asdict(contract), command=' '.join(sys.argv)))
+        contract=asdict(contract), command=' '.join(sys.argv))
     write_csv(out / 'log.csv', run['log'])
     if run['step'] in a.keep:
-        shutil.copy(out / 'ckpt.pt', out / f'ckpt_{run["step"]}.pt')
+        save(out / f'ckpt_{run["step"]}.pt', checkpoint)
+    save(out / 'ckpt.pt', checkpoint)
 
 
 def take_step(a, step, batch, objective, parallel, optimiser):
@@ -403,15 +416,16 @@ def start(a, ds, columns, batches, checkpoint, device):
     torch.manual_seed(a.seed)
     tokenizer = load_tokenizer(a.tokenizer, ds.contract) if a.objective == 'beats' else None
     objective = build(a, ds.contract.fs, columns, tokenizer, batches).to(device)
-    optimiser = torch.optim.AdamW(optimiser_groups(objective, a))
+    fused = device.type == 'cuda'
+    optimiser = torch.optim.AdamW(optimiser_groups(objective, a), fused=fused)
     initial = {k: v.cpu().clone() for k, v in objective.encoder.state_dict().items()}
     run = dict(step=0, seconds=0., log=[], initial=initial)
     if checkpoint:
         objective.load_state_dict(checkpoint['state'])
+        for group in checkpoint['optimiser']['param_groups']:
+            group['fused'] = fused                         # it may have begun on another device
         optimiser.load_state_dict(checkpoint['optimiser'])
         run = {k: checkpoint[k] for k in run}
-    for group in optimiser.param_groups:
-        group['fused'] = device.type == 'cuda'
     return objective, optimiser, run
 
 
@@ -455,7 +469,7 @@ def train(a, out, checkpoint=None, until=None, rank=0, world=1, interrupted=()):
         broken = torch.where((broken < 0) & ~healthy, step, broken)
         probing = probed and (done in (1, a.steps) or done % probe_every == 0)
         logging = done == a.steps or probing or step % log_every == 0
-        saving = done == stop or done % a.save_every == 0 or done in a.keep or interrupted
+        saving = done == stop or done % a.save_every == 0 or done in a.keep or bool(interrupted)
         if (not gpu or logging or saving) and broken >= 0:         # to ask makes a GPU wait
             stop_broken(out, broken.item(), fetch(broken.item(), share=(0, 1)), loss, norm)
         run.update(step=done, seconds=time.time() - began)
@@ -466,8 +480,8 @@ def train(a, out, checkpoint=None, until=None, rank=0, world=1, interrupted=()):
             log_step(run, step, optimiser.param_groups[0]['lr'], loss, norm, logs, probe)
         if saving and not rank:
             save_run(a, out, ds, objective, optimiser, run, world)
-        if interrupted:
-            raise Stop(f'stopped; saved at step {done}: python train.py --resume --out {out}')
+            if interrupted:
+                raise Stop(f'stopped; saved at step {done}: python train.py --resume --out {out}')
     if stop == a.steps and not rank:
         conclude(a, out, run['log'])
     return objective
@@ -479,7 +493,7 @@ def main(argv=None):
     a, checkpoint = parser.parse_args(argv), None
     if a.resume:
         out = run_folder(a)
-        checkpoint = load(out)
+        checkpoint = load_run(out)
         parser.set_defaults(**checkpoint['args'])
         a = parser.parse_args(argv)
         if changed := [flag(k) for k, v in checkpoint['args'].items() if getattr(a, k) != v]:

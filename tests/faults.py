@@ -137,15 +137,13 @@ def training(times, rng):
 def sweeping(times, rng):
     """No row of a sweep is lost, changed or doubled; it ends as one that was never killed."""
     seconds, killed, before = must(SWEEP + 'sweep'), 0, set()
-    while killed < times or before:
-        if killed < times:
-            killed += kill(SWEEP + 'cut_sweep', 1, .7 * seconds, rng)
-        else:
-            must(SWEEP + 'cut_sweep')
+    while killed < times:
+        ended = not kill(SWEEP + 'cut_sweep', 1, .7 * seconds, rng)
+        killed += not ended
         now = {row for file in Path('out/cut_sweep/runs').glob('*/rows.csv') for row in rows(file)}
         assert before <= now, 'a row was lost or changed'
         before = now
-        if killed == times or Path('out/cut_sweep/runs.csv').exists():
+        if ended or killed == times:
             must(SWEEP + 'cut_sweep')
             assert rows('out/cut_sweep/runs.csv') == rows('out/sweep/runs.csv')
             shutil.rmtree('out/cut_sweep')

@@ -1,6 +1,5 @@
 """The pretraining loop: exact resuming, what a run leaves behind, refusals, two processes."""
 import csv
-import math
 import os
 import signal
 import subprocess
@@ -102,7 +101,7 @@ KILLED = '''
 import os, torch, train
 write = torch.save
 def save(checkpoint, file):
-    if checkpoint['step'] == 20:
+    if checkpoint['step'] == 40:
         file.write(b'half a checkpoint')
         file.flush()
         os.kill(os.getpid(), 9)
@@ -114,15 +113,15 @@ train.main()
 
 def test_run_killed_while_it_saves_goes_on_exactly(here):
     """The probe and the log leave no trace in the weights, and the loss falls below chance."""
-    flags = '--steps 30 --batch 8 --layers 1 --log-every 5 --save-every 10 --seed 3 --out'.split()
+    flags = '--steps 60 --batch 16 --layers 1 --log-every 10 --save-every 20 --out'.split()
     killed = subprocess.run([sys.executable, '-c', KILLED, *flags, 'out/killed'], env=SCRIPTS)
-    assert killed.returncode == -signal.SIGKILL and load('out/killed')['step'] == 10
+    assert killed.returncode == -signal.SIGKILL and load('out/killed')['step'] == 20
     train.main([*flags, 'out/whole'])
-    train.main([*flags, 'out/quiet', '--log-every', '30', '--probe-every', '0'])
+    train.main([*flags, 'out/quiet', '--log-every', '60', '--probe-every', '0'])
     whole = load('out/whole')
     assert same(whole['state'], resume('killed')['state']) and log('whole') == log('killed')
     assert same(whole['state'], load('out/quiet')['state'])
-    assert float(log('whole')[-1]['loss']) < math.log(129)
+    assert float(log('whole')[-1]['loss']) < .6 * float(log('whole')[0]['loss'])
 
 
 def test_full_disk_leaves_the_checkpoint_before(here):
