@@ -1300,10 +1300,11 @@ def take_leads(x, fs, leads, unit, contract):
 
 def signal_hash(x):
     """Sixteen hexadecimal digits by which the source signal x (T, 12) in mV is known again under
-    another file name, folder, container, unit or order of leads: a hash of II and V2 in uV (one
-    of them may be flat)."""
-    x = np.where(np.isfinite(x), x, 0)[:, [1, 7]]
-    counts = np.floor(1000 * x + .51).astype(np.int64)              # halves may be rounded before
+    another file name, folder, container, unit or order of leads: a hash of lead II in uV, of V2
+    where II is flat. (PTB-XL has a recording twice that differs in V2 and V5 alone.)"""
+    x = np.where(np.isfinite(x), x, 0)
+    lead = x[:, 1] if np.ptp(x[:, 1]) > .002 else x[:, 7]
+    counts = np.floor(1000 * lead + .51).astype(np.int64)           # halves may be rounded before
     return hashlib.blake2b(counts.tobytes(), digest_size=8).hexdigest()
 
 
@@ -1610,9 +1611,9 @@ def print_summary(name, meta, index):
         unusual = not 40 < rate < 140 or not .3 < meta['height'] < 5
         print(f'  median heart rate {rate:.0f}/min, median height of a lead {meta["height"]:.2g} mV'
               + (': unusual, is the sampling rate or the gain wrong?' if unusual else ''))
-    again = n - len(set(index['signal']))
-    print(f'  {meta["gaps"]:,} with short gaps filled, {again:,} with the signal of another one, '
-          f'{meta["odd_limbs"]:,} whose limb leads do not fit together (III = II - I and so on)')
+    print(f'  {meta["gaps"]:,} with short gaps filled, {n - len(set(index["signal"])):,} with the '
+          f'signal of another one, {meta["odd_limbs"]:,} whose limb leads do not fit together '
+          '(III = II - I and so on)')
     print(f'  next: python train.py --data {name}')
 
 
