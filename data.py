@@ -47,7 +47,7 @@ import torch
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-warnings.filterwarnings('ignore', 'The given NumPy array is not writable')   # nor written to
+warnings.filterwarnings('ignore', 'The given NumPy array is not writable')  # it is never written to
 LEADS = ('I', 'II', 'III', 'aVR', 'aVL', 'aVF', 'V1', 'V2', 'V3', 'V4', 'V5', 'V6')
 HERE = Path(__file__).resolve().parent
 MAX_SECONDS = 3600
@@ -77,7 +77,7 @@ def run_script(main):
 
 @dataclass(frozen=True)
 class Contract:
-    """What a stored sample means. Checkpoints carry it, and evaluation on data with another
+    """The meaning of a stored sample. It is stored in checkpoints. Evaluation on data with another
     contract is refused."""
     fs: int = 240                                                   # Hz
     leads: tuple = LEADS
@@ -104,10 +104,10 @@ CONTRACTS = {'ps': Contract(), 'sc': Contract(fs=100, filter='hp0.5+notch60', wi
 
 @dataclass
 class Record:
-    """One recording as a reader yields it. load(record) fills in later, in a worker process, what
-    stands in the signal file alone. labels: {name: 0, 1, a number, or NaN for unknown}; names begin
-    with a label set (super/MI). A label that the record does not name is 0 if it belongs to a label
-    set that the record uses, else unknown. labels=None: all unknown."""
+    """One recording as a reader yields it. load(record) runs later, in a worker process, and fills
+    in the fields that only the signal file holds. labels: {name: 0, 1, a number, or NaN for
+    unknown}; names begin with a label set (super/MI). A label that the record does not name is 0 if
+    it belongs to a label set that the record uses, else unknown. labels=None: all unknown."""
     id: str
     patient: str = ''                                               # '': known by its id alone
     x: object = None                                                # (T, C) in `unit` at `fs` Hz
@@ -177,7 +177,7 @@ def fold_number(text):
 
 
 def years(text):
-    """An age in years. 300 stands for over 89 in PTB-XL; what no one reaches is unknown."""
+    """An age in years; NaN if it is not within 0 to 120. PTB-XL has 300 for ages over 89: 90."""
     age = number(text)
     if age == 300:
         return 90.
@@ -465,8 +465,8 @@ def load_sph(record, path):
 def code15(root):
     """CODE-15% (Ribeiro et al. 2021, Zenodo): HDF5, 400 Hz, 7 or 10 s padded with zeros to 4,096
     samples, six findings. Hashed folds by patient. Its unit is not stated: taken as mV, as in the
-    released code, though the CODE test set of the same group is in .1 mV: check that the SD is .2
-    to .4 before mixing. Not tried on real files."""
+    released code. But the CODE test set of the same group is in .1 mV, so check that the SD is .2
+    to .4 mV before mixing. Not tried on real files."""
     names, yes = ('1dAVb', 'RBBB', 'LBBB', 'SB', 'AF', 'ST'), {'true': '1', 'false': '0'}
     value = lambda text: is_female(yes.get(text.lower(), text))     # 1, 0, or NaN
     for r in read_csv(Path(root, 'exams.csv'), 'exam_id', 'age', 'is_male', 'patient_id',
@@ -582,7 +582,8 @@ def load_mimic(record, path):
 
 
 def machine_features(r):
-    """The FEATURES of a row of machine_measurements.csv; absurd times and axes are unknown."""
+    """The FEATURES of a row of machine_measurements.csv, in ms and degrees. NaN for times outside 0
+    to 5,000 ms and axes outside -360 to 360 degrees."""
     within = lambda v, low, high: v if low <= v <= high else nan
     rr, on, end, t = (within(number(r[name]), 0, 5000) for name in ECG_TIMES)
     qrs, qt = within(end - on, 0, 5000), within(t - on, 0, 5000)
@@ -657,8 +658,8 @@ SEQUENCES = ('sine', 'square', 'walk', 'noise')
 
 def sequences(records, seed=0, seconds=10., fs=240):
     """Sequences that are no ECGs, four classes in turn (sequence/sine ...), for transfer beyond
-    medicine. Two sources of the class, of random frequency and phase, are mixed at random into
-    twelve leads of .1 to 2 mV. Record i depends on (seed, i) alone."""
+    medicine. Two random sources of the class are mixed at random into twelve leads; the largest
+    lead has an SD of .1 to 2 mV. Record i depends on (seed, i) alone."""
     for i in range(records):
         rng, name = np.random.default_rng([seed, i]), SEQUENCES[i % len(SEQUENCES)]
         t = np.arange(round(seconds * fs)) / fs
@@ -743,6 +744,8 @@ def download(a):
     names = [row[column] for row in read_csv(Path(a.root, 'ptbxl_database.csv'), column)]
     names = [name for name in names if not a.folders or Path(name).parent.name in a.folders]
     wfdb.dl_files('ptb-xl', a.root, [name + end for name in names for end in ('.hea', '.dat')])
+
+
 # -------------------------------------------------------------------------------------------------
 # the synthetic 12-lead ECG
 #
@@ -759,23 +762,23 @@ P1, P2, Q, R1, R2, S, X, J, T1, T2, U, SPIKE, F1, F2 = range(14)
 
 
 def table(text, kind=float):
-    """A table in text as {first word of a row: array of the others}"""
+    """A table in text as {first word of a row: array of the others}."""
     return {name: np.array(words, kind) for name, *words in map(str.split, text.splitlines())}
 
 
 def matrix(text):
-    """The numbers of a table in text"""
+    """The numbers of a table in text."""
     return np.stack(list(table(text).values()))
 
 
 def effects(words, n):
-    """Words such as R2 .2 0 .35 S 0 .1 0, with n numbers a wave, as {R2: numbers, S: numbers}"""
+    """Words such as R2 .2 0 .35 S 0 .1 0, with n numbers a wave, as {R2: numbers, S: numbers}."""
     groups = [words[i:i + n + 1] for i in range(0, len(words), n + 1)]
     return {WAVES.index(wave): np.array(numbers, float) for wave, *numbers in groups}
 
 
-# Their dipoles in mV: mean and SD between patients, fitted to 297 normal PTB-XL records; those of
-# LBBB; and sizes in a ventricular extrasystole, whose Gaussians all have one direction.
+# Dipoles of the waves in mV: mean and SD between patients, fitted to 297 normal PTB-XL records;
+# those of LBBB; and sizes in a ventricular extrasystole, whose Gaussians all have one direction.
 #      mean x, y, z       SD x, y, z       LBBB x, y, z      PVC
 DIPOLES = matrix('''\
 P1     .037  .063 -.022   .019 .032 .018   0    0    0     0
@@ -793,7 +796,7 @@ SPIKE  0     0     0      0    0    0      0    0    0     0
 F1     0     0     0      .2   .16  .2     0    0    0     0
 F2     0     0     0      .2   .16  .2     0    0    0     0''')      # (14, 10)
 
-# their centres, from the middle of the QRS, and widths (SD), in parts of the intervals and in ms
+# Centres of the waves, from the middle of the QRS, and widths (SD): parts of the intervals, and ms
 #      centre: QRS PR P QT ms        width: QRS PR P QT ms
 TIMES = matrix('''\
 P1    -.5   -1  .33  0     0    0     0  .165  0     0
@@ -952,7 +955,7 @@ def draw_findings(patient, record, setting):
 
 
 def draw_tail(patient, findings):
-    """Severity of each label of the long tail, 0 where it is absent: (8, 9, 3)"""
+    """Severity of each label of the long tail, 0 where it is absent: (8, 9, 3)."""
     tail = patient.random((8, 9, 3)) < TAIL_PREVALENCE.reshape(8, 9, 3)
     tail &= not (findings['LBBB'] or findings['PACE'] or findings['LVOLT'])
     for territory, morphology, level in np.argwhere(tail):        # the greatest severity stays
@@ -1037,7 +1040,7 @@ def draw_beats(rng, ecg, seconds):
 
 
 def draw_dipoles(patient, record, ecg, setting):
-    """The dipoles of a beat: (14, 3) in mV"""
+    """The dipoles of a beat: (14, 3) in mV."""
     sex, decades = ecg.sex, ecg.decades
     own = patient.normal(0, .62, (14, 3)) + record.normal(0, .18, (14, 3))
     A = DIPOLES[:, :3] + DIPOLES[:, 3:6] * own
@@ -1057,7 +1060,7 @@ def draw_dipoles(patient, record, ecg, setting):
 
 
 def direction(rng):
-    """A random direction: (3,) of length 1"""
+    """A random direction: (3,) of length 1."""
     v = rng.normal(size=3)
     return v / np.linalg.norm(v)
 
@@ -1096,7 +1099,7 @@ def add_tail(A, tail):
 
 
 def wave_times(patient, ecg):
-    """Centres and widths of a beat's Gaussians, (14,) each, in s from the middle of the QRS"""
+    """Centres and widths of a beat's Gaussians, (14,) each, in s from the middle of the QRS."""
     intervals = np.array([ecg.qrs, ecg.pr, ecg.p_wave, ecg.qt, 1]) / 1000
     centre, width = TIMES[:, :5] @ intervals, TIMES[:, 5:] @ intervals
     centre[[F1, F2]] *= patient.uniform(-1, 1)
@@ -1107,7 +1110,7 @@ def wave_times(patient, ecg):
 
 
 def draw_field(patient, record, setting):
-    """What leads I, II, V1 ... V6 see of a dipole: (8, 3)"""
+    """What leads I, II, V1 ... V6 see of a dipole: (8, 3)."""
     field = FIELD[:, :3] + setting['field'] * FIELD[:, 3:4] * patient.normal(size=(8, 3))
     # the electrodes of V1 ... V6 slide along their row
     at = np.arange(6) + patient.normal(0, setting['electrode'], 6) + record.normal(0, .12, 6)
@@ -1119,7 +1122,7 @@ def draw_field(patient, record, setting):
 
 
 def ectopic_beat(record, ecg, A, M, field, local, centre, width):
-    """M, centres and widths of an ectopic beat, from the dipoles A, M, ... of a normal one"""
+    """M, centres and widths of an ectopic beat, from the dipoles A, M, ... of a normal one."""
     M, centre, width = M.copy(), centre.copy(), width.copy()
     if ecg.findings['PAC']:                                       # its P wave starts elsewhere
         M[[P1, P2]] = A[[P1, P2]] * [.4, -.8, 1.2] @ field.T
@@ -1133,7 +1136,7 @@ def ectopic_beat(record, ecg, A, M, field, local, centre, width):
 
 
 def add_beats(x, t, beats, M, centre, width):
-    """Add to x (T, 8) the Gaussians M (14, 8) of a beat at each of `beats`. All times in s"""
+    """Add to x (T, 8) the Gaussians M (14, 8) of a beat at each of `beats`. All times in s."""
     for beat in beats:
         start, stop = np.searchsorted(t, [beat - .5, beat + 1])   # no Gaussian reaches further
         after = t[start:stop, None] - beat                        # (n, 1)
@@ -1141,7 +1144,7 @@ def add_beats(x, t, beats, M, centre, width):
 
 
 def noise_free(patient, record, ecg, beats, ectopic, setting, t):
-    """Leads I, II, V1 ... V6 (T, 8) in mV, and the axis of the QRS in degrees"""
+    """Leads I, II, V1 ... V6 (T, 8) in mV, and the axis of the QRS in degrees."""
     A, (centre, width) = draw_dipoles(patient, record, ecg, setting), wave_times(patient, ecg)
     field = draw_field(patient, record, setting)
     local = patient.normal(0, [.05] * 2 + [.16] * 6, (14, 8))     # beyond any dipole
@@ -1164,7 +1167,7 @@ def noise_free(patient, record, ecg, beats, ectopic, setting, t):
 
 
 def atrial_waves(rng, ecg, t):
-    """Fibrillation or flutter at times t (T,): (T, 8) in mV; 0 in other rhythms"""
+    """Fibrillation or flutter at times t (T,): (T, 8) in mV; 0 in other rhythms."""
     if ecg.findings['AF']:
         drift = .3 * np.sin(math.tau * (.31 * t + rng.random()))
         phase = math.tau * (rng.uniform(4.5, 8) * t + drift + rng.random())
@@ -1178,7 +1181,7 @@ def atrial_waves(rng, ecg, t):
 
 
 def coloured(rng, power, T):
-    """Noise (n, T) of these powers (n, F) at the frequencies, in random phases"""
+    """Noise (n, T) of these powers (n, F) at the frequencies, in random phases."""
     waves = np.exp(2j * math.pi * rng.random(power.shape))
     return np.fft.irfft(np.sqrt(power / 2) * T * waves, n=T)
 
@@ -1276,8 +1279,8 @@ UNITS = {'mv': 1., 'uv': 1e-3, '\u00b5v': 1e-3, '\u03bcv': 1e-3, 'v': 1e3}      
 
 
 def take_leads(x, fs, leads, unit, contract):
-    """The contract's leads of x (T, C), by name in any case and order: (T', 12) in mV. Padding is
-    cut off, which is what is zero or NaN in all leads for over .1 s at an end. Raises BadRecord."""
+    """The contract's leads of x (T, C), by name in any case and order: (T', 12) in mV. Padding
+    (zero or NaN in all leads for over .1 s at an end) is cut off. Raises BadRecord."""
     if not 50 <= fs <= 10000:
         raise BadRecord('absurd fs')
     unit = str(unit).lower()
@@ -1304,12 +1307,13 @@ def signal_hash(x):
     where II is flat. (PTB-XL has a recording twice that differs in V2 and V5 alone.)"""
     x = np.where(np.isfinite(x), x, 0)
     lead = x[:, 1] if np.ptp(x[:, 1]) > .002 else x[:, 7]
-    counts = np.floor(1000 * lead + .51).astype(np.int64)           # halves may be rounded before
+    counts = np.floor(1000 * lead + .51).astype(np.int64)           # rounds; .01 is for halves
     return hashlib.blake2b(counts.tobytes(), digest_size=8).hexdigest()
 
 
 def fill_gaps(x, fs):
-    """x (T, C) with gaps of up to .1 s interpolated. Raises BadRecord at longer ones."""
+    """x (T, C) with gaps of up to .1 s interpolated. Raises BadRecord at a longer gap, and if gaps
+    are over 5 % of a lead."""
     gaps = ~np.isfinite(x)
     if not gaps.any():
         return x
@@ -1380,7 +1384,7 @@ def find_r_peaks(x, fs):
 
 
 def limbs_fit(x):
-    """Do the limb leads of x (T, 12) obey Einthoven and Goldberger, III = II - I and so on?"""
+    """Do the limb leads of x (T, 12) obey Einthoven and Goldberger, III = II - I and so on?."""
     I, II = x[:, 0], x[:, 1]
     derived = np.stack([II - I, -(I + II) / 2, I - II / 2, II - I / 2], 1)
     return not (np.std(x[:, 2:6] - derived, 0) > .1 * np.std(II) + .02).any()
@@ -1549,7 +1553,8 @@ class LabelTable:
 
 
 def write_dataset(folder, finished, contract, folds):
-    """Write the files of a prepared dataset but meta.json. Returns its content, and the index."""
+    """Write the files of a prepared dataset except meta.json. Returns the content of meta.json, and
+    the index."""
     began, dropped, ids, strata, labels = time.time(), Counter(), set(), [], LabelTable()
     rows, r_peaks, peak_start, heights = [], compact('i'), compact('q', [0]), compact('f')
     digest, offset, gaps, odd = hashlib.blake2b(digest_size=8), 0, 0, 0
@@ -1565,7 +1570,7 @@ def write_dataset(folder, finished, contract, folds):
             labels.add(its_labels)
             if folds != 'hash':
                 positive = [name for name, value in its_labels.items() if value > 0]
-                positive = positive or ['none'] * bool(its_labels)  # negatives are tested too
+                positive = positive or ['none'] * bool(its_labels)  # spreads those without findings
                 strata.append(positive if record.strata is None else record.strata)
             patient = record.patient or same_recording(record.id)
             rows.append((offset, len(counts), record.id, patient, facts['signal'], record.fold,
@@ -1692,7 +1697,7 @@ LABEL_SETS = {
                '+snomed/426177001+snomed/426783006+snomed/427084000+snomed/426761007',
     'MIMIC': 'cardiac+noncardiac+deterioration+mortality+icu+sex+age+biometrics+features+labs+'
              'vitals',
-    # without that of the stay: our choice of six
+    # all mortality outcomes except that within the stay; the choice of six is ours
     'SIX': 'mortality/1d+mortality/7d+mortality/28d+mortality/90d+mortality/180d+mortality/365d'}
 # the second paper trains on 25 %, validates on 5 % and tests on 10 % of MIMIC: which of its 20
 # folds these are is our choice
@@ -1777,7 +1782,7 @@ def overlap(ds, seen):
 
 
 def write_seen(folder, names):
-    """Keep in a run's folder what `Dataset.names` gave of the records that it is trained on."""
+    """Write seen.npz in a run folder: the `Dataset.names` of the training records."""
     np.savez_compressed(Path(folder, 'seen.npz'), names=np.array(sorted(names)))
 
 
@@ -1810,9 +1815,10 @@ class Dataset:
     GPU if they fit into half of its free memory), everything else in memory.
 
     labels (N, K), NaN for unknown; id, recording (see `same_recording`), patient, signal (a hash),
-    fold, age, sex, length (N,); tasks {name: columns}; contract. `synthetic`, `sample` and
-    `shifted` (1,000 synthetic records of another population and devices) prepare themselves. Stops
-    where a dataset is missing, damaged or of another contract."""
+    fold, age in years, sex (1: female), length in samples, each (N,); tasks {name: columns};
+    contract. `synthetic`, `sample` and `shifted` (1,000 synthetic records of another population and
+    other devices) are prepared on first use. Stops if a dataset is missing, damaged or of another
+    contract."""
 
     def __init__(self, names, device='cpu'):
         self.name, self.device = names, torch.device(device)
@@ -1855,7 +1861,7 @@ class Dataset:
         return len(self.id)
 
     def names(self, rows):
-        """All by which records are known again: the set of their patients, ids and signals."""
+        """Names that identify records: the set of their patients, recordings and signal hashes."""
         return {str(name) for key in (self.patient, self.recording, self.signal)
                 for name in key[rows]}
 
@@ -1871,9 +1877,9 @@ class Dataset:
         return columns
 
     def split(self):
-        """Row numbers (train, validation, test). In each dataset the highest fold tests and the
-        second highest validates. A recording or patient that is in one of these folds, under
-        whatever name, is in no other part: tested before validated, validated before trained on."""
+        """Row numbers (train, validation, test). The highest fold of each dataset is the test fold,
+        and the second highest is the validation fold. No patient or recording is in two parts, even
+        under two names: test comes first, then validation. Stops if there are under three folds."""
         folds = np.unique(self.fold)
         if len(folds) < 3:
             raise Stop(f'{self.name} has {len(folds)} folds: three are needed for train, '
@@ -1924,8 +1930,9 @@ class Dataset:
         return self.collate(rows[share[0]::share[1]], starts[share[0]::share[1]], samples)
 
     def collate(self, rows, starts, samples):
-        """A batch of given crops: x (B, 12, samples), y (B, K), patient (B,), peaks (B, P) in
-        samples, -1 where none."""
+        """A batch of given crops: x (B, 12, samples) in the contract's unit; y (B, K), NaN if
+        unknown; patient (B,), numbers that are valid in this batch only; peaks (B, P), ascending,
+        in samples from the start of the crop, -1 where none."""
         rows, starts = np.asarray(rows), np.asarray(starts)
         first, count = self.peak_start[rows][:, None], self.peak_count[rows][:, None]
         k = np.arange(count.max(initial=0))                         # of the record's R-peaks
@@ -1985,7 +1992,7 @@ def show(name, record):
     return path
 
 
-DEFAULTS = {'sample': 'sample', 'synthetic': 'synthetic --records 4000',      # prepare themselves
+DEFAULTS = {'sample': 'sample', 'synthetic': 'synthetic --records 4000',      # made on first use
             'shifted': 'synthetic --records 1000 --seed 1 --shift all --out shifted'}
 READERS = {
     'sample': lambda a: ptbxl(HERE / 'sample/ptbxl'),
@@ -2017,7 +2024,7 @@ def make_parser():
         add('--no-peaks', action='store_true', help='do not look for R-peaks')
         add('--contract', choices=list(CONTRACTS), default='ps',
             help='ps: mV, 240 Hz, 2.5 s; sc: 100 Hz, 10 s, high-pass, notch')
-        add('--fs', type=int, help='Hz')
+        add('--fs', type=int, help='sampling rate of the prepared dataset in Hz')
         add('--window', type=float, help='s: shorter records are dropped')
         add('--filter', help='none, or steps like hp0.5+lp40+notch60')
         add('--norm', choices=['none', 'record'], help='record: each lead to mean 0, SD 1')
@@ -2028,22 +2035,22 @@ def make_parser():
         elif name != 'sample':
             add('--root', required=True, help='folder (for array: file) of the source')
             add('--folds', choices=['stratified', 'hash', 'auto'], default=FOLDS.get(name, 'hash'),
-                help='how records whose source gives no fold get one')
+                help='rule for the folds of a source without folds')
         if name in ('ptbxl', 'challenge'):
             add('--download', action='store_true', help='fetch it from PhysioNet into --root first')
         if name in ('wfdb', 'array'):
             add('--labels', help='csv of labels, with a column id')
-            add('--ignore', nargs='+', default=[], metavar='COLUMN', help='of --labels')
-    sources['ptbxl']('--rate', type=int, choices=[100, 500], default=100, help='Hz')
+            add('--ignore', nargs='+', default=[], metavar='COLUMN', help='to skip')
+    sources['ptbxl']('--rate', type=int, choices=[100, 500], default=100, help='Hz of files')
     sources['ptbxl']('--folders', nargs='+', default=[], help='only these, such as 00000 01000')
     sources['challenge']('--cohort', nargs='+', default=[], help='default: all that are there')
     sources['mimic']('--least', type=int, default=2000,
                      help='ECGs that a cardiac code needs to become a label')
-    sources['array']('--fs-in', type=float, help='Hz of the array')
+    sources['array']('--fs-in', type=float, help='sampling rate of the array in Hz')
     sources['array']('--leads', default=','.join(LEADS), help='in the order of the array')
     sources['array']('--unit', choices=['mV', 'uV', 'V'], default='mV')
     sources['synthetic']('--shift', nargs='+', default=[], choices=[*SHIFTS, 'all'],
-                         help='another population, other devices')
+                         help='differences from the default population and devices')
     s = sub.add_parser('show', help='draw a record')
     s.add_argument('name')
     s.add_argument('--record', default='0', help='row number or id')

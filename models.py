@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# backbone -> size -> (width D, layers, width of the FFN, attention heads). tiny, small and base
-# have equal numbers of parameters within 10 %; released is what the papers' code has
+# backbone -> size -> (width D, layers, width of the FFN, attention heads). At tiny, small and base,
+# the number of parameters is within 7 % of that of s4. released: the size in the papers' code
 SIZES = {
     's4': {'tiny': (64, 4, 0, 0), 'small': (256, 4, 0, 0), 'base': (512, 4, 0, 0),
            'released': (512, 4, 0, 0)},
@@ -480,8 +480,8 @@ class BeatStem(nn.Module):
 
 class PatchStem(nn.Module):
     """Patches of 50 ms over all leads, a linear map, learned positions, after a CLS token:
-    (B, leads, T) -> (B, 1 + T / patch, dim). keep (B, n): the numbers of the patches that become
-    tokens. 10 s at most."""
+    (B, leads, T) -> (B, 1 + L, dim), at most 10 s. keep (B, n): indices 0 ... L - 1 of the patches
+    that become tokens."""
 
     def __init__(self, leads, dim, fs):
         super().__init__()
@@ -490,7 +490,7 @@ class PatchStem(nn.Module):
         self.position = nn.Parameter(nn.init.trunc_normal_(torch.empty(201, dim), std=.02))
 
     def patches(self, batch):
-        """Patches (B, L, leads length), an incomplete last one left out."""
+        """Patches (B, L, leads length) without an incomplete last one. ValueError if L > 200."""
         x, L = batch['x'], batch['x'].shape[2] // self.length
         if not 0 < L < len(self.position):
             raise ValueError(f'{L} patches: there is room for 1 to {len(self.position) - 1}')
@@ -514,7 +514,7 @@ class Config:
     backbone: str = 's4'
     dim: int = 64                                                 # D
     layers: int = 4
-    ffn: int = 120                                                # of attention, like the next
+    ffn: int = 120                                                # FFN width of attention backbones
     heads: int = 4
     state: int = 8                                                # N of S4
     causal: bool = True
@@ -648,9 +648,9 @@ class MeanPool(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """A learned query attends over the tokens, 16 heads (or the most that divide D), no biases: the
-    head of frozen evaluation. The query is the same for all records, so it is multiplied into the
-    key map, and tokens are pooled before the value map: no (B, L, D) keys or values are needed."""
+    """The head of frozen evaluation: a learned query attends over the tokens, with gcd(16, D) heads
+    and no biases. All records share the query, so it is multiplied into the key map. Tokens are
+    pooled before the value map. This avoids keys and values of shape (B, L, D)."""
 
     def __init__(self, dim, classes, heads=16):
         super().__init__()
@@ -684,7 +684,7 @@ def pick_device(name=None):
         reason = str(e).splitlines()[0]
         raise SystemExit(f'device {name} cannot be used here ({reason}): take --device cpu')
     if device.type == 'cuda':
-        torch.set_float32_matmul_precision('high')                # TF32: of bf16 values, exact
+        torch.set_float32_matmul_precision('high')                # TF32, exact for inputs in bf16
     return device
 
 
@@ -715,13 +715,13 @@ def parameter_groups(module, peak, weight_decay=1e-3):
 
 
 def count_parameters(module):
-    """How many numbers of a module learn."""
+    """The number of trainable parameters of a module."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def to_device(batch, device):
-    """A batch on the device. Only copies towards a GPU may go unwaited for: in the other direction
-    the values would be read before they are there."""
+    """A batch on the device. Only copies to a GPU are asynchronous. After an asynchronous copy to
+    the CPU, values could be read before they arrive."""
     if torch.device(device).type != 'cuda':
         return {k: v.to(device) for k, v in batch.items()}
     pinned = {k: v if v.is_cuda else v.pin_memory() for k, v in batch.items()}

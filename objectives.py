@@ -22,10 +22,10 @@ from models import S4, S4D, Encoder, MeanPool, S4Block, TransformerBlock, mean_p
 
 
 class Objective(nn.Module):
-    """What train.py expects of every objective."""
+    """The interface of every objective, as train.py uses it."""
     window = 2.5                       # s, of a training crop
-    views = 1                          # crops of the encoder in a training crop
-    causal = False                     # must the backbone look back only?
+    views = 1                          # encoder inputs cut from one training crop
+    causal = False                     # True: the backbone may not look ahead
     rates = {}                         # backbone -> peak learning rate: the backbones it runs on
     options = ()                       # the flags of train.py that it takes
     released = ()                      # what --as_released can switch
@@ -55,8 +55,8 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, batch):
-        """On the whole, unmasked crop: [(branch, output) of each block], final output (B, L, D). In
-        fp32: where a feature hardly differs between tokens, `standardise` magnifies rounding."""
+        """Features of the whole, unmasked crop: [(branch, output) of each block], final output, all
+        (B, L, D). In fp32, since `standardise` magnifies rounding in almost constant features."""
         self.net.train(self.mode == 'train')
         layers = []
         with torch.autocast(batch['x'].device.type, enabled=False):
@@ -163,7 +163,7 @@ class Head(nn.Module):
 def kmeans_plus_plus(x, k):
     """k well separated rows of x (N, D), scaled to unit length. A new row is drawn with probability
     proportional to its squared distance to the nearest row so far; each round doubles the set. If
-    k > N, rows are taken more than once and shaken, since of equal codes only one is ever used."""
+    k > N, rows are repeated with noise added, since only one of several equal codes is used."""
     chosen = x[torch.randint(len(x), (1,), device=x.device)]
     while len(chosen) < k:
         weight = torch.cdist(x, chosen).amin(1).square() + 1e-12
@@ -225,7 +225,7 @@ class CPC(Objective):
     def forward(self, batch):
         z, pad = self.encoder.tokens(batch)                               # (B, L, D)
         h = self.encoder.backbone(z, pad)
-        prediction = self.head(h[:, :-self.horizon])                      # (B, P, D), P = L - 14
+        prediction = self.head(h[:, :-self.horizon])                    # (B, P, D), P = L - horizon
         scores = dot_products(prediction, z)                              # (B, P, L)
         # candidates: the target, then negatives from 0 ... L-1 without the target
         B, P, L = scores.shape
@@ -244,8 +244,8 @@ class CMSC(Objective):
     form of 2605.17276: the two halves of a 10 s crop, and other records of the same patient,
     attract; everything else in the batch repels. Mean-pooled features, a 2-layer map to 128, unit
     length, temperature .1 (that of CLOCS; the paper's is not known). Loss: -log softmax over the
-    other 2 B - 1 halves, mean over positives; ln(2 B - 1) if the head is zero. The encoder sees 5
-    s, so it is evaluated on 5 s."""
+    other 2 B - 1 halves, mean over positives; ln(2 B - 1) if the head is zero. The encoder is
+    trained and evaluated on crops of 5 s."""
     window = 10
     views = 2
     rates = {'resnet': 1e-3, 'beat': 1e-3, 's4': 3e-3, 's4d': 1e-2, 'transformer': 1e-3,
@@ -270,7 +270,8 @@ class CMSC(Objective):
 
 
 def halves(batch):
-    """Both halves of every crop, first all the first ones: x (2 B, 12, T / 2), peaks (2 B, P)."""
+    """All first halves of the crops, then all second ones: x (2 B, 12, T / 2), peaks (2 B, P) in
+    samples of the half, -1 where none."""
     half, peaks = batch['x'].shape[2] // 2, batch['peaks']
     x = torch.cat([batch['x'][..., :half], batch['x'][..., half:2 * half]])
     inside = [(peaks >= start) & (peaks < start + half) for start in (0, half)]
@@ -284,8 +285,8 @@ def halves(batch):
 # prediction of a teacher's features at hidden tokens
 
 class MaskedPrediction(Objective):
-    """What JEPA, data2vec, DinoSR and HuBERT++ share: the student sees the crop with some tokens
-    hidden and predicts what the teacher makes of the whole crop there."""
+    """The common part of JEPA, data2vec, DinoSR and HuBERT++. The student sees the crop with some
+    tokens hidden. At these tokens it predicts the teacher's features of the whole crop."""
     options = ('span_ms', 'hide', 'target_norm', 'half_life', 'momentum', 'teacher_mode')
     released = ('ema', 'mask', 'lr', 'norm')
 
@@ -303,7 +304,7 @@ class MaskedPrediction(Objective):
         return hidden, hidden
 
     def student(self, batch):
-        """The student's features h (B, L, D), the head's prediction, hidden, weight."""
+        """The student's features h (B, L, D), prediction (B, L, outputs), hidden, weight (B, L)."""
         z, pad = self.encoder.tokens(batch)                               # (B, L, D)
         hidden, weight = self.mask(z)
         z = torch.where(hidden[..., None], self.mask_token.to(z.dtype), z)
@@ -577,7 +578,7 @@ class MAE(Objective):
         self.norm, self.head = nn.LayerNorm(c.dim), nn.Linear(c.dim, c.leads * encoder.stem.length)
 
     def target(self, batch):
-        """What every patch is to be predicted as: (B, L, leads length)."""
+        """The prediction target of every patch: (B, L, leads length)."""
         p = self.encoder.stem.patches(batch)
         if self.raw:
             return p
@@ -696,7 +697,7 @@ def health(logs):
         shares = [hits / hits.sum().clamp(min=1) for hits in books]
         average = lambda values: sum(float(v) for v in values) / len(books)
         numbers['codes'] = average((share > 0).sum() for share in shares)
-        numbers['chance'] = average(share.max() for share in shares)      # of always the commonest
+        numbers['chance'] = average(share.max() for share in shares)      # of the commonest code
         numbers['perplexity'] = average(torch.special.entr(share).sum().exp() for share in shares)
         # 2 % of the codes that could be in use
         limits['perplexity'] = .02 * average(min(len(hits), hits.sum()) for hits in books)

@@ -1,7 +1,7 @@
 """Pretrain an encoder.
 
     python train.py                           # CPC, tiny S4, synthetic ECGs: 2 minutes on 2 cores
-    python train.py --objective jepa --backbone transformer   # what goes with what: objectives.py
+    python train.py --objective jepa --backbone transformer   # valid pairs: objectives.py
     python train.py --objective jepa --as_released ema     # with a deviation of the released code
     python train.py --data ptbxl --size base --steps 20000 --batch 64
     python train.py --keep 0 20 200               # for learning curves: evaluate.py RUN@20
@@ -54,67 +54,68 @@ def make_parser():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = list(dict.fromkeys(size for known in SIZES.values() for size in known))
-    add = p.add_argument_group('what').add_argument
+    add = p.add_argument_group('model and data').add_argument
     add('--objective', type=str.lower, choices=list(OBJECTIVES), default='cpc')
     add('--backbone', type=str.lower, choices=list(SIZES),
         help='default: the first that the objective runs on')
     add('--size', choices=sizes, default='tiny', metavar='SIZE',
         help='tiny, small, base, released, or a rung of a ladder such as 5x320')
-    add('--layers', type=count, help="of the backbone (default: the size's)")
+    add('--layers', type=count, help="blocks of the backbone (default: the size's)")
     add('--data', default='synthetic', help='prepared datasets, joined by commas; the training '
         'folds of each are used')
-    add('--records', type=count, help='train on so many records, drawn by whole patients')
+    add('--records', type=count, help='number of training records, whole patients (all)')
     add('--window', type=within(.1, 3600), help="crop in s (default: the objective's)")
-    add = p.add_argument_group('of some objectives', 'see python objectives.py').add_argument
+    add = p.add_argument_group('for some objectives', 'list: python objectives.py').add_argument
     add('--span-ms', type=positive, help='length of hidden spans in ms (83)')
-    add('--hide', type=share, help='share of tokens hidden (.49; beats and patches .5)')
+    add('--hide', type=share, help='share of tokens hidden (.49; in beats and mae .5)')
     add('--raw-target', action='store_true', default=None, help='MAE: predict millivolts')
     add('--target-norm', choices=['instance', 'layer'], help="scaling of the teacher's features")
-    add('--half-life', type=positive, help="of the teacher's lag, as a share of the run (.05)")
-    add('--momentum', type=share, help="the teacher's, in place of --half-life")
-    add('--teacher-mode', choices=['eval', 'train'], help='dropout and BatchNorm of the teacher')
+    add('--half-life', type=positive, help='share of the run in which the distance between teacher '
+        'and student halves (.05)')
+    add('--momentum', type=share, help='EMA factor a step of the teacher, instead of --half-life')
+    add('--teacher-mode', choices=['eval', 'train'], help="the teacher's dropout and BatchNorm")
     add('--horizon', type=count, help='tokens that CPC looks ahead (14)')
-    add('--negatives', type=count, help='of CPC, per prediction (128)')
-    add('--codes', type=count, help='of the vocabulary that vqbeat learns (8192)')
+    add('--negatives', type=count, help='negatives of CPC for each prediction (128)')
+    add('--codes', type=count, help='size of the vocabulary of vqbeat (8192)')
     add('--tokenizer', help='run folder of a vqbeat, whose codes beats predicts')
-    add('--task', help='labels that supervised learns')
+    add('--task', help='task that supervised trains on (default: the first)')
     add('--focal', type=positive, help='exponent of the focal loss (default: cross-entropy)')
     add('--as_released', '--as-released', type=lambda text: tuple(text.split(',')), default=(),
-        metavar='WHAT', help="the released code's deviations, any of ema,mask,lr,codebook,norm; "
-        'lr: a tenth for the backbone, a hundredth for the stem, constant, without warm-up and '
-        'clipping; norm: standardised input, in pretraining alone')
-    add = p.add_argument_group('how').add_argument
+        metavar='WHAT', help='behaviours of the released code, any of ema,mask,lr,codebook,norm; '
+        'ema, mask, codebook: see objectives.py; lr: constant .003 for the head, a tenth for the '
+        'backbone, a hundredth for the stem, no warm-up, no clipping; norm: standardised input')
+    add = p.add_argument_group('optimisation').add_argument
     add('--steps', type=count, default=800)
     add('--batch', type=count, default=32)
-    add('--lr', type=positive, help="peak (default: the objective's)")
+    add('--lr', type=positive, help="peak learning rate (default: the objective's)")
     add('--schedule', choices=['cosine', 'constant'], default='cosine',
-        help='after the warm-up')
+        help='course of the learning rate after the warm-up')
     add('--weight-decay', type=within(0, 1e9), default=1e-3)
     add('--clip', type=positive, default=1., help='largest norm of the gradient')
-    add('--warmup', type=within(0, 1), default=.05, help='share of the run')
+    add('--warmup', type=within(0, 1), default=.05, help='share of the run (.05)')
     add('--seed', type=natural, default=0)
     add('--device', help='cpu or cuda (default: cuda where there is one)')
     add('--compile', action='store_true', help='torch.compile the blocks: for long runs on a GPU')
-    add = p.add_argument_group('where and how often').add_argument
+    add = p.add_argument_group('output').add_argument
     add('--out', help='run folder (default: a new numbered one in out/)')
     add('--resume', action='store_true', help='go on from the checkpoint in --out (or the newest)')
-    add('--force', action='store_true', help='overwrite --out')
+    add('--force', action='store_true', help='overwrite the run in --out')
     add('--keep', type=natural, nargs='+', default=[], metavar='STEP',
         help='keep copies of the checkpoint at these steps')
-    add('--log-every', type=count, help='steps (20; 100 on a GPU)')
-    add('--save-every', type=count, default=200, help='steps')
-    add('--probe-every', type=natural, help='steps (200; 2,000 on a GPU); 0: no online probe')
-    add('--probe-records', type=count, default=600, help='training records of the online probe')
+    add('--log-every', type=count, help='steps between rows of log.csv (20; 100 on a GPU)')
+    add('--save-every', type=count, default=200, help='steps between checkpoints (200)')
+    add('--probe-every', type=natural, help='steps between probes (200; 2,000 on a GPU); 0: none')
+    add('--probe-records', type=count, default=600, help='training records of the probe (600)')
     return p
 
 
 def flag(name):
-    """A setting as it is typed."""
+    """The flag of a setting: span_ms -> --span-ms."""
     return '--' + name.replace('_', '-')
 
 
 def fill_in(a):
-    """Set what the objective decides, and refuse what it does not have."""
+    """Fill in the objective's defaults in `a`. Stops at flags that do not apply to it."""
     kind = OBJECTIVES[a.objective]
     a.backbone = a.backbone or next(iter(kind.rates))
     if a.backbone not in kind.rates:
@@ -135,7 +136,7 @@ def fill_in(a):
     if a.objective in ('data2vec', 'dinosr') and a.layers == 1:
         raise Stop(f'{a.objective} takes its targets from two layers: --layers must be 2 or more')
     if a.backbone == 'net1d' and a.layers and a.layers < 7:
-        raise Stop('net1d has seven stages: --layers must be 7 or more')
+        raise Stop('net1d: --layers must be 7 or more')
     if 'lr' in a.as_released:
         a.lr, a.warmup, a.clip, a.schedule = a.lr or 3e-3, 0., math.inf, 'constant'
     if a.keep and max(a.keep) > a.steps:
@@ -281,8 +282,8 @@ def draw_log(log, path):
 
 
 def join_processes(a):
-    """Under torchrun: join the other processes, on a GPU of one's own, silent in all but the first.
-    Returns (rank, number of processes)."""
+    """Join torchrun's processes, each on its own GPU if there is one. Only the first one prints.
+    Returns (rank, number of processes), which is (0, 1) without torchrun."""
     world = int(os.environ.get('WORLD_SIZE', 1))
     if world == 1:
         return 0, 1
@@ -304,7 +305,7 @@ def distribute(objective):
     statistics, codebooks) are copied from process 0 before every step."""
     ddp = nn.parallel.DistributedDataParallel
     constant = [name for name, _ in objective.named_buffers() if name.endswith('log_dt')]
-    ddp._set_params_and_buffers_to_ignore_for_model(objective, constant)     # or S4's basis is void
+    ddp._set_params_and_buffers_to_ignore_for_model(objective, constant)    # keeps S4's cache valid
     return ddp(objective, static_graph=True)
 
 
@@ -333,7 +334,7 @@ def note_interrupt():
 
 
 def begin(out, seen):
-    """Make the run folder, without what an overwritten run left in it, and note what is seen."""
+    """Make the run folder, delete the files of an overwritten run, and write seen.npz."""
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob('*'):
         if old.suffix in ('.csv', '.json', '.md', '.npz', '.png', '.pt'):
@@ -342,8 +343,8 @@ def begin(out, seen):
 
 
 def save_run(a, out, ds, objective, optimiser, run, world):
-    """Write the log, a copy of the checkpoint where --keep asks for one, and last ckpt.pt: what is
-    resumed from is never ahead of the other files."""
+    """Write the log, a copy of the checkpoint if the step is in --keep, and ckpt.pt. ckpt.pt comes
+    last, so that it is never ahead of the other files."""
     skip = ('out', 'resume', 'force', 'device', 'compile')
     args = {k: v for k, v in vars(a).items() if k not in skip}
     contract = replace(ds.contract, window=a.window / objective.views)
@@ -359,7 +360,7 @@ def save_run(a, out, ds, objective, optimiser, run, world):
 
 
 def take_step(a, step, batch, objective, parallel, optimiser):
-    """One step: forward, backward, update. Returns (loss, norm of the gradient, logs)."""
+    """One step: forward, backward, update. Returns (loss, gradient norm before clipping, logs)."""
     for group in optimiser.param_groups:
         group['lr'] = learning_rate(step, a.steps, group['peak'], a.schedule, a.warmup)
     objective.train()
@@ -375,7 +376,7 @@ def take_step(a, step, batch, objective, parallel, optimiser):
 
 
 def stop_broken(out, step, batch, loss, norm):
-    """Keep the batch at which a loss or gradient was not finite or exploded, and stop."""
+    """Save the batch whose loss or gradient was not finite or too large, and stop the run."""
     torch.save(batch, out / 'bad_batch.pt')
     raise Stop(f'at step {step} the loss or its gradient was not finite, or the gradient above '
                f'{EXPLODED:g} (last seen: loss {loss.item():g}, norm {norm.item():g}); its batch '
@@ -383,7 +384,8 @@ def stop_broken(out, step, batch, loss, norm):
 
 
 def log_step(run, step, lr, loss, norm, logs, probe):
-    """Add a row to the log, and print it."""
+    """Add a row to the log, and print it. `step` counts from 0, but --keep and the checkpoint's
+    step count finished steps."""
     numbers, alarm = health(logs)
     numbers['probe'] = probe
     run['log'].append(dict(step=step, lr=lr, loss=loss.item(), gradient=norm.item(), **numbers,
@@ -405,7 +407,7 @@ def conclude(a, out, log):
         print(f'! {len(alarms)} of the last {len(late)} logged steps raised an alarm '
               f'({alarms[-1]}): the features have likely collapsed')
     data = '' if a.data == 'synthetic' else f' --data {a.data}'
-    print(f'{out}: ckpt.pt, log.csv, loss.png; evaluate it with python evaluate.py {out}{data}')
+    print(f'{out}: ckpt.pt, log.csv; evaluate it with python evaluate.py {out}{data}')
 
 
 EXPLODED = 1e6                               # norm of a gradient; in healthy runs it is under 200
@@ -430,9 +432,9 @@ def start(a, ds, columns, batches, checkpoint, device):
 
 
 def train(a, out, checkpoint=None, until=None, rank=0, world=1, interrupted=()):
-    """Pretrain as the arguments say; writes the run folder, returns the objective. checkpoint:
-    where to go on from; until: save and leave off after this step; interrupted: save and stop once
-    it is not empty."""
+    """Pretrain with the arguments `a`, write the run folder, return the objective. checkpoint: the
+    state to go on from. until: save and return after this many steps. rank, world: number of this
+    process, and of all. interrupted: save and stop when this list is not empty."""
     device = pick_device(a.device)
     ds = open_data(a, device, rank, world)
     if checkpoint and (checkpoint['world'], checkpoint['dataset']) != (world, ds.hash):
@@ -470,7 +472,7 @@ def train(a, out, checkpoint=None, until=None, rank=0, world=1, interrupted=()):
         probing = probed and (done in (1, a.steps) or done % probe_every == 0)
         logging = done == a.steps or probing or step % log_every == 0
         saving = done == stop or done % a.save_every == 0 or done in a.keep or bool(interrupted)
-        if (not gpu or logging or saving) and broken >= 0:         # to ask makes a GPU wait
+        if (not gpu or logging or saving) and broken >= 0:         # this test waits for the GPU
             stop_broken(out, broken.item(), fetch(broken.item(), share=(0, 1)), loss, norm)
         run.update(step=done, seconds=time.time() - began)
         if logging and not rank:
@@ -503,7 +505,7 @@ def main(argv=None):
     rank, world = join_processes(a)
     out = out if a.resume else run_folder(a)
     if world > 1:
-        dist.barrier()                       # all have looked for a free folder
+        dist.barrier()                       # until all have chosen the same folder
     interrupted = note_interrupt() if world == 1 else ()
     try:
         train(a, out, checkpoint, None, rank, world, interrupted)
