@@ -222,11 +222,6 @@ def read_labels(path, ignore=()):
     if len(set(columns.values())) < len(columns):
         raise Stop(f'{path}: two of {", ".join(columns)} mean the same: --ignore one')
     names = [name for name, own in columns.items() if own not in OWN]
-    for name in names:
-        others = {row[name] for row in table if number(row[name]) not in (0, 1)} - {''}
-        if others:
-            print(f'{path}: column {name} is a number, not yes or no (it has {min(others)}): '
-                  'scored by MAE')
     for i, cells in enumerate(table, 1):
         row = dict.fromkeys(OWN, '') | {own: cells[name] for name, own in columns.items()}
         for name in names:
@@ -246,6 +241,11 @@ def read_labels(path, ignore=()):
             id=row['id'], patient=f'patient {patient}' if patient.isdigit() else patient,
             fold=fold_number(fold), age=years(age), sex=is_female(sex),
             labels={columns[name]: number(cells[name]) for name in names}))
+    for name in names:
+        others = {row[name] for row in table if number(row[name]) not in (0, 1)} - {''}
+        if others:
+            print(f'{path}: column {name} is a number, not yes or no (it has {min(others)}): '
+                  'scored by MAE')
     return rows
 
 
@@ -1894,9 +1894,9 @@ class Dataset:
     def nested(self, rows, records, seed):
         """`records` of `rows`, whole patients (the last may be cut) in an order drawn from the
         seed, so that a smaller set lies in every larger one. Stops where there are fewer."""
-        if records > len(rows):
-            raise Stop(f'{self.name} has {len(rows):,} training records long enough: take up to so '
-                       f'many, not {records:,}')
+        if not 0 < records <= len(rows):
+            raise Stop(f'{self.name} has {len(rows):,} training records long enough: take 1 to '
+                       f'{len(rows):,}, not {records:,}')
         patients, owner = np.unique(self.patient[rows], return_inverse=True)
         place = np.random.default_rng([seed, 3]).permutation(len(patients))[owner]
         return np.sort(rows[np.argsort(place, kind='stable')[:records]])
@@ -1974,7 +1974,7 @@ def show(name, record):
     quarters = [(lead, i // 3 * T // 4, (i // 3 + 1) * T // 4, -2 * (i % 3))
                 for i, lead in enumerate(LEADS)]                    # four columns of three
     for lead, a, b, height in (*quarters, ('II', 0, T, -6)):
-        x = batch['x'][0, LEADS.index(lead), a:b].clamp(-1.5, 1.9)
+        x = batch['x'][0, LEADS.index(lead), a:b].clamp(-1.8, 1.9)
         ax.plot(np.arange(a, b) / fs, x + height, 'k', lw=.7)
         ax.text(a / fs + .05, height + .85, lead, weight='bold')
     for peak in batch['peaks'][0] / fs:

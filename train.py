@@ -55,7 +55,8 @@ def make_parser():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = list(dict.fromkeys(size for known in SIZES.values() for size in known))
     add = p.add_argument_group('model and data').add_argument
-    add('--objective', type=str.lower, choices=list(OBJECTIVES), default='cpc')
+    add('--objective', type=str.lower, choices=list(OBJECTIVES), default='cpc',
+        help='see python objectives.py')
     add('--backbone', type=str.lower, choices=list(SIZES),
         help='default: the first that the objective runs on')
     add('--size', choices=sizes, default='tiny', metavar='SIZE',
@@ -85,15 +86,15 @@ def make_parser():
         'ema, mask, codebook: see objectives.py; lr: constant .003 for the head, a tenth for the '
         'backbone, a hundredth for the stem, no warm-up, no clipping; norm: standardised input')
     add = p.add_argument_group('optimisation').add_argument
-    add('--steps', type=count, default=800)
-    add('--batch', type=count, default=32)
+    add('--steps', type=count, default=800, help='optimiser steps (800)')
+    add('--batch', type=count, default=32, help='crops a step, of all processes together (32)')
     add('--lr', type=positive, help="peak learning rate (default: the objective's)")
     add('--schedule', choices=['cosine', 'constant'], default='cosine',
         help='course of the learning rate after the warm-up')
-    add('--weight-decay', type=within(0, 1e9), default=1e-3)
+    add('--weight-decay', type=within(0, 1e9), default=1e-3, help='of AdamW (.001)')
     add('--clip', type=positive, default=1., help='largest norm of the gradient')
     add('--warmup', type=within(0, 1), default=.05, help='share of the run (.05)')
-    add('--seed', type=natural, default=0)
+    add('--seed', type=natural, default=0, help='of weights, batches, masks and dropout (0)')
     add('--device', help='cpu or cuda (default: cuda where there is one)')
     add('--compile', action='store_true', help='torch.compile the blocks: for long runs on a GPU')
     add = p.add_argument_group('output').add_argument

@@ -121,8 +121,8 @@ def test_nested_subsets(here):
     whole = [p for p in set(ds.patient[sets[2]]) if (ds.patient[rows] == p).sum() == (ds.patient[sets[2]] == p).sum()]
     assert len(whole) >= len(set(ds.patient[sets[2]])) - 1       # only the last patient may be cut
     assert set(ds.nested(rows, 100, 4)) != set(sets[2])
-    for n in (len(rows) + 1,):
-        with pytest.raises(Stop, match='take up to'):
+    for n in (0, len(rows) + 1):
+        with pytest.raises(Stop, match='take 1 to'):
             ds.nested(rows, n, 0)
 
 

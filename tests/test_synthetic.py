@@ -133,8 +133,10 @@ def test_shifted_signals(made, under):
     assert np.array_equal(x[moved, :, 6:], before[moved, :, 6:])
     under('device')
     x = signals(256)
-    filtered = np.abs(x.mean(1)).max(1) < 20                      # uV; the others have up to 200
-    assert (x % 5 == 0).all() and .4 < filtered.mean() < .6
+    filtered = np.array([data.apply_filter(y, 240, 'hp0.5') for y in before[:256, :, 6:] / 1.])
+    same, high_passed = (np.abs(x[..., 6:] - y).max((1, 2)) <= 6        # both are rounded, in uV
+                         for y in (before[:256, :, 6:], filtered))
+    assert (x % 5 == 0).all() and (same ^ high_passed).all() and .4 < high_passed.mean() < .6
     under('noise')
     mains = lambda x: (np.abs(np.fft.rfft(x, axis=1)[:, 595:606]) ** 2).sum((1, 2))   # 60 Hz
     assert np.median(mains(signals(64))) > 30 * np.median(mains(before[:64]))

