@@ -242,8 +242,7 @@ def read_labels(path, ignore=()):
             fold=fold_number(fold), age=years(age), sex=is_female(sex),
             labels={columns[name]: number(cells[name]) for name in names}))
     for name in names:
-        others = {row[name] for row in table if number(row[name]) not in (0, 1)} - {''}
-        if others:
+        if others := {row[name] for row in table if number(row[name]) not in (0, 1)} - {''}:
             print(f'{path}: column {name} is a number, not yes or no (it has {min(others)}): '
                   'scored by MAE')
     return rows
@@ -739,7 +738,7 @@ def download(a):
                    if not a.cohort or r.split('/')[1] in a.cohort]
         wfdb.dl_database('challenge-2021', a.root, records, annotators=None)
         return
-    wfdb.dl_files('ptb-xl', a.root, ['ptbxl_database.csv', 'scp_statements.csv', 'LICENSE.txt'])
+    wfdb.dl_files('ptb-xl', a.root, ['ptbxl_database.csv', 'scp_statements.csv'])
     column = 'filename_lr' if a.rate == 100 else 'filename_hr'
     names = [row[column] for row in read_csv(Path(a.root, 'ptbxl_database.csv'), column)]
     names = [name for name in names if not a.folders or Path(name).parent.name in a.folders]
@@ -1385,7 +1384,7 @@ def find_r_peaks(x, fs):
 
 def limbs_fit(x):
     """Do the limb leads of x (T, 12) obey Einthoven and Goldberger, III = II - I and so on?."""
-    I, II = x[:, 0], x[:, 1]
+    I, II = x.T[:2]
     derived = np.stack([II - I, -(I + II) / 2, I - II / 2, II - I / 2], 1)
     return not (np.std(x[:, 2:6] - derived, 0) > .1 * np.std(II) + .02).any()
 
@@ -1433,7 +1432,7 @@ def process_all(records, contract, peaks, workers):
 
 def fold_of(patient):
     """Fold 1 ... 10 of a patient, by hash: it never depends on what else is in the set."""
-    return zlib.crc32(patient.encode()) % 10 + 1
+    return int(hashlib.blake2b(patient.encode(), digest_size=4).hexdigest(), 16) % 10 + 1
 
 
 def stratify(Y, groups=None, folds=10, seed=0):
@@ -1613,9 +1612,9 @@ def print_summary(name, meta, index):
     print(f'  {len(folds)} folds of {sizes.min():,} to {sizes.max():,} records')
     rate = np.median(60 * fs * np.diff(index['peak_start']) / index['length'])
     if meta['contract']['norm'] == 'none' and len(index['peaks']):
-        unusual = not 40 < rate < 140 or not .3 < meta['height'] < 5
+        usual = 40 < rate < 140 and .3 < meta['height'] < 5
         print(f'  median heart rate {rate:.0f}/min, median height of a lead {meta["height"]:.2g} mV'
-              + (': unusual, is the sampling rate or the gain wrong?' if unusual else ''))
+              + ('' if usual else ': unusual, is the sampling rate or the gain wrong?'))
     print(f'  {meta["gaps"]:,} with short gaps filled, {n - len(set(index["signal"])):,} with the '
           f'signal of another one, {meta["odd_limbs"]:,} whose limb leads do not fit together '
           '(III = II - I and so on)')
