@@ -1612,9 +1612,9 @@ def print_summary(name, meta, index):
     print(f'  {len(folds)} folds of {sizes.min():,} to {sizes.max():,} records')
     rate = np.median(60 * fs * np.diff(index['peak_start']) / index['length'])
     if meta['contract']['norm'] == 'none' and len(index['peaks']):
-        usual = 40 < rate < 140 and .3 < meta['height'] < 5
         print(f'  median heart rate {rate:.0f}/min, median height of a lead {meta["height"]:.2g} mV'
-              + ('' if usual else ': unusual, is the sampling rate or the gain wrong?'))
+              + ('' if 40 < rate < 140 and .3 < meta['height'] < 5
+                 else ': unusual, is the sampling rate or the gain wrong?'))
     print(f'  {meta["gaps"]:,} with short gaps filled, {n - len(set(index["signal"])):,} with the '
           f'signal of another one, {meta["odd_limbs"]:,} whose limb leads do not fit together '
           '(III = II - I and so on)')
