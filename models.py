@@ -538,12 +538,13 @@ class Encoder(nn.Module):
 
     batch: a dict with x (B, leads, T) in mV and, for beats, peaks (B, P). pad (B, L): True where a
     token stands for nothing; None where every token counts. keep: what the beat and patch stems may
-    see, as they say. layers: a list to which the backbone appends each block's (branch, output)."""
+    see, as they say. layers: a list to which the backbone appends each block's (branch, output).
+    window: length in s of the crops that it is trained on."""
 
-    def __init__(self, config):
+    def __init__(self, config, window=2.5):
         super().__init__()
         c = config
-        self.config, self.dim, self.causal = c, c.dim, c.causal
+        self.config, self.dim, self.causal, self.window = c, c.dim, c.causal, window
         self.norm = nn.Identity()
 
         def attention(**options):
@@ -577,6 +578,16 @@ class Encoder(nn.Module):
             self.norm = nn.LayerNorm(c.dim)
             self.tokens_per_second = c.fs / self.stem.length
         self.blocks = nn.ModuleList(blocks)
+
+    @property
+    def samples(self):
+        """Length of a crop in samples."""
+        return round(self.window * self.config.fs)
+
+    @property
+    def device(self):
+        """Where its weights are."""
+        return next(self.parameters()).device
 
     def tokens(self, batch, keep=None):
         if isinstance(batch, torch.Tensor):
@@ -764,7 +775,7 @@ def load_encoder(run):
     """The pretrained encoder of a run folder, a checkpoint's file, or a checkpoint that is loaded,
     in eval mode. Strict: a missing or surplus tensor is an error."""
     checkpoint = run if isinstance(run, dict) else load(run)
-    encoder = Encoder(Config(**checkpoint['config']))
+    encoder = Encoder(Config(**checkpoint['config']), checkpoint['contract']['window'])
     encoder.load_state_dict(checkpoint['encoder'])
     return encoder.eval()
 

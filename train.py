@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import nn
 
 from data import Contract, Dataset, Stop, read_seen, run_script, write_seen
-from evaluate import first_task, online_probe, probe_rows, write_csv, yes_no
+from evaluate import first_task, online_probe, write_csv, yes_no
 from models import (SIZES, Encoder, autocast, calibrate_batchnorm, config_of, count_parameters,
                     learning_rate, load, load_encoder, parameter_groups, pick_device, save,
                     to_device)
@@ -198,7 +198,8 @@ def build(a, fs, columns=(), tokenizer=None, batches=()):
         options['tokenizer'] = tokenizer
     if 'ema' in kind.released:
         options['released'] = a.as_released
-    encoder = Encoder(config_of(a.backbone, a.size, kind.causal, fs, a.layers))
+    config = config_of(a.backbone, a.size, kind.causal, fs, a.layers)
+    encoder = Encoder(config, a.window / kind.views)
     if batches:
         with torch.random.fork_rng(devices=[]):            # leaves the random state as it was
             calibrate_batchnorm(encoder, batches)
@@ -348,7 +349,7 @@ def save_run(a, out, ds, objective, optimiser, run, world):
     last, so that it is never ahead of the other files."""
     skip = ('out', 'resume', 'force', 'device', 'compile')
     args = {k: v for k, v in vars(a).items() if k not in skip}
-    contract = replace(ds.contract, window=a.window / objective.views)
+    contract = replace(ds.contract, window=objective.encoder.window)
     checkpoint = dict(
         run, objective=a.objective, config=asdict(objective.encoder.config), args=args,
         encoder=objective.encoder.state_dict(), state=objective.state_dict(),
@@ -458,10 +459,9 @@ def train(a, out, checkpoint=None, until=None, rank=0, world=1, interrupted=()):
         begin(out, ds.names(rows) | (read_seen(a.tokenizer) if a.tokenizer else set()))
         save_run(a, out, ds, objective, optimiser, run, world)
     parallel = distribute(objective) if world > 1 else objective
-    gpu, crop = device.type == 'cuda', samples // objective.views
+    gpu = device.type == 'cuda'
     log_every = a.log_every or (100 if gpu else 20)
     probe_every = (2000 if gpu else 200) if a.probe_every is None else a.probe_every
-    probed = probe_rows(ds, crop, a.probe_records) if probe_every and not rank else None
     began = time.time() - run['seconds']
     stop, broken = min(until or a.steps, a.steps), torch.tensor(-1, device=device)
     for step, batch in prefetch(fetch, range(run['step'], stop)):
@@ -470,7 +470,7 @@ def train(a, out, checkpoint=None, until=None, rank=0, world=1, interrupted=()):
         loss, norm, logs = take_step(a, step, batch, objective, parallel, optimiser)
         healthy = loss.isfinite() & (norm < EXPLODED)
         broken = torch.where((broken < 0) & ~healthy, step, broken)
-        probing = probed and (done in (1, a.steps) or done % probe_every == 0)
+        probing = probe_every and (done in (1, a.steps) or done % probe_every == 0)
         logging = done == a.steps or probing or step % log_every == 0
         saving = done == stop or done % a.save_every == 0 or done in a.keep or bool(interrupted)
         if (not gpu or logging or saving) and broken >= 0:         # this test waits for the GPU
@@ -479,7 +479,7 @@ def train(a, out, checkpoint=None, until=None, rank=0, world=1, interrupted=()):
         if logging and not rank:
             probe = ''
             if probing:
-                probe = online_probe(objective.encoder, ds, probed, crop, device)
+                probe = online_probe(objective.encoder, ds, a.probe_records)
             log_step(run, step, optimiser.param_groups[0]['lr'], loss, norm, logs, probe)
         if saving and not rank:
             save_run(a, out, ds, objective, optimiser, run, world)

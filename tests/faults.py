@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PREPARE = 'data.py synthetic --records 640 --out made'
 TRAIN = ('train.py --data made --layers 1 --batch 8 --steps 300 --save-every 5 --log-every 5 '
          '--probe-every 100 --out out/')
-SWEEP = ('scaling.py sweep params --data made --ood made:code --objective cpc --size 4x12 4x24 '
+SWEEP = ('scaling.py sweep params --data made --ood sample:super --objective cpc --size 4x12 4x24 '
          '--records 32 --steps 100 --lr .01 --jobs 2 --seeds 0 1 --out out/')
 
 

@@ -1,17 +1,21 @@
 """Encoders against explicit sums, closed forms and published parameter counts."""
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import train
+from data import Dataset
 from models import (S4, S4D, SIZES, AttentionPool, Block, Encoder, MeanPool, ResNetBlock, S4Block,
                     Stem, TransformerBlock, calibrate_batchnorm, config_of, count_parameters,
                     cut_beats, discretise, drop_path, fft_conv, learning_rate, legs, load,
-                    load_encoder, mean_pool, parameter_groups, pick_device, rotate, save,
-                    set_regularisation, tied_dropout, toeplitz_conv)
+                    load_encoder, mean_pool, net1d, parameter_groups, pick_device, rotate,
+                    save, set_regularisation, tied_dropout, toeplitz_conv)
+from scaling import flops, step_cost
 
 
 def close(a, b, atol=1e-5):
@@ -331,17 +335,98 @@ def test_a_device_that_fails_is_named(monkeypatch):
             pick_device(name)
 
 
+# --- cost
+
+def macs(c, T, beats=5):
+    """Multiply-accumulates of an encoder of Config c in closed form: (of each crop of T samples,
+    of each batch, for S4's kernels). beats: R-peaks in a crop. Norms, activations and biases are
+    left out. A real FFT of length n counts 5/2 n log2 n FLOPs, and two FLOPs are one MAC."""
+    D, L, patch = c.dim, -(-T // 2), round(.05 * c.fs)
+    stem = L * (3 * c.leads * D + 3 * D * D)
+
+    def attention(L, wide):
+        return c.layers * (4 * L * D * wide + 2 * L * L * wide + 2 * L * D * c.ffn)
+
+    if c.backbone in ('s4', 's4d'):
+        fft = D * 5 / 2 * 2 * L * math.log2(2 * L) / 2
+        basis = c.state if c.backbone == 's4' else c.state // 2
+        kernel = (1 if c.causal else 2) * D * basis * L + fft
+        return stem + c.layers * (2 * fft + 2 * L * D * D), c.layers * kernel
+    if c.backbone == 'transformer':
+        return stem + attention(L, D), 0
+    if c.backbone == 'vit':
+        return T // patch * c.leads * patch * D + attention(1 + T // patch, D), 0
+    if c.backbone == 'beat':
+        beat = round(.96 * c.fs)
+        return 3 * c.leads * beats * beat * D + attention(1 + c.leads * beats, 64 * c.heads), 0
+    if c.backbone == 'net1d':
+        total = stem + L * 16 * D * (D // 8)
+        for b in net1d(D, c.layers, c.causal)[1:]:
+            i, o, gate = b.conv1.in_channels, b.conv1.out_channels, L if c.causal else 1
+            total += L * (i * o + 16 * o * (o // b.conv2.groups) + o * o) + 2 * gate * o * (o // 2)
+        return total, 0
+    widths = [round(D * i / c.layers) for i in range(1, c.layers + 1)]
+    total = 17 * T * c.leads * widths[0]
+    for i, (a, b) in enumerate(zip(widths[:1] + widths, widths)):
+        short = -(-T // (4 if 0 < i < 5 else 1))
+        total += 17 * T * a * b + 17 * short * b * b + (a != b) * short * a * b
+        T = short
+    return total, 0
+
+
+def test_flops_equal_products_counted_by_hand():
+    """Attention has two products. Norms work element by element."""
+    a, b, q = torch.zeros(3, 4, 5), torch.zeros(3, 5, 6), torch.zeros(1, 12, 64, 64)
+    conv, x = nn.Conv1d(12, 32, 17, 2, 8), torch.zeros(5, 64)
+    assert flops(lambda: a @ b) == 2 * 3 * 4 * 5 * 6
+    assert flops(lambda: conv(torch.zeros(1, 12, 1000))) == 2 * 32 * 500 * 12 * 17
+    assert flops(lambda: F.scaled_dot_product_attention(q, q, q)) == 2 * 2 * 12 * 64 ** 3
+    assert flops(lambda: torch.fft.rfft(x)) == 5 * 2.5 * 64 * 6
+    assert flops(lambda: torch.fft.irfft(torch.fft.rfft(x))) == 2 * 5 * 2.5 * 64 * 6
+    assert flops(lambda: nn.BatchNorm1d(8)(torch.zeros(4, 8, 5))) == 0
+
+
+@pytest.mark.parametrize('backbone, causal', [(backbone, False) for backbone in SIZES]
+                         + [(backbone, True) for backbone in ('s4', 's4d', 'transformer', 'net1d')])
+def test_forward_macs_equal_a_closed_form(backbone, causal):
+    """Of sizes with one and with several heads. The counts of FFTs are rounded."""
+    for size in list(SIZES[backbone])[:2] + list(SIZES[backbone])[4:5]:
+        encoder, T = make(backbone, size, causal=causal), 1210
+        batch = dict(noise(3, T), peaks=torch.arange(100, 1100, 200).repeat(3, 1))
+        with torch.no_grad():
+            encoder(batch)                                        # makes S4's dynamics
+            counted = flops(lambda: encoder(batch))
+        crop, once = macs(encoder.config, T)
+        assert counted / 2 == pytest.approx(3 * crop + once, rel=1e-6)
+
+
+@pytest.mark.parametrize('objective', ['cpc', 'jepa', 'supervised'])
+def test_a_training_step_costs_6M_and_2X(here, objective):
+    """M forward multiply-accumulates of the student, encoder and head; X of the teacher."""
+    t, B, L, D = train.make_parser().parse_args(['--objective', objective]), 32, 300, 64
+    train.fill_in(t)
+    c = config_of('s4', 'tiny', causal=objective == 'cpc')
+    crop, once = macs(c, 600)
+    block, kernel = macs(replace(c, layers=1, state=64), 600)
+    stem = L * (3 * 12 * D + 3 * D * D)
+    head = {'cpc': B * (L - 14) * (D * D + L * D), 'supervised': 0,
+            'jepa': B * (block - stem + L * D * D) + kernel}[objective]
+    M, X = B * crop + once + head, (objective == 'jepa') * (B * crop + once)
+    _, counted = step_cost(t, Dataset('synthetic'))
+    assert .85 < counted / (6 * M + 2 * X) < 1.15
+
+
 # --- checkpoints
 
 def test_checkpoint_round_trip(tmp_path):
     encoder, path = make('s4'), tmp_path / 'ckpt.pt'
     state = encoder.state_dict()
-    checkpoint = dict(config=vars(encoder.config), encoder=state)
+    checkpoint = dict(config=vars(encoder.config), encoder=state, contract=dict(window=10.))
     save(path, checkpoint)
     assert list(tmp_path.iterdir()) == [path]
     for run in (tmp_path, path, load(path)):
         again = load_encoder(run)
-        assert not again.training
+        assert not again.training and again.samples == 2400
         assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), state.values()))
     for wrong in ({**state, 'extra': torch.zeros(1)}, dict(list(state.items())[:-1])):
         with pytest.raises(RuntimeError, match='extra|Missing'):
