@@ -128,7 +128,7 @@ def macro_auroc(score, y):
     return float(np.nanmean(table)) if np.isfinite(table).any() else math.nan
 
 
-def entropy(z, y):
+def cross_entropy(z, y):
     """Mean binary cross-entropy (nats) of logits z (n, K) over the known labels y."""
     known = np.isfinite(y)
     return float((np.logaddexp(0, z) - np.where(known, y, 0) * z)[known].mean())
@@ -157,7 +157,7 @@ def thresholds(score, y):
 Estimate = namedtuple('Estimate', 'points boot')
 
 
-def resample(patient, resamples=1000):
+def patient_weights(patient, resamples=1000):
     """Weights (n, 1 + R) of records: ones, then R draws of a Bayesian bootstrap over patients
     (Rubin 1981). Exponential weights are Dirichlet weights up to a factor that no metric sees. No
     weight is 0, so a rare class stays in every resample. The seed is fixed, so two encoders on the
@@ -172,7 +172,7 @@ def estimates(outputs, y, numbers, patient, group):
 
     outputs: for each seed, for each label draw, (scores, margins), both (n, K); patient (n,); the
     rest as in `metrics`. 1,000 resamples, fewer where y is large, 200 at least."""
-    weight = resample(patient, int(np.clip(1e10 / (y.size + 500 * len(y)), 200, 1000)))
+    weight = patient_weights(patient, int(np.clip(1e10 / (y.size + 500 * len(y)), 200, 1000)))
     tables = [[metrics(*output, y, numbers, group, weight) for output in of_seed]
               for of_seed in outputs]
     found, columns = {}, {}
@@ -354,7 +354,7 @@ def apply(weights, X):
     return X @ weights[:-1] + weights[-1]
 
 
-def standardised(solve, X, Y, l2):
+def fit_scaled(solve, X, Y, l2):
     """A probe on X (n, D) standardised by itself, as weights for X itself: (D + 1, K)."""
     mean, std = X.mean(0), X.std(0) + 1e-6
     w = solve((X - mean) / std, Y, l2)
@@ -369,7 +369,7 @@ def validation_value(z, y, numbers, by_loss=False):
     value, logits, labels = 0., z[:, ~numbers], y[:, ~numbers]
     if np.isfinite(labels).any():
         area = math.nan if by_loss else macro_auroc(logits, labels)
-        value = -entropy(logits, labels) if math.isnan(area) else area
+        value = -cross_entropy(logits, labels) if math.isnan(area) else area
     error = np.abs(z - y)[:, numbers]
     return value - np.nanmean(error) if np.isfinite(error).any() else value
 
@@ -385,11 +385,11 @@ def linear_probe(X, Y, train, val, numbers=None, refit=True, by_loss=False):
         if not mine.any():
             continue
         y = Y[:, mine]
-        fits = [standardised(solve, X[train], y[train], l2) for l2 in L2]
+        fits = [fit_scaled(solve, X[train], y[train], l2) for l2 in L2]
         values = [validation_value(apply(w, X[val]), y[val], numbers[mine], by_loss) for w in fits]
         best = int(np.argmax(values))                                # of equals, the strongest L2
         scores[:, mine] = apply(fits[best], X[val])
-        weights[:, mine] = standardised(solve, X[both], y[both], L2[best]) if refit else fits[best]
+        weights[:, mine] = fit_scaled(solve, X[both], y[both], L2[best]) if refit else fits[best]
     return weights, scores
 
 
@@ -457,7 +457,7 @@ def loss_of(logits, target, numbers):
                for mine in (counts & ~numbers, counts & numbers))
 
 
-def rates(encoder, head, mode, recipe):
+def optimiser_groups(encoder, head, mode, recipe):
     """Optimiser groups with their peak rates. Frozen encoder: the head alone. finetune: the head's
     rate, a tenth of it for the backbone, a hundredth for the stem (2605.12241); with recipe.decay
     it falls by that factor from each layer to the one below. scratch: one rate for all."""
@@ -475,7 +475,7 @@ def rates(encoder, head, mode, recipe):
             for group in parameter_groups(layer, recipe.lr * factor, recipe.weight_decay)]
 
 
-def prepare(encoder, classes, arm, start=None):
+def encoder_and_head(encoder, classes, arm, start=None):
     """(encoder, head) to train: the encoder itself where it is frozen, else a copy. The head:
     attention pooling for frozen, else mean pooling, which may start as a probe (D + 1, K)."""
     recipe = arm.recipe
@@ -504,14 +504,15 @@ def random_crops(rng, train, size, length, samples, cached):
 def fit(t, encoder, source, rows, arm, seed=0, start=None):
     """Train a head on Task t with AdamW, in modes finetune and scratch a copy of the encoder too.
     The weights of the epoch with the best validation_value are taken. source: the Dataset, or the
-    kept Tokens of it. rows: (training, validation, test) row numbers. start: see `prepare`. Returns
-    scores on the validation and the test rows, (n, K) each: probabilities, or numbers in SD."""
+    kept Tokens of it. rows: (training, validation, test) row numbers. start: see
+    `encoder_and_head`. Returns scores on the validation and the test rows, (n, K) each:
+    probabilities, or numbers in SD."""
     torch.manual_seed(seed)
     (train, val, test), recipe, rng = rows, arm.recipe, np.random.default_rng(seed)
-    encoder, head = prepare(encoder, t.y.shape[1], arm, start)
+    encoder, head = encoder_and_head(encoder, t.y.shape[1], arm, start)
     moving, cached = arm.mode in ('finetune', 'scratch'), isinstance(source, Tokens)
     learner = nn.ModuleList([head, encoder]) if moving else head
-    optimiser = torch.optim.AdamW(rates(encoder, head, arm.mode, recipe))
+    optimiser = torch.optim.AdamW(optimiser_groups(encoder, head, arm.mode, recipe))
     device = encoder.device
     numbers = torch.from_numpy(t.numbers).to(device)
     mean, std = (m.to(device) for m in source.moments(train)) if cached else (0., 1.)
@@ -794,7 +795,7 @@ class Task:
                          self.group)
 
 
-def fitted(t, encoder, plan, arm, count, seed, draw):
+def train_and_score(t, encoder, plan, arm, count, seed, draw):
     """Scores of one training on validation and on test records, and the labels of validation."""
     (train, val), test = draw_labels(*plan[:2], count, draw), plan[2]
     if arm.mode == 'knn':
@@ -837,7 +838,7 @@ def predict(t, encoder, arm, count='all', seed=0, draw=0):
     if not file.exists():
         scores, margins = [], []
         for plan in t.plans:
-            z, test, y = fitted(t, encoder, plan, arm, count, seed, draw)
+            z, test, y = train_and_score(t, encoder, plan, arm, count, seed, draw)
             scores.append(test)
             margins.append(test - thresholds(z, y))
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -54,8 +54,8 @@ from tqdm import tqdm
 
 import train
 from data import HERE, Dataset, Stop, overlap, read_seen, run_script
-from evaluate import (PROTOCOLS, Arm, Task, entropy, figure, first_task, macro_auroc, open_run,
-                      predict, quick_probe, slug, write_csv, yes_no)
+from evaluate import (PROTOCOLS, Arm, Task, cross_entropy, figure, first_task, macro_auroc,
+                      open_run, predict, quick_probe, slug, write_csv, yes_no)
 from models import SIZES, count_parameters, pick_device, to_device
 from objectives import OBJECTIVES
 
@@ -139,7 +139,7 @@ def incomparable(runs, loss, moving=False):
     return ''
 
 
-def best(runs, keys, loss):
+def lowest_validation(runs, keys, loss):
     """Of rows that are equal in `keys`, the one of lowest validation loss, never of test loss."""
     val = re.sub('_test$', '_val', loss)
     several = runs.duplicated(keys, keep=False)
@@ -159,9 +159,9 @@ def select(runs, loss):
            'repair the row or leave it out')
     last = runs.groupby('run').step.transform('max')
     runs = runs.assign(improving=runs.duplicated('run', keep=False) & (runs.step == last))
-    chosen, setting = best(runs, ['run'], loss), ['N', 'D', 'labels', 'seed']
+    chosen, setting = lowest_validation(runs, ['run'], loss), ['N', 'D', 'labels', 'seed']
     several = chosen.groupby(setting, dropna=False).lr.transform('nunique') > 1
-    chosen = pd.concat([chosen[~several], best(chosen[several], setting, loss)])
+    chosen = pd.concat([chosen[~several], lowest_validation(chosen[several], setting, loss)])
     return chosen.sort_values(['N', 'D', 'seed', 'line'], ignore_index=True)
 
 
@@ -982,7 +982,7 @@ def grid(kind, sizes, records):
     return [(sizes[i], records[j], (i, j) in often) for i, j in sorted(points)]
 
 
-def ladder(steps):
+def evaluation_steps(steps):
     """Steps to evaluate at: a factor of sqrt 2 apart, 50 or more, the last of them `steps`."""
     down = [steps / 2 ** (k / 2) for k in range(40)]
     return sorted({round(step) for step in down if step >= min(50, steps)})
@@ -1101,7 +1101,7 @@ def held_out(objective, ds, rows, t, columns):
         return float(np.mean(found)), math.nan
     learned, y = objective.columns.tolist(), ds.labels[rows][:, columns]
     z = np.concatenate(found)[:, [learned.index(c) for c in columns]]
-    return entropy(z, y), macro_auroc(z, y)
+    return cross_entropy(z, y), macro_auroc(z, y)
 
 
 def out_of_distribution(encoder, name, seen):
@@ -1126,7 +1126,8 @@ def out_of_distribution(encoder, name, seen):
                    'folds, without patients seen in pretraining')
     z_val, z = quick_probe(encoder, ds, columns[good], parts, by_loss=True)
     y, key = y[:, good], f'ood_{data}_{task}'.rstrip('_')
-    return {f'{key}_val': entropy(z_val, y[parts[1]]), f'{key}_test': entropy(z, y[parts[2]]),
+    return {f'{key}_val': cross_entropy(z_val, y[parts[1]]),
+            f'{key}_test': cross_entropy(z, y[parts[2]]),
             f'{key}_auroc': macro_auroc(z, y[parts[2]])}
 
 
@@ -1204,7 +1205,7 @@ def sweep_run(name, t, arm, anchors, a):
     begun(folder, t)
     rows = read_rows(folder / 'rows.csv')
     oods = a.ood if arm != 'rate' or t.objective in MOVING else ()
-    for step in [t.steps] if arm == 'rate' else ladder(t.steps):
+    for step in [t.steps] if arm == 'rate' else evaluation_steps(t.steps):
         if finished(rows, t.steps, a.patience):
             break
         if rows and int(rows[-1]['step']) >= step:
@@ -1271,7 +1272,7 @@ def estimate(a, ds, runs):
         key = t.backbone, t.objective, t.size
         if key not in seconds:
             seconds[key], _ = step_cost(t, ds)
-        total += seconds[key] * (t.steps + len(ladder(t.steps)) * crops / t.batch / 3)
+        total += seconds[key] * (t.steps + len(evaluation_steps(t.steps)) * crops / t.batch / 3)
     print(f'{len(runs)} runs with the short ones that choose the learning rate: at most '
           f'{total / 60 / a.jobs:.0f} minutes with {a.jobs} at a time; early stopping ends many '
           'sooner')
@@ -1342,7 +1343,7 @@ def finetune_run(name, a):
         z, y = scipy.special.logit(p.clip(1e-6, 1 - 1e-6)), t.y[t.test]
         keys = 'run', 'family', 'paradigm', 'objective', 'size', 'N', 'D', 'seed'
         rows.append({k: origin[k] for k in keys} | dict(
-            task=a.ood[0], mode=mode, D_F=count, loss=entropy(z, y), auroc=macro_auroc(z, y)))
+            task=a.ood[0], mode=mode, D_F=count, loss=cross_entropy(z, y), auroc=macro_auroc(z, y)))
     return rows
 
 

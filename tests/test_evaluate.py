@@ -23,7 +23,7 @@ from data import LEADS, TASKS, Dataset, Stop
 from evaluate import (L2, POST, PROTOCOLS, Arm, Estimate, Recipe, Task, Tokens, add_rows, arms_of,
                       compare, draw_labels, embed, embed_array, estimates, fit, grouped, interval,
                       knn, linear_probe, logistic, loss_of, macro_auroc, metrics, open_run,
-                      per_record, plans, predict, rates, resample, thresholds)
+                      optimiser_groups, patient_weights, per_record, plans, predict, thresholds)
 from models import AttentionPool, Config, Encoder, config_of, load
 from tests.analyses import at_rate, cka, hsic, noisy, swap_arms, without
 from tests.analyses import main as analyse
@@ -149,10 +149,10 @@ def test_thresholds_give_the_best_f1():
 
 def test_resamples_lose_no_class_and_have_the_right_spread():
     patient = generator().integers(0, 30, 50)
-    weight = resample(patient, 500)
+    weight = patient_weights(patient, 500)
     assert (weight > 0).all() and (weight[:, 0] == 1).all()
     equal(weight, weight[[list(patient).index(p) for p in patient]])
-    alone, x = resample(np.arange(400), 4000)[:, 1:], generator(1).normal(size=400)
+    alone, x = patient_weights(np.arange(400), 4000)[:, 1:], generator(1).normal(size=400)
     assert (x @ alone / alone.sum(0)).std() == pytest.approx(x.std() / 20, rel=.04)
     y, s = np.eye(1, 40).T, generator().random((40, 1))           # one positive
     found, _ = estimates([[(s, s)]], y, np.array([False]), np.arange(40), np.zeros(40))
@@ -400,7 +400,7 @@ def test_rates(backbone):
     for mode, decay, wanted in (('finetune', None, [1e-5, *[1e-4] * L, 1e-3]),
                                 ('finetune', .75, 1e-3 * .75 ** np.arange(L + 2)[::-1]),
                                 ('scratch', None, [1e-3] * (L + 2)), ('frozen', None, [])):
-        groups = rates(encoder, head, mode, Recipe(lr=1e-3, decay=decay))
+        groups = optimiser_groups(encoder, head, mode, Recipe(lr=1e-3, decay=decay))
         found = [(p, group['peak']) for group in groups for p in group['params']]
         learns = {p: wanted[l] for p, l in level.items() if mode != 'frozen'}
         learns |= dict.fromkeys(head.parameters(), 1e-3)
@@ -499,7 +499,8 @@ def short_runs(world):
 def run(here, short_runs, monkeypatch):
     """out/a0. 50 resamples are enough for these tests."""
     monkeypatch.setattr(train, 'draw_log', lambda *_: None)
-    monkeypatch.setattr(evaluate, 'resample', lambda patient, _: resample(patient, 50))
+    monkeypatch.setattr(evaluate, 'patient_weights',
+                        lambda patient, _: patient_weights(patient, 50))
     return open_run('out/a0')
 
 
@@ -512,7 +513,7 @@ def test_two_tasks_share_one_training(run, monkeypatch):
     t, ds = Task('sample', 'ptbxl_all', [run]), Dataset('sample')
     scores, _ = predict(t, run['net'], linear(run))
     auroc = table(scores, t.y[t.test], t.group)['AUROC'][:, 0]
-    monkeypatch.setattr(evaluate, 'fitted', lambda *given: pytest.fail('trained again'))
+    monkeypatch.setattr(evaluate, 'train_and_score', lambda *given: pytest.fail('trained again'))
     part = Task('sample', 'ptbxl_diag', [run])
     names = {'all/' + ds.label_names[c].split('/')[1] for c in ds.tasks['diag']}
     assert {t.labels[k] for k in part.columns} == names & set(t.labels) and len(part.columns) > 1
@@ -576,12 +577,12 @@ def test_neither_preview_nor_thresholds_learn_from_validation(run, monkeypatch):
     """The head of fine-tuning starts as the converged probe on the training records. Scores of
     validation, on which thresholds are chosen, are of the training records alone."""
     t, net, caught = Task('few', 'code', [run]), run['net'], []
-    X, (train_, val, test) = t.embedding(net), t.plans[0]
-    z, *_ = evaluate.fitted(t, net, t.plans[0], linear(run, 'knn'), 'all', 0, 0)
+    X, (train_, val, _) = t.embedding(net), t.plans[0]
+    z, *_ = evaluate.train_and_score(t, net, t.plans[0], linear(run, 'knn'), 'all', 0, 0)
     equal(z, knn(X, t.y, train_, val))
     monkeypatch.setattr(evaluate, 'fit', lambda *given: (caught.append(given[-1]), (0, 0))[1])
     arm = linear(run, 'finetune', preview=True)
-    evaluate.fitted(t, net, t.plans[0], arm, 'all', 0, 0)
+    evaluate.train_and_score(t, net, t.plans[0], arm, 'all', 0, 0)
     equal(caught[0], linear_probe(X, t.y, train_, val, t.numbers, refit=False)[0])
 
 
@@ -592,7 +593,7 @@ def test_scores_are_kept_and_recipes_not_confused(run, monkeypatch):
                                            for mode in ('linear', 'knn', 'frozen', 'finetune')}
     first = {mode: predict(t, net, arm) for mode, arm in arms.items()}
     assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values()))
-    monkeypatch.setattr(evaluate, 'fitted', lambda *given: pytest.fail('trained again'))
+    monkeypatch.setattr(evaluate, 'train_and_score', lambda *given: pytest.fail('trained again'))
     t, other, arm = Task('few', 'code', [open_run('out/a0')]), copy.deepcopy(net), arms['frozen']
     for mode in arms:
         equal(predict(t, net, arms[mode]), first[mode])

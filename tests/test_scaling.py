@@ -186,7 +186,8 @@ def test_flags():
     (lambda r: r.drop(columns='run'), 'column `run`'),
     (lambda r: r.assign(finished=0), 'No losses'),
     (('id_test', math.nan), 'line 9: id_test is no'), (('id_test', math.inf), 'line 9: id_test is'),
-    (('N', 3), 'line 9: N must be a whole number'), (('D', 3.2), 'line 9: D must be a whole number')])
+    (('N', 3), 'line 9: N must be a whole number'),
+    (('D', 3.2), 'line 9: D must be a whole number')])
 def test_a_wrong_table_gives_one_clear_line(change, says, path):
     rows = sweep()
     if callable(change):

@@ -102,7 +102,8 @@ def test_ladder_and_patience():
     def cpc(*values):
         return [dict(objective='cpc', step=i, id_val=v) for i, v in enumerate(values)]
 
-    assert scaling.ladder(400) == [50, 71, 100, 141, 200, 283, 400] and scaling.ladder(30) == [30]
+    assert scaling.evaluation_steps(400) == [50, 71, 100, 141, 200, 283, 400]
+    assert scaling.evaluation_steps(30) == [30]
     assert not scaling.finished(cpc(3, 2, 2.5), 9, 2)
     assert scaling.finished(cpc(3, 2, 2.5, 2.1), 9, 2) and scaling.finished(cpc(3, 2), 1, 2)
     jepa = dict(objective='jepa', id_val=1, ood_a_val=2, ood_b_val=4, ood_a_test=9)
@@ -174,7 +175,7 @@ def test_no_patient_of_the_pretraining_is_probed_on(here, monkeypatch):
 @pytest.mark.parametrize('function', ['describe', 'write_csv'])
 def test_a_killed_run_goes_on_without_a_lost_or_doubled_row(here, monkeypatch, tmp_path, function):
     """Killed when a checkpoint is on disk and its row is not; compared with one never killed."""
-    monkeypatch.setattr(scaling, 'ladder', lambda steps: [2, 4, 8])
+    monkeypatch.setattr(scaling, 'evaluation_steps', lambda steps: [2, 4, 8])
     kept = []
     for out in ('broken', 'whole'):
         flags = f'data {TINY} --batch 20 --ood --records 40 --objective cpc --out {tmp_path / out}'
@@ -244,7 +245,7 @@ def test_one_that_stops_in_a_worker_does_not_stop_the_others(tmp_path):
     with pytest.raises(Stop, match='^1 of 2 jobs stopped; the first: bad: no dataset'):
         scaling.run_all(work, 1, '')
     assert read_rows(tmp_path / 'a') == [dict(b='1')]
-    assert scaling.run_all({'fine': (scaling.ladder, 8)}, 1, '') == {'fine': [8]}
+    assert scaling.run_all({'fine': (scaling.evaluation_steps, 8)}, 1, '') == {'fine': [8]}
 
 
 @pytest.mark.parametrize('flags, words', [
