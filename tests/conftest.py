@@ -8,6 +8,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import pytest
 
 import data
+import train
 
 
 @pytest.fixture(scope='session')
@@ -33,3 +34,12 @@ def empty(tmp_path, monkeypatch):
     """An empty folder as the current one."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope='session', autouse=True)
+def undrawn():
+    """Runs of a few steps without the figure of their log, which takes longer than they do. Scripts
+    that tests start draw it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, 'draw_log', lambda *_: None)
+        yield

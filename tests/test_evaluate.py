@@ -481,7 +481,6 @@ def short_runs(world):
     a0 and a1 are seeds, so are b0 and b1 of two layers, w0 has a longer window."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(world)
-        patch.setattr(train, 'draw_log', lambda *_: None)
         records = []
         for record in data.synthetic(900, seed=5):
             record.load(record)
@@ -498,7 +497,6 @@ def short_runs(world):
 @pytest.fixture
 def run(here, short_runs, monkeypatch):
     """out/a0. 50 resamples are enough for these tests."""
-    monkeypatch.setattr(train, 'draw_log', lambda *_: None)
     monkeypatch.setattr(evaluate, 'patient_weights',
                         lambda patient, _: patient_weights(patient, 50))
     return open_run('out/a0')
@@ -796,7 +794,8 @@ def test_ablation_of_post_training(run):
 def test_other_tokens_are_evaluated(run, objective, backbone):
     """Encoders with padding, a CLS token or a coarse rate go through every mode."""
     out = f'out/{backbone}'
-    train.main(f'--objective {objective} --steps 1 --batch 4 --probe-every 0 --out {out}'.split())
+    train.main(f'--objective {objective} --layers 2 --steps 1 --batch 4 --probe-every 0 '
+               f'--out {out}'.split())
     main(f'{out} --data few --task code --mode linear frozen finetune --labels 30 --draws 1 '
          '--recipe epochs=1')
     rows = read(f'{out}/summary.csv')
