@@ -145,7 +145,7 @@ def test_intervals_checks_and_weights():
 
 
 def test_bootstrap_is_as_wide_as_repeated_studies():
-    fits = [fit_runs(study(seed, seeds=2), 'loss', resamples=60) for seed in range(25)]
+    fits = [fit_runs(study(seed, seeds=2), 'loss', resamples=60) for seed in range(16)]
     for c in ('alpha', 'beta'):
         spread = np.std([getattr(f.law, c) for f in fits])
         assert np.median([getattr(f.boot, c).std() for f in fits]) == pytest.approx(spread, rel=.4)

@@ -245,7 +245,6 @@ def test_one_that_stops_in_a_worker_does_not_stop_the_others(tmp_path):
     with pytest.raises(Stop, match='^1 of 2 jobs stopped; the first: bad: no dataset'):
         scaling.run_all(work, 1, '')
     assert read_rows(tmp_path / 'a') == [dict(b='1')]
-    assert scaling.run_all({'fine': (scaling.evaluation_steps, 8)}, 1, '') == {'fine': [8]}
 
 
 @pytest.mark.parametrize('flags, words', [
