@@ -794,7 +794,7 @@ def test_ablation_of_post_training(run):
 def test_other_tokens_are_evaluated(run, objective, backbone):
     """Encoders with padding, a CLS token or a coarse rate go through every mode."""
     out = f'out/{backbone}'
-    train.main(f'--objective {objective} --layers 2 --steps 1 --batch 4 --probe-every 0 '
+    train.main(f'--objective {objective} --steps 1 --batch 4 --probe-every 0 '
                f'--out {out}'.split())
     main(f'{out} --data few --task code --mode linear frozen finetune --labels 30 --draws 1 '
          '--recipe epochs=1')

@@ -196,6 +196,9 @@ def test_a_sweep_end_to_end(here, monkeypatch, tmp_path):
     shares its runs. Fine-tuning starts from the best weights, and scratch from the initial ones."""
     flags = ('--size 4x12 --records 20 40 --seeds 0 --steps 6 --lr-steps 2 --batch 20 '
              f'--jobs 2 --ood sample:super --objective cpc --out {tmp_path}').split()
+    real, calls = scaling.run_all, []
+    monkeypatch.setattr(scaling, 'run_all', lambda *given: (
+        calls.append(1) or real if not calls else serial)(*given))     # pilots in workers
     scaling.main(['sweep', 'params', *flags])
     rows, pilots = (read_rows(tmp_path / name) for name in ('runs.csv', 'rate_runs.csv'))
     assert [(r['size'], r['D']) for r in rows] == [('4x12', '40')]
