@@ -3,6 +3,8 @@
     python -m tests.analyses robustness out/a0 out/a1    # noise, missing leads, sex, age
     python -m tests.analyses cka out/a0 --data ptbxl     # how alike are the layers?
     python -m tests.analyses embeddings out/a0           # to a file, for use elsewhere
+    python evaluate.py out/a0 --data sample --labels .0625 .125 .25 .5 all
+    python -m tests.analyses efficiency out/a0           # power laws over numbers of labels
 
 The default data are the 500 real ECGs. Writes to the first run's folder, or to --out.
 """
@@ -12,6 +14,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from data import Dataset, Stop, resample, run_script
@@ -19,6 +22,7 @@ from evaluate import (DIFFERENCE, INTERVAL, PROTOCOLS, Task, apply, arms_of, bat
                       check_contract, embed, figure, grouped, interval, linear_probe, minus,
                       open_run, print_table, write_csv)
 from models import mean_pool
+from scaling import curves, power_law, project
 
 # -------------------------------------------------------------------------------------------------
 # robustness: changes of signals x (B, 12, T)
@@ -171,11 +175,35 @@ def embeddings(ds, runs, out):
     return table
 
 
+def efficiency(ds, runs, out):
+    """Rows, and a figure: the power law error = C n^-a + L0 of each arm over the numbers n of
+    labelled records that summary.csv in the folder has, five or more. error: 1 - AUROC, or MAE."""
+    file, rows, series = out / 'summary.csv', [], []
+    table = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=['data', 'metric'])
+    table = table[(table.data == ds.name) & table.metric.isin(['AUROC', 'MAE'])]
+    keys = ['task', 'mode', 'protocol', 'metric', 'arm']
+    for key, mine in table.groupby(keys) if len(table) else ():
+        n, error = mine.labelled.to_numpy(float), mine[[*INTERVAL]].to_numpy(float).T
+        error = 1 - error if 'AUROC' in key else error
+        if len(n) > 4:
+            floor, (C,), (a,), _ = project(n[None], error[0], error[0] ** -2)
+            rows.append(dict(zip(keys, key)) | dict(numbers=len(n), C=C, a=a, L0=floor))
+            series.append((f'{key[1]}, {key[4]}', n, error,
+                           lambda x, p=np.array([floor, C, a]): power_law(x[None], p)))
+    if not rows:
+        raise Stop(f'{file} has no arm with five numbers of labels on {ds.name}: python '
+                   f'evaluate.py {runs[0]["path"]} --data {ds.name} --labels .0625 .125 .25 .5 all')
+    curves(out / f'efficiency_{ds.name}.png', {f'error on {ds.name}': series},
+           xlabel='labelled records')
+    return rows
+
+
 def main(argv=None):
     """The command line: see the top of the file."""
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    analyses = dict(robustness=robustness, cka=similarity, embeddings=embeddings)
+    analyses = dict(robustness=robustness, cka=similarity, embeddings=embeddings,
+                    efficiency=efficiency)
     p.add_argument('analysis', choices=analyses)
     p.add_argument('runs', nargs='+', help='run folders')
     p.add_argument('--data', default='sample', help='a prepared dataset (sample)')

@@ -722,6 +722,19 @@ def test_analyses_run(run, capsys):
         analyse(['cka', 'out/a0', '--data', 'nowhere'])
 
 
+def test_label_law_comes_back(run, tmp_path):
+    with pytest.raises(Stop, match='no arm with five numbers'):
+        analyse(['efficiency', 'out/a0', '--data', 'few', '--out', str(tmp_path)])
+    at = dict(data='few', task='code', mode='linear', protocol='quick', metric='AUROC', arm='a')
+    law = {n: 1 - (2 * n ** -.5 + .1) for n in (20, 40, 80, 160, 320, 640)}
+    add_rows(tmp_path / 'summary.csv', [dict(at, labelled=n, value=v, low=v, high=v)
+                                        for n, v in law.items()], ['labelled'])
+    analyse(['efficiency', 'out/a0', '--data', 'few', '--out', str(tmp_path)])
+    row, = read(tmp_path / 'efficiency_few.csv')
+    found = [float(row[key]) for key in ('C', 'a', 'L0')]
+    assert found == pytest.approx([2, .5, .1], rel=1e-3)
+
+
 # -------------------------------------------------------------------------------------------------
 # the command line
 
