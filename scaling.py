@@ -791,9 +791,9 @@ def published_command(a):
     for (scale, grids, losses, pairs), floor in product(
             (('D', D_GRIDS, D, data), ('N', [N_GRID], M, model)), ('free', 'shared', 'zero')):
         fits = [exponents(x, losses, floor) for x in grids]
-        panels[f'exponents of {scale}, floor {floor}, by dataset'] = [
-            (key, np.arange(1, 12), of, None) for key, of in fits[0].items()]
         for one, two in pairs:
+            panels.setdefault(f'exponents of {scale}, floor {floor}', []).append(
+                (f'{one} over {two}', fits[0][two], fits[0][one], np.array))     # and a diagonal
             ratio = [e[one].mean() / e[two].mean() for e in fits]
             larger = [(e[one] > e[two]).sum() for e in fits]
             rows.append(dict(exponent=scale, floor=floor, a=one, b=two, ratio_min=min(ratio),

@@ -291,8 +291,9 @@ def tabulate(name, found, runs, out):
                 claims.append(here | judge(claim, scores))
         asked += [here | row for row in questions(scores, runs)]
     write_csv(out / f'study_{name}_scores.csv', rows)
-    write_csv(out / f'study_{name}_claims.csv', claims)
-    write_csv(out / f'study_{name}_questions.csv', asked)
+    for table, its in (('claims', claims), ('questions', asked)):
+        if its:                                         # a short run keeps no step to ask about
+            write_csv(out / f'study_{name}_{table}.csv', its)
     draw(name, out)
 
 

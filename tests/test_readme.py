@@ -13,7 +13,8 @@ import scaling
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {'data.py': data, 'train.py': train, 'evaluate.py': evaluate, 'models.py': models, 'objectives.py': objectives}
+SCRIPTS = {'data.py': data, 'train.py': train, 'evaluate.py': evaluate, 'models.py': models,
+           'objectives.py': objectives}
 TEXT = (ROOT / 'README.md').read_text() + ''.join(m.__doc__ for m in SCRIPTS.values())
 
 
@@ -23,7 +24,7 @@ PARSERS = {'data.py': data.make_parser().parse_args, 'train.py': train.make_pars
 
 @pytest.mark.parametrize('script', PARSERS)
 def test_every_command_is_one(script):
-    """Commands as they are typed; [...], NAME and what a shell fills in ($s) are taken as they come."""
+    """Commands as they are typed. [...], NAME and what a shell fills in ($s) may be anything."""
     commands = re.findall(rf'python {script}([^`\n#|&);]*)', TEXT)
     commands = [re.sub(r'\$\w+', '1', re.sub(r'\[[^]]*\]|\.\.\.', '', c)) for c in commands]
     commands = [c.replace('NAME', 'jepa') for c in commands if 'SOURCE' not in c]
@@ -50,6 +51,7 @@ def test_requirements_are_the_eight_packages_pinned():
 
 def test_anchors_linked_are_headings():
     text = re.sub(r'(?m)^    .*$', '', (ROOT / 'README.md').read_text())
-    slugs = [re.sub(r'[^\w\- ]', '', h.lower()).replace(' ', '-') for h in re.findall(r'(?m)^#+ (.*)$', text)]
+    headings = re.findall(r'(?m)^#+ (.*)$', text)
+    slugs = [re.sub(r'[^\w\- ]', '', h.lower()).replace(' ', '-') for h in headings]
     linked = re.findall(r'\]\(#([^)]+)\)', text)
     assert len(linked) > 20 and [a for a in linked if slugs.count(a) != 1] == []
