@@ -86,7 +86,7 @@ def make_parser():
         'ema, mask, codebook: see objectives.py; lr: constant .003 for the head, a tenth for the '
         'backbone, a hundredth for the stem, no warm-up, no clipping; norm: standardised input')
     add = p.add_argument_group('optimisation').add_argument
-    add('--steps', type=count, default=800, help='optimiser steps (800)')
+    add('--steps', type=count, default=400, help='optimiser steps (400)')
     add('--batch', type=count, default=32, help='crops a step, of all processes together (32)')
     add('--lr', type=positive, help="peak learning rate (default: the objective's)")
     add('--schedule', choices=['cosine', 'constant'], default='cosine',

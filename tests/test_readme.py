@@ -39,7 +39,7 @@ def test_every_command_of_scaling_is_one():
 
 
 def test_files_linked_are_there():
-    linked = re.findall(r'\]\(((?:assets|sample)/[^)]+)\)', (ROOT / 'README.md').read_text())
+    linked = re.findall(r'\]\(((?:docs|sample)/[^)]+)\)', (ROOT / 'README.md').read_text())
     assert linked and [f for f in linked if not (ROOT / f).exists()] == []
 
 
