@@ -1,6 +1,6 @@
 """Pretrain an encoder.
 
-    python train.py                           # CPC, tiny S4, synthetic ECGs: 2 minutes on 2 cores
+    python train.py                           # CPC, tiny S4, synthetic ECGs: a minute on 2 cores
     python train.py --objective jepa --backbone transformer   # valid pairs: objectives.py
     python train.py --objective jepa --as_released ema     # with a deviation of the released code
     python train.py --data ptbxl --size base --steps 20000 --batch 64

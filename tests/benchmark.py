@@ -222,7 +222,7 @@ def main(argv=None):
         rows.append(dict(row, device=device, threads=threads))
         write_csv(f'{a.out}/{a.what}.csv', rows)
     if a.what == 'growth':
-        from tests.figures import growth
+        from .figures import growth
         growth(a.out).savefig(f'{a.out}/growth.png')
 
 

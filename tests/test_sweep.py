@@ -17,7 +17,7 @@ from data import Dataset, Stop, read_seen
 from evaluate import MODES, Estimate, label_count
 from models import Encoder, config_of, load
 from scaling import read_rows
-from tests import study
+from . import study
 
 TINY = '--size 4x12 --seeds 0 --steps 8 --batch 4 --lr 1e-2 --jobs 1 --ood sample:super'
 

@@ -5,7 +5,7 @@ import wfdb
 
 import data
 from data import LEADS, SHIFTS, Dataset, find_r_peaks, synthesize
-from tests import calibration
+from . import calibration
 
 EIGHT = [0, 1, 6, 7, 8, 9, 10, 11]                      # I, II, V1 ... V6
 

@@ -12,7 +12,7 @@ from numpy.testing import assert_array_equal as equal
 
 import data
 from data import LEADS, TASKS, Dataset, Record, Stop, prepare, stratify
-from tests.test_data import SAMPLE, close, ecg, named, run, signal, write_wfdb
+from .test_data import SAMPLE, close, ecg, named, run, signal, write_wfdb
 
 
 def table(path, text):

@@ -17,7 +17,7 @@ import train
 from data import Contract, Dataset, Stop, read_seen, run_script
 from models import Encoder, config_of, load
 from objectives import CPC, JEPA, OBJECTIVES, released_input
-from tests import benchmark
+from . import benchmark
 
 SCRIPTS = {**os.environ, 'PYTHONPATH': str(Path(__file__).resolve().parent.parent)}
 
