@@ -150,7 +150,7 @@ def test_published_parameter_counts():
 @pytest.mark.parametrize('size', ['tiny', 'small', 'base'])
 def test_sizes_match_in_parameters(size):
     counts = [count_parameters(make(backbone, size)) for backbone in SIZES]
-    assert counts == pytest.approx([counts[0]] * 7, rel=.1)
+    assert counts == pytest.approx([counts[0]] * len(SIZES), rel=.07)     # the first: s4
 
 
 def test_token_counts():
