@@ -25,7 +25,7 @@ PARSERS = {'data.py': data.make_parser().parse_args, 'train.py': train.make_pars
 
 def typed(command, text):
     """The arguments of every command as it is typed. [...], NAME and what a shell fills in ($s) may
-    be anything; lines that a README wraps are joined."""
+    be anything."""
     found = re.findall(rf'python {command}((?: (?![#|&>])[^`\n#|&);>]*)?)', text)
     found = [re.sub(r'\$\w+', '1', re.sub(r'\[[^]]*\]|\.\.\.', '', words)) for words in found]
     return [shlex.split(words.replace('NAME', 'jepa')) for words in found if 'SOURCE' not in words]
@@ -33,8 +33,7 @@ def typed(command, text):
 
 @pytest.mark.parametrize('script', PARSERS)
 def test_every_command_is_one(script):
-    text = re.sub(r'(`[^`\n]*)\n([^`\n]*`)', r'\1 \2', TEXT)     # `python data.py` over two lines
-    commands = typed(re.escape(script), text + ''.join(module.__doc__ for module in SCRIPTS))
+    commands = typed(re.escape(script), TEXT + ''.join(module.__doc__ for module in SCRIPTS))
     assert len(commands) > 8
     for words in commands:
         PARSERS[script](words)
@@ -42,7 +41,7 @@ def test_every_command_is_one(script):
 
 def test_every_command_in_tests_is_one():
     """python -m tests.NAME WORDS: the file is there, and has the words' flags and names in it."""
-    commands = re.findall(r'python -m\s+tests\.(\w+)((?: (?!out/)[-\w.]+)*)', TEXT)
+    commands = re.findall(r'python -m tests\.(\w+)((?: (?!out/)[-\w.]+)*)', TEXT)
     assert len(commands) > 8
     for name, words in commands:
         source = (ROOT / f'tests/{name}.py').read_text()
