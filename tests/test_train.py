@@ -17,7 +17,6 @@ import train
 from data import Contract, Dataset, Stop, read_seen, run_script
 from models import Encoder, config_of, load
 from objectives import CPC, JEPA, OBJECTIVES, released_input
-from . import benchmark
 
 SCRIPTS = {**os.environ, 'PYTHONPATH': str(Path(__file__).resolve().parent.parent)}
 
@@ -340,6 +339,7 @@ def test_two_processes(here):
 # the benchmark command
 
 def test_benchmark_measures_every_part(here, monkeypatch):
+    from . import benchmark                 # not above: torchrun runs this file as a script
     assert benchmark.alone(max, 2, 3) == 3                 # in another process, not so the rest
     monkeypatch.setattr(benchmark, 'alone', lambda work, *arguments: work(*arguments))
     monkeypatch.setattr(benchmark, 'GROWTH', {'batch': (2, 4), 'records': (50,)})
