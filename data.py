@@ -1609,7 +1609,8 @@ def print_summary(name, meta, index):
     for reason, count in meta['dropped'].items():
         print(f'  {count:,} dropped: {reason}')
     folds, sizes = np.unique(index['fold'], return_counts=True)
-    print(f'  {len(folds)} folds of {sizes.min():,} to {sizes.max():,} records')
+    print(f'  {(folds >= 0).sum()} folds of {sizes[folds >= 0].min():,} to '
+          f'{sizes[folds >= 0].max():,} records')
     rate = np.median(60 * fs * np.diff(index['peak_start']) / index['length'])
     if meta['contract']['norm'] == 'none' and len(index['peaks']):
         print(f'  median heart rate {rate:.0f}/min, median height of a lead {meta["height"]:.2g} mV'
@@ -1618,7 +1619,8 @@ def print_summary(name, meta, index):
     print(f'  {meta["gaps"]:,} with short gaps filled, {n - len(set(index["signal"])):,} with the '
           f'signal of another one, {meta["odd_limbs"]:,} whose limb leads do not fit together '
           '(III = II - I and so on)')
-    print(f'  next: python train.py --data {name}')
+    print(f'  next: python train.py --data {name}; for a small set, '
+          f'python evaluate.py RUN --data {name}')
 
 
 # -------------------------------------------------------------------------------------------------

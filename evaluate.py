@@ -874,7 +874,7 @@ def grouped(runs):
         raise Stop('differences are taken seed by seed, so each pretraining needs the same seeds, '
                    f'each once; here they are {sorted(seeds)}: add runs, or leave some out')
     paths = [group[0]['path'] for group in groups.values()]
-    stems = [re.sub(r'(?<=.)_?\d+(?=@|$)', '', Path(path).name, count=1) for path in paths]
+    stems = [re.sub(r'(?<=[^@\d])_?\d+(?=@|$)', '', Path(path).name, count=1) for path in paths]
     names = stems if len(set(stems)) == len(stems) else paths
     return dict(zip(names, groups.values()))
 
@@ -1040,7 +1040,8 @@ def embed_array(run, x, fs, leads=LEADS, unit='mV'):
     encoder, contract = load_encoder(checkpoint), Contract.read(checkpoint['contract'])
     for i, signal in enumerate(map(np.asarray, x)):
         if signal.shape[1:] != (len(leads),):
-            raise ValueError(f'recording {i} is {signal.shape}: (T, {len(leads)}) is needed')
+            raise ValueError(f'recording {i} is {signal.shape}: (T, {len(leads)}) is needed; '
+                             'one recording is x[None], (C, T) is turned by .T')
         record = Record(str(i), x=signal, fs=fs, leads=leads, unit=unit)
         record, counts, facts = process(record, contract, encoder.config.backbone == 'beat')
         if counts is None:
@@ -1183,8 +1184,8 @@ def main(argv=None):
             for mode in [mode for mode in a.mode if mode != 'scratch'] or ['scratch']:
                 evaluate_task(t, families, mode, a, out)
     if len(runs) < 3 * len(families):
-        print('under three pretraining seeds there is no verdict; two give very wide intervals, '
-              'and one gives intervals without the variance between seeds')
+        print('under three pretraining seeds there is no verdict; intervals of two are very wide, '
+              'and those of one seed leave out the variance between seeds')
     print('low, high: 95 % interval. diff: the value less that of the reference, paired by record '
           f'and seed, with its 95 % interval. Tables and figures are in {out}/')
 

@@ -393,7 +393,9 @@ def test_labels_of_a_wfdb_folder(empty, capsys):
     Path('l.csv').write_text('filename,patient,age,super/MI,note\np1/a,7,,1,x\nc.hea,7.0,5,0,y\n'
                              'zz,8,9,1,z\n')
     ds = run('wfdb --root in --labels l.csv --ignore note')
-    assert '3 rows; 2 records have one, 1 do not' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert '3 rows; 2 records have one, 1 do not' in printed
+    assert '1 folds of 2 to 2 records' in printed            # of one patient; p1/b is in no fold
     assert ' '.join(ds.id) == 'p1/a p1/b p2/c' and ds.label_names == ['super/MI']
     equal(ds.patient, ['patient 7', 'p1/b', 'patient 7'])
     equal([*ds.labels.T, ds.age], [[1, np.nan, 0], [63, 63, 5]])

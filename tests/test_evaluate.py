@@ -621,6 +621,12 @@ def test_runs_are_grouped_by_all_but_their_seeds():
             grouped(runs)
 
 
+def test_names_leave_out_seeds_and_keep_steps():
+    for path, name in (('a0', 'a'), ('cpc_s4_tiny_10', 'cpc_s4_tiny'), ('a0@20', 'a@20'),
+                       ('curve@20', 'curve@20'), ('7', '7')):
+        assert list(grouped([pretend() | dict(path=f'out/{path}')])) == [name]
+
+
 def test_twins_are_the_runs_before_training(run):
     families = grouped([open_run('out/a1'), run])
     assert [arm.name for arm in arms_of(families, 'linear', QUICK)] == ['a, untrained', 'a']
