@@ -1040,8 +1040,8 @@ def embed_array(run, x, fs, leads=LEADS, unit='mV'):
     encoder, contract = load_encoder(checkpoint), Contract.read(checkpoint['contract'])
     for i, signal in enumerate(map(np.asarray, x)):
         if signal.shape[1:] != (len(leads),):
-            raise ValueError(f'recording {i} is {signal.shape}: (T, {len(leads)}) is needed; '
-                             'one recording is x[None], (C, T) is turned by .T')
+            raise ValueError(
+                f'recording {i} is {signal.shape}: (T, {len(leads)}) is needed; one alone: x[None]')
         record = Record(str(i), x=signal, fs=fs, leads=leads, unit=unit)
         record, counts, facts = process(record, contract, encoder.config.backbone == 'beat')
         if counts is None:
