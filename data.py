@@ -1609,8 +1609,8 @@ def print_summary(name, meta, index):
     for reason, count in meta['dropped'].items():
         print(f'  {count:,} dropped: {reason}')
     folds, sizes = np.unique(index['fold'], return_counts=True)
-    print(f'  {(folds >= 0).sum()} folds of {sizes[folds >= 0].min():,} to '
-          f'{sizes[folds >= 0].max():,} records')
+    print(f'  {(folds >= 0).sum()} folds of {sizes[folds >= 0].min(initial=n):,} to '
+          f'{sizes[folds >= 0].max(initial=0):,} records')
     rate = np.median(60 * fs * np.diff(index['peak_start']) / index['length'])
     if meta['contract']['norm'] == 'none' and len(index['peaks']):
         print(f'  median heart rate {rate:.0f}/min, median height of a lead {meta["height"]:.2g} mV'

@@ -34,7 +34,7 @@ def typed(command, text):
 @pytest.mark.parametrize('script', PARSERS)
 def test_every_command_is_one(script):
     commands = typed(re.escape(script), TEXT + ''.join(module.__doc__ for module in SCRIPTS))
-    assert len(commands) > 8
+    assert len(commands) > 12
     for words in commands:
         PARSERS[script](words)
 
