@@ -22,9 +22,9 @@ import scipy.stats
 
 import train
 from data import Dataset, Stop, run_script
-from evaluate import (INTERVAL, PROTOCOLS, Arm, Estimate, Task, forest, interval, label_count,
-                      minus, open_run, predict, print_table, slug, write_csv)
-from scaling import begun, curves, pretrain, run_all, share_threads
+from evaluate import (INTERVAL, PROTOCOLS, Arm, Estimate, Task, figure, forest, interval,
+                      label_count, minus, open_run, predict, print_table, slug, write_csv)
+from scaling import begun, pretrain, run_all, share_threads
 
 
 def read_table(text):
@@ -285,7 +285,7 @@ def tabulate(name, found, runs, out):
             arm, _, what = key.partition(' @')
             step = int(what) if what.isdigit() else runs[arm][0][1].steps * (what != 'untrained')
             rows.append(here | dict(arm=arm, what=what, step=step, seeds=len(e.points))
-                        | dict(zip(INTERVAL, interval(e))))
+                        | dict(zip(INTERVAL, interval(e)), sd=e.points.mean(1).std(ddof=1)))
         for claim in CLAIMS[CLAIMS.part == name].itertuples():
             if {*re.split(r'[+/]', f'{claim.first}/{claim.others}')} <= {*scores}:    # steps kept
                 claims.append(here | judge(claim, scores))
@@ -298,23 +298,45 @@ def tabulate(name, found, runs, out):
 
 
 def draw(name, out):
-    """The part's figure, from its kept table of scores: macro AUROC against pretraining steps
-    (curves) or labels (data), or of each arm, untrained and pretrained."""
+    """The part's figures, from its kept table of scores: of each arm, untrained and pretrained; for
+    `curves` against pretraining steps, for `data` against labels."""
     table = pd.read_csv(out / f'study_{name}_scores.csv', dtype=dict(what=str)).fillna({'what': ''})
+    table[['objective', 'second']] = table.arm.str.partition(' ')[[0, 2]]
     table['at'] = table.data + ', ' + table['mode']
-    if name not in ('curves', 'data'):
-        table = table[table.what.isin(['', 'untrained'])]
-        table['name'] = table['at'].str.cat([table.arm, table.what], sep=', ')
-        table['colour'] = table.what.map({'': 'C0'}).fillna('C7')
-        return forest(out / f'study_{name}.png', table.to_dict('records'), 'macro AUROC')
-    x, panels = 'labelled' if name == 'data' else 'step', {}
-    shown = table.what.isin(['', 'untrained', 'scratch']) if name == 'data' else (
-        (table.what == '') | table.what.str.isdigit())
-    table['line'] = table.arm.str.cat(table.what.where(name == 'data', ''), sep=' ').str.strip()
-    for (at, line), mine in table[shown].sort_values(x).groupby(['at', 'line']):
-        panels.setdefault(at, []).append((line, mine[x], mine[[*INTERVAL]].to_numpy().T, None))
-    curves(out / f'study_{name}.png', panels, True, xscale='symlog', yscale='linear', xlabel=x,
-           ylabel='macro AUROC')
+    if name == 'curves':
+        steps = table[(table.what == '') | table.what.str.isdigit()]
+        on_s4 = steps[steps.second == 's4']
+        draw_lines(out / 'study_curves.png', on_s4, 'step', 'data', ['objective'])
+        both = steps[steps.objective.isin(['cpc', 'jepa'])]
+        draw_lines(out / 'study_backbones.png', both, 'step', 'data', ['objective', 'second'])
+    elif name == 'data':
+        linear = (table['mode'] == 'linear') & table.what.isin(['', 'untrained'])
+        shown = table[linear | (table.what == 'scratch')]
+        shown = shown[(shown.what == '') | (shown.second == 'real')]    # one untrained is enough
+        draw_lines(out / 'study_data.png', shown, 'labelled', 'objective', ['second', 'what'])
+    else:
+        shown = table[table.what.isin(['', 'untrained'])]
+        names = shown['at'].str.cat([shown.arm, shown.what], sep=', ')
+        shown = shown.assign(name=names, colour=shown.what.map({'': 'C0'}).fillna('C7'))
+        forest(out / f'study_{name}.png', shown.to_dict('records'), 'macro AUROC')
+
+
+def draw_lines(path, table, x, panel, names):
+    """A panel for each value of the column `panel`: macro AUROC against the column x, a line for
+    each combination of the columns `names`, with a band of one SD over seeds on both sides."""
+    panels, ticks = table.groupby(panel, sort=False), sorted(table[x].unique())
+    fig, [axes] = figure(5 * len(panels), 4, len(panels))
+    for ax, (title, here) in zip(axes, panels):
+        for key, mine in here.sort_values(x).groupby(names, sort=False):
+            ax.plot(mine[x], mine.value, 'o-', ms=3, label=' '.join(key).strip())
+            ax.fill_between(mine[x], mine.value - mine.sd, mine.value + mine.sd, alpha=.15)
+        ax.set_xscale('symlog', linthresh=10)
+        ax.set_xticks(ticks, ticks)
+        ax.minorticks_off()
+        ax.set(title=title, xlabel=dict(step='pretraining steps', labelled='labels')[x],
+               ylabel='macro AUROC')
+        ax.legend(fontsize=8)
+    fig.savefig(path, dpi=120)
 
 
 def claims(out):

@@ -14,7 +14,7 @@ import data
 import scaling
 import train
 from data import Dataset, Stop, read_seen
-from evaluate import MODES, Estimate, label_count
+from evaluate import MODES, Estimate, add_rows, label_count
 from models import Encoder, config_of, load
 from scaling import read_rows
 from . import study
@@ -327,6 +327,21 @@ def test_a_part_that_was_broken_goes_on(here, monkeypatch):
         'jepa is better than cpc', 'cpc is close to cpc @2, jepa']
     with pytest.raises(Stop, match='begun with steps = 4'):
         study.main(['toy', '--out', 'st', '--steps', '3'])
+
+
+def test_figures_against_steps_and_labels(tmp_path):
+    point = dict(data='real', value=.7, low=.6, high=.8, sd=.1)
+    for part, mode, arm, what, step in (('curves', 'linear', 's4', '0', 0),
+                                        ('curves', 'linear', 's4', '', 9),
+                                        ('data', 'linear', 'real', '', 9),
+                                        ('data', 'finetune', 'real', 'scratch', 0)):
+        rows = [point | dict(mode=mode, arm=f'{objective} {arm}', what=what, step=step, labelled=n)
+                for objective in ('cpc', 'jepa') for n in (100, 300)]
+        add_rows(tmp_path / f'study_{part}_scores.csv', rows, ['arm', 'what', 'step', 'labelled'])
+    for part in ('curves', 'data'):
+        study.draw(part, tmp_path)
+    assert {f.name for f in tmp_path.glob('*.png')} == {
+        'study_curves.png', 'study_backbones.png', 'study_data.png'}
 
 
 def test_a_test_patient_that_was_pretrained_on_stops_it(here):
