@@ -1,6 +1,7 @@
 """Evaluate pretrained encoders: probes, fine-tuning, training from scratch, all with intervals.
 
     python evaluate.py                           # the newest run, on synthetic and 500 real ECGs
+    python evaluate.py sample/encoder --data mine    # the encoder that comes with the code
     python evaluate.py out/a0 out/a1 out/a2      # seeds of one pretraining are averaged
     python evaluate.py out/a? out/b? --mode linear frozen finetune      # pretrainings: compared
     python evaluate.py out/a0@200 out/b0@200     # the checkpoints that --keep 200 has kept
@@ -725,8 +726,7 @@ class Task:
     def choose_labels(self, target):
         """The labels that are yes and no often enough, and the numbers."""
         least = target.least if target else 1
-        columns = columns_of(self.ds, self.name)
-        columns = self.ds.columns(target.trained) if target else columns
+        columns = self.ds.columns(target.trained) if target else columns_of(self.ds, self.name)
         y = np.array(self.ds.labels[:, columns])
         numbers = ~yes_no(y) & np.isfinite(y).any(0)
         kept = numbers | (np.minimum((y > 0).sum(0), (y == 0).sum(0)) >= least)
@@ -754,7 +754,7 @@ class Task:
         """The test records, and the columns that can be scored on them."""
         tests = [test for _, _, test in self.plans]
         self.test = np.concatenate(tests)
-        self.group = np.repeat(np.arange(len(tests)), list(map(len, tests)))
+        self.group = np.repeat(range(len(tests)), list(map(len, tests)))
         self.patient, y = self.ds.patient[self.test], self.y[self.test]
         scored = scorable(y, self.numbers, self.group)
         train, val, _ = self.plans[-1]
@@ -960,8 +960,8 @@ def evaluate_task(t, families, mode, a, out):
             print_table(pairs)
             print('rank (1 + number of arms that are surely better): '
                   + ', '.join(f'{ranks[n]} {n}' for n in sorted(ranks, key=ranks.get)))
-            pairs = [dict(at, metric=main, **row) for row in pairs]
-            add_rows(out / 'pairs.csv', pairs, [*KEY, 'a', 'b'])
+            add_rows(out / 'pairs.csv', [dict(at, metric=main, **row) for row in pairs],
+                     [*KEY, 'a', 'b'])
 
 
 def print_table(rows, *columns):
@@ -1016,8 +1016,8 @@ def forest(path, rows, title):
     """Values with their intervals. rows: dicts of name, value, low, high, and a colour if any."""
     fig, [[ax]] = figure(7, .3 * len(rows) + 1)
     for i, row in enumerate(rows):
-        x = row['low'], row['value'], row['high']
-        ax.plot(x, [i] * 3, 'o-', c=row.get('colour', 'C0'), markevery=[1])
+        ax.plot([row['low'], row['value'], row['high']], [i] * 3, 'o-',
+                c=row.get('colour', 'C0'), markevery=[1])
     ax.set_yticks(range(len(rows)), [row['name'] for row in rows])
     ax.invert_yaxis()
     ax.set_title(title)
@@ -1027,15 +1027,19 @@ def forest(path, rows, title):
 # -------------------------------------------------------------------------------------------------
 # from Python, and the command line
 
+BOX = HERE / 'sample/encoder'                             # the encoder that comes with the code
+
+
 @torch.no_grad()
-def embed_array(run, x, fs, leads=LEADS, unit='mV'):
+def embed_array(x, fs, leads=LEADS, unit='mV', run=BOX):
     """Embeddings (N, D) float32 of N recordings by a pretrained encoder: the mean over its tokens
     and the recording's consecutive crops.
 
-    run: a run folder or a checkpoint's file. x (N, T, C), or N arrays (T, C) of any lengths, in
-    `unit` (mV, uV or V) at `fs` Hz; leads: names of the C columns, in any order, the twelve among
-    them. Resampled and filtered as the pretraining data were. Raises ValueError with the first
-    recording that cannot be used, and why. Warns where limb leads contradict each other."""
+    x (N, T, C), or N arrays (T, C) of any lengths, in `unit` (mV, uV or V) at `fs` Hz; leads: names
+    of the C columns, in any order, the twelve among them. run: a run folder or a checkpoint's file,
+    by default the encoder in sample/. Resampled and filtered as the pretraining data were. Raises
+    ValueError with the first recording that cannot be used, and why. Warns where limb leads
+    contradict each other."""
     checkpoint, out = load(run), []
     encoder, contract = load_encoder(checkpoint), Contract.read(checkpoint['contract'])
     for i, signal in enumerate(map(np.asarray, x)):
@@ -1063,7 +1067,7 @@ def open_run(path, device=None):
     pretraining, on the device), path, and seen (names of the training records). path: a run folder,
     a checkpoint's file, or out/run@20 for the copy that --keep 20 made. Raises Stop where there is
     none, or none of this version."""
-    path = re.sub(r'/ckpt(_(\d+))?\.pt$', lambda m: f'@{m[2]}' if m[2] else '', str(path))
+    path = re.sub(r'/ckpt_?(\d*)\.pt$', r'@\1', str(path)).rstrip('@')
     folder, _, step = path.partition('@')
     try:
         run = load(Path(folder, f'ckpt_{step}.pt') if step else folder)
@@ -1073,7 +1077,7 @@ def open_run(path, device=None):
               f'on {run["data"]}, seed {run["seed"]}, {count_parameters(run["net"]):,} parameters')
     except ValueError as e:
         there = sorted(map(str, Path(folder).rglob('ckpt*.pt')))
-        raise Stop(f'{e}; checkpoints in {folder}: {", ".join(there) or "none"}')
+        raise Stop(f'{e}; checkpoints in {folder}: {there}')
     except (RuntimeError, KeyError, TypeError) as e:
         raise Stop(f'{path} is no checkpoint of train.py, or of another version of it: '
                    f'{" ".join(str(e).split())[:200]}')
@@ -1083,7 +1087,7 @@ def open_run(path, device=None):
 def newest():
     """The folder of the newest checkpoint in out/, else the encoder that comes with the code."""
     found = sorted(Path('out').glob('*/ckpt.pt'), key=lambda f: f.stat().st_mtime)
-    return found[-1].parent if found else HERE / 'sample/encoder'
+    return found[-1].parent if found else BOX
 
 
 def list_tasks():
@@ -1121,7 +1125,7 @@ def make_parser():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add('runs', nargs='*', help='run folders; those alike but for seeds are averaged, others '
-        'compared (default: the newest in out/)')
+        'compared (default: the newest in out/, else sample/encoder)')
     add('--data', nargs='+', help="prepared datasets (default: the task's, else synthetic, sample)")
     add('--task', nargs='+', help='tasks of the papers (--list), label sets or labels of the data '
         '(default: findings, super, snomed, ..., what there is)')
@@ -1171,7 +1175,8 @@ def main(argv=None):
     runs = [open_run(path, a.device) for path in a.runs or [newest()]]
     families = grouped(runs)
     alone = Path(runs[0]['path'].partition('@')[0])
-    out = Path(a.out or (alone if len(runs) == 1 else f'out/compare_{slug(*families)[:100]}'))
+    out = Path(a.out or (f'out/compare_{slug(*families)[:100]}'         # nothing goes into sample/
+                         if len(runs) > 1 or alone.resolve() == BOX else alone))
     out.mkdir(parents=True, exist_ok=True)
     for name in a.task or [None]:
         target = TASKS.get(name)

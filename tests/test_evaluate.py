@@ -662,13 +662,13 @@ def test_embeddings_of_an_array_equal_those_of_a_prepared_dataset(run):
     wanted = embed(run['net'], Dataset('array'), np.arange(3))
     backwards = [y[:, ::-1] / 1000 for y in x]
     for given in ((x, 500, LEADS, 'uV'), (backwards, 500, LEADS[::-1])):
-        found = embed_array('out/a0', *given)
+        found = embed_array(*given, run='out/a0')
         assert found.dtype == np.float32 and np.allclose(found, wanted, atol=1e-5)
     for bad, why in ((x[0][:, 1:], 'is needed'), (x[0][:300], 'shorter')):
         with pytest.raises(ValueError, match=f'recording 1.*{why}'):
-            embed_array('out/a0', [x[0], bad], 500, unit='uV')
+            embed_array([x[0], bad], 500, unit='uV', run='out/a0')
     with pytest.warns(UserWarning, match='limb leads'):
-        embed_array('out/a0', x[:1], 500, ['II', 'I', *LEADS[2:]], 'uV')
+        embed_array(x[:1], 500, ['II', 'I', *LEADS[2:]], 'uV', 'out/a0')
 
 
 # -------------------------------------------------------------------------------------------------

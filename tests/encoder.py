@@ -1,0 +1,72 @@
+"""How the encoder in sample/encoder was made. sample/encoder/README.md has all commands.
+
+    python -m tests.encoder pool --root PTBXL        # which records train: writes pool.csv
+    python -m tests.encoder pack out/box             # the run, to out/encoder, in half precision
+
+The 500 real ECGs in sample/ptbxl are the test. Their patients are in no pretraining: pool.csv puts
+all records of them into a fold of its own, which is never trained on.
+"""
+import argparse
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from data import HERE, Stop, run_script
+from models import save
+from train import load_run
+
+
+def pool(root):
+    """Write pool.csv, labels for `data.py wfdb` on PTB-XL: fold 10 for all records of a patient of
+    the sample, no fold for the others, so that all of them train. root: the folder of
+    ptbxl_database.csv."""
+    table, sample = [pd.read_csv(Path(folder, 'ptbxl_database.csv'))
+                     for folder in (root, HERE / 'sample/ptbxl')]
+    known = table.patient_id.isin(sample.patient_id)
+    rows = pd.DataFrame(dict(id=table.filename_lr.str.split('/').str[-1],
+                             patient='ptbxl/patient' + table.patient_id.astype(int).astype(str),
+                             fold=np.where(known, '10', '')))
+    rows.to_csv('pool.csv', index=False)
+    print(f'pool.csv: {(~known).sum():,} records train; {known.sum():,} are of patients of the '
+          'sample and do not')
+
+
+def pack(run, out):
+    """Write the encoder of a finished run in half precision, before and after pretraining, without
+    the objective's head and the optimiser, so that it cannot be resumed; its pool and its log."""
+    checkpoint = load_run(run)
+    if checkpoint['step'] < checkpoint['args']['steps']:
+        raise Stop(f'{run} is not finished: python train.py --resume --out {run}')
+    for name in ('encoder', 'initial'):
+        checkpoint[name] = {k: v.half() if v.is_floating_point() else v
+                            for k, v in checkpoint[name].items()}
+    del checkpoint['state'], checkpoint['optimiser'], checkpoint['log']
+    Path(out).mkdir(parents=True, exist_ok=True)
+    save(Path(out, 'ckpt.pt'), checkpoint | dict(world=0))        # --resume sees that it differs
+    for name in ('seen.npz', 'log.csv'):
+        shutil.copy(Path(run, name), out)
+    print(f'{out}: {Path(out, "ckpt.pt").stat().st_size / 1e6:.2f} MB')
+
+
+def main(argv=None):
+    """The command line: see the top of the file."""
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add('what', choices=['pool', 'pack'])
+    add('run', nargs='?', help='pack: the run folder')
+    add('--root', help='pool: the folder of ptbxl_database.csv')
+    add('--out', default='out/encoder', help='pack: the folder to write (out/encoder)')
+    a = p.parse_args(argv)
+    if not (a.root if a.what == 'pool' else a.run):
+        p.error('pool needs --root, pack needs a run folder')
+    if a.what == 'pool':
+        pool(a.root)
+    else:
+        pack(a.run, a.out)
+
+
+if __name__ == '__main__':
+    run_script(main)
