@@ -1,10 +1,10 @@
 """How the encoder in sample/encoder was made. sample/encoder/README.md has all commands.
 
     python -m tests.encoder pool --root PTBXL        # which records train: writes pool.csv
-    python -m tests.encoder pack out/box             # the run, to out/encoder, in half precision
+    python -m tests.encoder pack out/tiny            # a run's encoder, to out/encoder
 
-The 500 real ECGs in sample/ptbxl are the test. Their patients are in no pretraining: pool.csv puts
-all records of them into a fold of its own, which is never trained on.
+The 500 real ECGs in sample/ptbxl are test data, so their patients are not pretrained on: pool.csv
+puts all records of these patients into fold 10, the test fold.
 """
 import argparse
 import shutil
@@ -29,13 +29,13 @@ def pool(root):
                              patient='ptbxl/patient' + table.patient_id.astype(int).astype(str),
                              fold=np.where(known, '10', '')))
     rows.to_csv('pool.csv', index=False)
-    print(f'pool.csv: {(~known).sum():,} records train; {known.sum():,} are of patients of the '
-          'sample and do not')
+    print(f'pool.csv: {known.sum():,} of {len(known):,} records are of patients of the sample and '
+          'do not train')
 
 
 def pack(run, out):
-    """Write the encoder of a finished run in half precision, before and after pretraining, without
-    the objective's head and the optimiser, so that it cannot be resumed; its pool and its log."""
+    """Write the encoder of a finished run, before and after pretraining, in half precision, with
+    seen.npz and log.csv. Head and optimiser are left out, so it cannot be resumed."""
     checkpoint = load_run(run)
     if checkpoint['step'] < checkpoint['args']['steps']:
         raise Stop(f'{run} is not finished: python train.py --resume --out {run}')
@@ -44,7 +44,7 @@ def pack(run, out):
                             for k, v in checkpoint[name].items()}
     del checkpoint['state'], checkpoint['optimiser'], checkpoint['log']
     Path(out).mkdir(parents=True, exist_ok=True)
-    save(Path(out, 'ckpt.pt'), checkpoint | dict(world=0))        # --resume sees that it differs
+    save(Path(out, 'ckpt.pt'), checkpoint | dict(world=0))     # of no run: --resume refuses it
     for name in ('seen.npz', 'log.csv'):
         shutil.copy(Path(run, name), out)
     print(f'{out}: {Path(out, "ckpt.pt").stat().st_size / 1e6:.2f} MB')

@@ -298,9 +298,10 @@ def tabulate(name, found, runs, out):
 
 
 def draw(name, out):
-    """The part's figures, from its kept table of scores: of each arm, untrained and pretrained; for
-    `curves` against pretraining steps, for `data` against labels."""
+    """Draw a part's figures from study_NAME_scores.csv. `curves`: macro AUROC against pretraining
+    steps. `data`: against labelled records. Other parts: each arm, pretrained and untrained."""
     table = pd.read_csv(out / f'study_{name}_scores.csv', dtype=dict(what=str)).fillna({'what': ''})
+    # second: the backbone in `curves`, the pretraining data in `data`
     table[['objective', 'second']] = table.arm.str.partition(' ')[[0, 2]]
     table['at'] = table.data + ', ' + table['mode']
     if name == 'curves':
@@ -312,7 +313,7 @@ def draw(name, out):
     elif name == 'data':
         linear = (table['mode'] == 'linear') & table.what.isin(['', 'untrained'])
         shown = table[linear | (table.what == 'scratch')]
-        shown = shown[(shown.what == '') | (shown.second == 'real')]    # one untrained is enough
+        shown = shown[(shown.what == '') | (shown.second == 'real')]    # baselines of one pool
         draw_lines(out / 'study_data.png', shown, 'labelled', 'objective', ['second', 'what'])
     else:
         shown = table[table.what.isin(['', 'untrained'])]
