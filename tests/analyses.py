@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from data import Dataset, Stop, resample, run_script
-from evaluate import (DIFFERENCE, INTERVAL, PROTOCOLS, Task, apply, arms_of, batches,
+from evaluate import (BOX, DIFFERENCE, INTERVAL, PROTOCOLS, Task, apply, arms_of, batches,
                       check_contract, embed, figure, grouped, interval, linear_probe, minus,
                       open_run, print_table, write_csv)
 from models import mean_pool
@@ -212,7 +212,10 @@ def main(argv=None):
     runs, ds = [open_run(path) for path in a.runs], Dataset(a.data)
     for run in runs:
         check_contract(run, ds)
-    out = a.out or Path(runs[0]['path'].partition('@')[0])
+    first = Path(runs[0]['path'].partition('@')[0])
+    if first.resolve() == BOX:                          # nothing goes into sample/
+        first = Path('out/compare_encoder')
+    out = a.out or first
     out.mkdir(parents=True, exist_ok=True)
     rows = analyses[a.analysis](ds, runs, out)
     print_table(rows)

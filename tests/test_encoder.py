@@ -11,7 +11,7 @@ import train
 from data import Dataset, Stop, overlap, read_seen
 from evaluate import BOX, embed, embed_array
 from models import load
-from . import encoder
+from . import analyses, encoder
 
 
 def test_the_pool_holds_nothing_of_the_sample(here):
@@ -41,13 +41,15 @@ def test_embed_array_takes_it_by_default(here):
 
 
 def test_results_do_not_go_into_sample(here, tmp_path, monkeypatch):
-    """python evaluate.py, where no run is."""
+    """python evaluate.py, where no run is, and an analysis."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'datasets').symlink_to(here / 'datasets')
     before = sorted(BOX.iterdir())
     evaluate.main('--data sample --mode knn'.split())
+    analyses.main(['embeddings', str(BOX)])
     assert sorted(BOX.iterdir()) == before
-    assert (tmp_path / 'out/compare_encoder/summary.csv').exists()
+    assert {file.name for file in (tmp_path / 'out/compare_encoder').iterdir()} >= {
+        'summary.csv', 'embeddings_sample_encoder.npz'}
 
 
 def test_pool_keeps_the_patients_of_the_sample_out(empty):
