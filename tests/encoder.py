@@ -7,13 +7,14 @@ The 500 real ECGs in sample/ptbxl are test data, so their patients are not pretr
 puts all records of these patients into fold 10, the test fold.
 """
 import argparse
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from data import HERE, Stop, run_script
+from data import HERE, Stop, read_seen, run_script, write_seen
 from models import save
 from train import load_run
 
@@ -45,8 +46,9 @@ def pack(run, out):
     del checkpoint['state'], checkpoint['optimiser'], checkpoint['log']
     Path(out).mkdir(parents=True, exist_ok=True)
     save(Path(out, 'ckpt.pt'), checkpoint | dict(world=0))     # of no run: --resume refuses it
-    for name in ('seen.npz', 'log.csv'):
-        shutil.copy(Path(run, name), out)
+    shutil.copy(Path(run, 'log.csv'), out)
+    # LUDB's records are data/1 to data/200: names that another folder may have, too
+    write_seen(out, {re.sub(r'^data/(\d+)$', r'ludb/\1', name) for name in read_seen(run)})
     print(f'{out}: {Path(out, "ckpt.pt").stat().st_size / 1e6:.2f} MB')
 
 
