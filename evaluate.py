@@ -1151,7 +1151,8 @@ def make_parser():
         'were prepared otherwise than those of pretraining')
     add('--list', action='store_true',
         help='show the tasks of the papers, and how to prepare their data')
-    add('--out', help="folder of results (default: the run's, of several out/compare_...)")
+    add('--out', help="folder of results (default: the run's; of several, and of sample/encoder, "
+        'out/compare_...)')
     add('--device', help='cpu or cuda (default: cuda where there is one)')
     return p
 
