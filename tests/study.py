@@ -13,6 +13,7 @@ import contextlib
 import io
 import math
 import re
+import textwrap
 from itertools import product
 from pathlib import Path
 
@@ -350,9 +351,10 @@ def claims(out):
     table['name'] = table.claim.str.cat(words, sep='; ')
     print_table(table, 'name', 'other', 'difference', 'low', 'high', 'detectable', 'verdict')
     colours = table.verdict.map({'agrees': 'C2', 'disagrees': 'C3'}).fillna('C7')
-    rows = table.assign(value=table.difference, colour=colours).to_dict('records')
-    forest(out / 'study_claims.png', rows, 'the difference in macro AUROC that decides; green: '
-           'agrees, red: disagrees')
+    names = table.name.map(lambda name: textwrap.fill(name, 55))        # room for the intervals
+    rows = table.assign(value=table.difference, colour=colours, name=names).to_dict('records')
+    forest(out / 'study_claims.png', rows, 'deciding difference in macro AUROC\n'
+           'green: agrees, red: disagrees')
     print(f'figures are in {out}/')
 
 
