@@ -133,8 +133,8 @@ def runs_of(name, a):
 def look(arm, runs, data, mode, labels):
     """(labelled records to learn from, {name: Estimate of macro AUROC}) of one arm on a dataset: of
     itself; `arm @untrained`; `arm @gain` (the difference of these two); `arm @200` (the checkpoint
-    kept at step 200); with mode finetune, `arm @scratch`. Raises Stop where test patients were
-    pretrained on."""
+    kept at step 200); with mode finetune, `arm @scratch`, and `arm @less-scratch` (the difference
+    to it). Raises Stop where test patients were pretrained on."""
     with contextlib.redirect_stdout(None):
         final = [open_run(folder, t.device) for folder, t in runs]
         t = Task(data, None, final, folds=FOLDS.get(data))
@@ -153,6 +153,8 @@ def look(arm, runs, data, mode, labels):
                     for draw in draws] for seed, run in enumerate(opened)]
         found[name] = t.score(outputs)[0]['AUROC']
     found[f'{arm} @gain'] = minus(found[arm], found[f'{arm} @untrained'])
+    if mode == 'finetune':
+        found[f'{arm} @less-scratch'] = minus(found[arm], found[f'{arm} @scratch'])
     return t.available if labels == 'all' else labels, found
 
 
@@ -284,7 +286,8 @@ def tabulate(name, found, runs, out):
             scores |= its
         for key, e in scores.items():
             arm, _, what = key.partition(' @')
-            step = int(what) if what.isdigit() else runs[arm][0][1].steps * (what != 'untrained')
+            last = 0 if what in ('untrained', 'scratch') else runs[arm][0][1].steps
+            step = int(what) if what.isdigit() else last
             rows.append(here | dict(arm=arm, what=what, step=step, seeds=len(e.points))
                         | dict(zip(INTERVAL, interval(e)), sd=e.points.mean(1).std(ddof=1)))
         for claim in CLAIMS[CLAIMS.part == name].itertuples():

@@ -15,6 +15,8 @@ import scaling
 import train
 from data import Dataset
 
+from .tables import score_tables, tables
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {path: path.read_text() for path in (ROOT / 'README.md', ROOT / 'sample/encoder/README.md',
                                              *sorted(ROOT.glob('docs/*.md')))}
@@ -86,6 +88,12 @@ def test_every_figure_is_shown():
 def test_files_named_are_there():
     named = set(re.findall(r'`((?:(?:tests|docs|sample)/[\w./]*)|\w+\.py)`', TEXT))
     assert len(named) > 6 and [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_tables_are_of_the_kept_rows():
+    for lines in tables():
+        assert '\n'.join(lines) in PAGES[ROOT / 'docs/results.md'], lines[0]
+    assert '\n'.join(next(score_tables('curves'))) in PAGES[ROOT / 'README.md']
 
 
 def test_snippet_embeds_as_it_stands(here):
