@@ -2,7 +2,7 @@
 
     python -m tests.study                     # all parts, half a day of two cores; resumable
     python -m tests.study curves --seeds 3    # one part
-    python -m tests.study claims              # the verdicts and figures of the parts that are made
+    python -m tests.study claims --out docs/results    # verdicts and figures of the kept rows
 
 The tables at the top of tests/study.py say what is pretrained (STUDY, ARMS), on which data it is
 evaluated (LOOKS), and what is claimed (CLAIMS). Every arm is compared with its own untrained
@@ -276,8 +276,8 @@ def make(name, a):
 
 
 def tabulate(name, found, runs, out):
-    """Write a part's tables of scores, claims and questions, and its figure: macro AUROC against
-    pretraining steps, or against labels. found: {(arm, data, mode, labels): what `look` gives}."""
+    """Write a part's tables of scores, claims and questions. found: {(arm, data, mode, labels):
+    what `look` gives}."""
     rows, claims, asked = [], [], []
     for _, _, *at in LOOKS[LOOKS.part == name].itertuples():
         scores, here = {}, dict(zip(('data', 'mode', 'labels'), at))
@@ -298,7 +298,6 @@ def tabulate(name, found, runs, out):
     for table, its in (('claims', claims), ('questions', asked)):
         if its:                                         # a short run keeps no step to ask about
             write_csv(out / f'study_{name}_{table}.csv', its)
-    draw(name, out)
 
 
 def draw(name, out):
@@ -345,7 +344,7 @@ def draw_lines(path, table, x, panel, names):
 
 
 def claims(out):
-    """Print the verdicts of all parts that are made, and draw them."""
+    """Print the verdicts of all parts whose tables are in a folder, and draw their figures."""
     files = sorted(out.glob('study_*_claims.csv'))
     if not files:
         raise Stop(f'no study_*_claims.csv in {out}: make them with python -m tests.study')
@@ -358,6 +357,9 @@ def claims(out):
     rows = table.assign(value=table.difference, colour=colours, name=names).to_dict('records')
     forest(out / 'study_claims.png', rows, 'deciding difference in macro AUROC\n'
            'green: agrees, red: disagrees')
+    for name in STUDY.index:
+        if (out / f'study_{name}_scores.csv').exists():
+            draw(name, out)
     print(f'figures are in {out}/')
 
 

@@ -82,7 +82,8 @@ def test_no_link_is_dead(page):
 
 def test_every_figure_is_shown():
     shown = {Path(link).name for link in re.findall(r'!\[[^]]*\]\(([^)\s]+)\)', TEXT)}
-    assert {path.name for path in ROOT.glob('docs/figures/*')} == shown
+    drawn = *ROOT.glob('docs/figures/*'), *ROOT.glob('docs/results/*.png')
+    assert {path.name for path in drawn} == shown
 
 
 def test_files_named_are_there():
