@@ -1014,7 +1014,7 @@ def figure(width, height, columns=1):
 
 def forest(path, rows, title):
     """Values with their intervals. rows: dicts of name, value, low, high, and a colour if any."""
-    fig, [[ax]] = figure(7, .3 * len(rows) + 1)
+    fig, [[ax]] = figure(8, .3 * len(rows) + 1)
     for i, row in enumerate(rows):
         ax.plot([row['low'], row['value'], row['high']], [i] * 3, 'o-',
                 c=row.get('colour', 'C0'), markevery=[1])

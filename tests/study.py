@@ -27,6 +27,7 @@ from evaluate import (INTERVAL, PROTOCOLS, Arm, Estimate, Task, figure, forest, 
                       label_count, minus, open_run, predict, print_table, slug, write_csv)
 from scaling import begun, pretrain, run_all, share_threads
 
+from .tables import place, spell
 
 def read_table(text):
     """A DataFrame of words from a text whose columns are two or more spaces apart."""
@@ -349,13 +350,15 @@ def claims(out):
     if not files:
         raise Stop(f'no study_*_claims.csv in {out}: make them with python -m tests.study')
     table = pd.concat(map(pd.read_csv, files))
-    words = [table[c].astype(str) for c in ('data', 'mode', 'labels')]
-    table['name'] = table.claim.str.cat(words, sep='; ')
+    table['name'] = table.claim + '; ' + place(table)
     print_table(table, 'name', 'other', 'difference', 'low', 'high', 'detectable', 'verdict')
-    colours = table.verdict.map({'agrees': 'C2', 'disagrees': 'C3'}).fillna('C7')
-    names = table.name.map(lambda name: textwrap.fill(name, 55))        # room for the intervals
-    rows = table.assign(value=table.difference, colour=colours, name=names).to_dict('records')
-    forest(out / 'study_claims.png', rows, 'deciding difference in macro AUROC\n'
+    rows = []
+    for row in table.assign(value=table.difference, place=place(table)).to_dict('records'):
+        first, gains, _ = re.split(' (is|gains) ', row['claim'], maxsplit=1)
+        name = f'{first} less {row["other"]}{", gain" * (gains == "gains")}; {row["place"]}'
+        colour = {'agrees': 'C2', 'disagrees': 'C3'}.get(row['verdict'], 'C7')
+        rows.append(row | dict(name=textwrap.fill(spell(name), 45), colour=colour))
+    forest(out / 'study_claims.png', rows, 'difference in macro AUROC\n'
            'green: agrees, red: disagrees')
     for name in STUDY.index:
         if (out / f'study_{name}_scores.csv').exists():
