@@ -160,8 +160,8 @@ def look(arm, runs, data, mode, labels):
 
 
 def judge(claim, scores):
-    """A row: the comparison that decides a claim, the difference that would have been found four
-    times in five, and the verdict: agrees, disagrees or can't tell. The m comparisons of a claim
+    """A row: the comparison that decides a claim, the true value of it that would have been found
+    (for "close": refuted) four times in five, and the verdict: agrees, disagrees or can't tell. The m comparisons of a claim
     have level 1 - .05 / m each. "better" and "gain" need every difference to be positive. One that
     is negative, or equal to 0 within MARGIN (level 1 - .1 / m), refutes them. "close" needs every
     difference to be equal within MARGIN (level 90 %). One that is surely larger refutes it. With
@@ -183,7 +183,7 @@ def judge(claim, scores):
             word = 'better' if difference > 0 else 'worse'
         rows.append(dict(other=other, difference=difference, low=low, high=high, word=word,
                          # half widths at this level and at 60 % (t of .8): power of 80 %
-                         detectable=(high - low + high60 - low60) / 2))
+                         detectable=bound + (high - low + high60 - low60) / 2))
     words = {row['word'] for row in rows}
     wanted, against = ('equal', 'better') if claim.kind == 'close' else ('better', 'equal')
     verdict, reasons = "can't tell", {"can't tell"}
@@ -332,15 +332,15 @@ def draw_lines(path, table, x, panel, names):
     panels, ticks = table.groupby(panel, sort=False), sorted(table[x].unique())
     fig, [axes] = figure(5 * len(panels), 4, len(panels))
     for ax, (title, here) in zip(axes, panels):
-        for key, mine in here.sort_values(x).groupby(names, sort=False):
-            ax.plot(mine[x], mine.value, 'o-', ms=3, label=' '.join(key).strip())
+        for key, mine in here.sort_values(x, kind='stable').groupby(names, sort=False):
+            ax.plot(mine[x], mine.value, 'o-', ms=3, label=spell(' '.join(key)).strip())
             ax.fill_between(mine[x], mine.value - mine.sd, mine.value + mine.sd, alpha=.15)
         ax.set_xscale('symlog', linthresh=10)
         ax.set_xticks(ticks, ticks)
         ax.minorticks_off()
         ax.set(title=title, xlabel=dict(step='pretraining steps', labelled='labels')[x],
                ylabel='macro AUROC')
-        ax.legend(fontsize=8)
+    ax.legend(loc='center left', bbox_to_anchor=(1, .5))            # the same lines in all panels
     fig.savefig(path, dpi=120)
 
 

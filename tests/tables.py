@@ -4,6 +4,7 @@
 """
 import re
 
+import numpy as np
 import pandas as pd
 
 from data import HERE
@@ -56,21 +57,23 @@ def score_tables(part):
         columns = [('arm', map(spell, arms))]
         for at in looks[i:i + 3]:
             for what, head in {'': at, 'gain': 'gain', 'less-scratch': 'less scratch'}.items():
-                mine = table[(table['at'] == at) & (table.what == what)]
+                mine = table[(table['at'] == at) & (table.what == what)].set_index('arm')
                 form = '+.3f' if what else '.3f'
                 if len(mine):
-                    columns.append((head, [cell(row, form) for row in mine.to_dict('records')]))
+                    columns.append((head, [cell(mine.loc[arm], form) for arm in arms]))
         yield markdown(columns)
 
 
 def step_table(part='curves'):
-    """AUROC of each arm at each kept step, on the first data; on the second."""
+    """AUROC of each arm at each kept step, on each data."""
     table = pd.read_csv(RESULTS / f'study_{part}_scores.csv', dtype=dict(what=str))
     table = table[table.what.isna() | table.what.str.isdigit()]
-    texts = table.assign(text=table.value.map(short)).groupby(
-        ['arm', 'step'], sort=False).text.agg('; '.join)
-    columns = [('after steps', map(spell, table.arm.unique()))]
-    columns += [(f'{step:,}', texts[:, step]) for step in sorted(table.step.unique())]
+    values, arms, data = table.set_index(['arm', 'step', 'data']).value, *(
+        [*table[name].unique()] for name in ('arm', 'data'))
+    columns = [(f'{"; ".join(data)} after steps', map(spell, arms))]
+    for step in sorted(table.step.unique()):
+        columns.append((f'{step:,}', ['; '.join(short(values[arm, step, at]) for at in data)
+                                      for arm in arms]))
     yield markdown(columns)
 
 
@@ -93,10 +96,13 @@ def claim_tables(parts):
 def question_tables(part):
     """Each question's answer for each arm, on each data."""
     table = pd.read_csv(RESULTS / f'study_{part}_questions.csv')
+    table['text'] = [cell(row, '.2f') for row in table.to_dict('records')]
+    table.loc[np.isinf(table.low) & np.isinf(table.high), 'text'] = 'not determined'
     for question, mine in table.groupby('question', sort=False):
-        columns = [(question, map(spell, mine.arm.unique()))]
-        for data, here in mine.groupby('data', sort=False):
-            columns.append((data, [cell(row, '.2f') for row in here.to_dict('records')]))
+        arms = [*mine.arm.unique()]
+        columns = [(question, map(spell, arms))]
+        for data, here in mine.groupby(place(mine), sort=False):
+            columns.append((data, here.set_index('arm').text[arms]))
         yield markdown(columns)
 
 
