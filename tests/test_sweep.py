@@ -378,13 +378,16 @@ def test_verdicts(kind, others, verdict):
 
 
 def test_what_decides_and_what_would_be_found():
-    """Of m comparisons 80 % power at level .05 / m: (z_{1 - .025 / m} + z_.8) standard errors. An
-    average of two arms is compared."""
+    """Of m comparisons 80 % power at level .05 / m: (z_{1 - .025 / m} + z_.8) standard errors,
+    beyond the margin where arms are said to be close. An average of two arms is compared."""
     scores = dict(a=estimate(.8, .02), b=estimate(.6, .02), c=estimate(.65), d=estimate(.5))
     claim = SimpleNamespace(kind='better', first='a+b', others='c/d')
     row, z = study.judge(claim, scores), norm.ppf([1 - .025 / 2, .8])
     assert row['other'] == 'c' and row['difference'] == pytest.approx(.05)
     assert row['detectable'] == pytest.approx(z.sum() * .02)
+    claim = SimpleNamespace(kind='close', first='a', others='c')
+    row, z = study.judge(claim, scores), norm.ppf([.975, .8])
+    assert row['detectable'] == pytest.approx(.01 + z.sum() * .02)
 
 
 def test_share_of_gain():
