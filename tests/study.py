@@ -161,11 +161,12 @@ def look(arm, runs, data, mode, labels):
 
 def judge(claim, scores):
     """A row: the comparison that decides a claim, the true value of it that would have been found
-    (for "close": refuted) four times in five, and the verdict: agrees, disagrees or can't tell. The m comparisons of a claim
-    have level 1 - .05 / m each. "better" and "gain" need every difference to be positive. One that
-    is negative, or equal to 0 within MARGIN (level 1 - .1 / m), refutes them. "close" needs every
-    difference to be equal within MARGIN (level 90 %). One that is surely larger refutes it. With
-    under three seeds the verdict is can't tell. scores: {name: Estimate}."""
+    (for "close": refuted) four times in five, and the verdict: agrees, disagrees or can't tell.
+    The m comparisons of a claim have level 1 - .05 / m each. "better" and "gain" need every
+    difference to be positive. One that is negative, or equal to 0 within MARGIN (level 1 - .1 / m),
+    refutes them. "close" needs every difference to be equal within MARGIN (level 90 %). One that is
+    surely larger refutes it. With under three seeds the verdict is can't tell. scores: {name:
+    Estimate}."""
     def mean(name):
         parts = [scores[arm + ' @gain' * (claim.kind == 'gain')] for arm in name.split('+')]
         return Estimate(*(np.mean(values, 0) for values in zip(*parts)))
@@ -303,11 +304,10 @@ def tabulate(name, found, runs, out):
 
 def draw(name, out):
     """Draw a part's figures from study_NAME_scores.csv. `curves`: macro AUROC against pretraining
-    steps. `data`: against labelled records. Other parts: each arm, pretrained and untrained."""
+    steps. `data`: against labelled records. Other parts: each arm's gain."""
     table = pd.read_csv(out / f'study_{name}_scores.csv', dtype=dict(what=str)).fillna({'what': ''})
     # second: the backbone in `curves`, the pretraining data in `data`
     table[['objective', 'second']] = table.arm.str.partition(' ')[[0, 2]]
-    table['at'] = table.data + ', ' + table['mode']
     if name == 'curves':
         steps = table[(table.what == '') | table.what.str.isdigit()]
         on_s4 = steps[steps.second == 's4']
@@ -320,10 +320,9 @@ def draw(name, out):
         shown = shown[(shown.what == '') | (shown.second == 'real')]    # baselines of one pool
         draw_lines(out / 'study_data.png', shown, 'labelled', 'objective', ['second', 'what'])
     else:
-        shown = table[table.what.isin(['', 'untrained'])]
-        names = shown['at'].str.cat([shown.arm, shown.what], sep=', ')
-        shown = shown.assign(name=names, colour=shown.what.map({'': 'C0'}).fillna('C7'))
-        forest(out / f'study_{name}.png', shown.to_dict('records'), 'macro AUROC')
+        gains = table[table.what == 'gain']
+        gains = gains.assign(name=place(gains) + ', ' + gains.arm.map(spell))
+        forest(out / f'study_{name}.png', gains.to_dict('records'), 'gain in macro AUROC')
 
 
 def draw_lines(path, table, x, panel, names):
