@@ -41,7 +41,7 @@ def markdown(columns):
 
 
 def place(table):
-    """Where rows were evaluated: `cohort`, or `real, frozen, all` if it is no probe on all labels."""
+    """Where rows were evaluated: `cohort`, or `real, frozen, all` if by no probe on all labels."""
     words = table.data + ', ' + table['mode'] + ', ' + table.labels.astype(str)
     return words.str.removesuffix(', linear, all')
 
@@ -68,8 +68,8 @@ def step_table(part='curves'):
     """AUROC of each arm at each kept step, on each data."""
     table = pd.read_csv(RESULTS / f'study_{part}_scores.csv', dtype=dict(what=str))
     table = table[table.what.isna() | table.what.str.isdigit()]
-    values, arms, data = table.set_index(['arm', 'step', 'data']).value, *(
-        [*table[name].unique()] for name in ('arm', 'data'))
+    values = table.set_index(['arm', 'step', 'data']).value
+    arms, data = table.arm.unique(), table.data.unique()
     columns = [(f'{"; ".join(data)} after steps', map(spell, arms))]
     for step in sorted(table.step.unique()):
         columns.append((f'{step:,}', ['; '.join(short(values[arm, step, at]) for at in data)
@@ -109,19 +109,17 @@ def question_tables(part):
 def encoder_table():
     """The encoder in sample/: macro AUROC against the number of labels."""
     table = pd.read_csv(RESULTS / 'encoder_sample.csv').query('metric == "AUROC"')
-    rows = {}
+    rows, labels = {}, table.labels.unique()             # {name of the line: {labels: its cell}}
     for row in table.to_dict('records'):
-        if row['arm'] == 'encoder, from scratch':
-            rows.setdefault('from scratch', {})[row['labels']] = cell(row)
-            continue
-        state = 'untrained' if row['arm'].endswith('untrained') else 'pretrained'
-        rows.setdefault(f'{row["mode"]}, {state}', {})[row['labels']] = cell(row)
-        if row['reference'] == row['reference']:        # not nan
-            rows.setdefault(f'{row["mode"]}, difference', {})[row['labels']] = cell(
-                row, '+.3f', DIFFERENCE)
-    labels = [*dict.fromkeys(table.labels)]
-    yield markdown([('macro AUROC', rows)] + [
-        (text, [row[text] for row in rows.values()]) for text in labels])
+        mode, state = row['mode'], row['arm'].removeprefix('encoder').strip(', ') or 'pretrained'
+        name = state if state == 'from scratch' else f'{mode}, {state}'
+        rows.setdefault(name, {})[row['labels']] = cell(row)
+        if state == 'pretrained':
+            difference = cell(row, '+.3f', DIFFERENCE)
+            rows.setdefault(f'{mode}, difference', {})[row['labels']] = difference
+    columns = [('macro AUROC', rows)]
+    columns += [(count, [row[count] for row in rows.values()]) for count in labels]
+    yield markdown(columns)
 
 
 def tables():
