@@ -29,6 +29,7 @@ from scaling import begun, pretrain, run_all, share_threads
 
 from .tables import place, spell
 
+
 def read_table(text):
     """A DataFrame of words from a text whose columns are two or more spaces apart."""
     return pd.read_csv(io.StringIO(text.strip()), sep='  +', engine='python', dtype=str)

@@ -64,7 +64,7 @@ def score_tables(part):
         yield markdown(columns)
 
 
-def step_table(part='curves'):
+def step_table(part):
     """AUROC of each arm at each kept step, on each data."""
     table = pd.read_csv(RESULTS / f'study_{part}_scores.csv', dtype=dict(what=str))
     table = table[table.what.isna() | table.what.str.isdigit()]
@@ -129,7 +129,7 @@ def tables():
     for part in parts:
         yield from score_tables(part)
     yield from claim_tables(parts)
-    yield from step_table()
+    yield from step_table('curves')
     yield from question_tables('curves')
     yield from encoder_table()
 
