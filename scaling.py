@@ -265,7 +265,7 @@ def huber(p, x, l, weight, delta):
     """The weighted SUM of Huber losses of log residuals, and its gradient (1 + 2 J,). A mean would
     be so small that usual tolerances stop the search early (Besiroglu et al., 2404.10102).
     p = (E, log c (J,), a (J,)); x (J, n) and l (n,): logs of scales and losses."""
-    E, c, a = p[0], p[1:1 + len(x)], p[1 + len(x):]
+    E, c, a = np.split(p, [1, 1 + len(x)])
     terms = np.exp(c[:, None] - a[:, None] * x)                              # (J, n)
     model = E + terms.sum(0)
     r = l - np.log(model)
@@ -792,7 +792,8 @@ def published_command(a):
             (('D', D_GRIDS, D, data), ('N', [N_GRID], M, model)), ('free', 'shared', 'zero')):
         fits = [exponents(x, losses, floor) for x in grids]
         for one, two in pairs:
-            panels.setdefault(f'exponents of {scale}, floor {floor}', []).append(
+            axes = f'exponent of {scale} over that of the other, floor {floor}'
+            panels.setdefault(axes, []).append(
                 (f'{one} over {two}', fits[0][two], fits[0][one], np.array))     # and a diagonal
             ratio = [e[one].mean() / e[two].mean() for e in fits]
             larger = [(e[one] > e[two]).sum() for e in fits]
@@ -851,20 +852,20 @@ READING = dict(
                 'the bins, in percent (assumed)')
 
 
-def curves(path, panels, joined=False, **axes):
-    """A log-log panel for each {title: [(label, x, y, law or None)]}: points, joined by lines or
-    not, and law(x) as a line to three times their range. y (n,), or (3, n): value, low, high, drawn
-    with bars. axes: of ax.set, such as yscale='linear'."""
-    fig, row = figure(4.6 * len(panels), 4, columns=len(panels))
-    for ax, (title, series) in zip(row[0], panels.items()):
+def curves(path, panels):
+    """A log-log panel for each {'y over x': [(label, x, y, law or None)]}: points, and law(x) as a
+    line to three times their range. y (n,), or (3, n): value, low, high, drawn with bars."""
+    fig, [axes] = figure(4.6 * len(panels), 4, columns=len(panels))
+    for ax, (title, series) in zip(axes, panels.items()):
         for i, (label, x, y, law) in enumerate(series):
             y, colour = np.atleast_2d(y), f'C{i % 10}'
             bars = np.abs(y[1:] - y[0]) if len(y) == 3 else None
-            ax.errorbar(x, y[0], bars, fmt='o-' if joined else 'o', ms=4, c=colour, label=label)
+            ax.errorbar(x, y[0], bars, fmt='o', ms=4, c=colour, label=label)
             if law:
                 line = np.geomspace(np.min(x), 3 * np.max(x))
                 ax.plot(line, law(line), c=colour)
-        ax.set(title=title, **dict(xscale='log', yscale='log') | axes)
+        ylabel, _, xlabel = title.partition(' over ')
+        ax.set(xlabel=xlabel, ylabel=ylabel, xscale='log', yscale='log')
         ax.tick_params('x', which='minor', rotation=90)          # else they lie over each other
         ax.legend(fontsize=6)
     fig.savefig(path, dpi=120)

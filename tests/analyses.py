@@ -193,8 +193,7 @@ def efficiency(ds, runs, out):
     if not rows:
         raise Stop(f'{file} has no arm with five numbers of labels on {ds.name}: python '
                    f'evaluate.py {runs[0]["path"]} --data {ds.name} --labels .0625 .125 .25 .5 all')
-    curves(out / f'efficiency_{ds.name}.png', {f'error on {ds.name}': series},
-           xlabel='labelled records')
+    curves(out / f'efficiency_{ds.name}.png', {f'error on {ds.name} over labelled records': series})
     return rows
 
 
