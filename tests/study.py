@@ -13,7 +13,6 @@ import contextlib
 import io
 import math
 import re
-import textwrap
 from itertools import product
 from pathlib import Path
 
@@ -357,7 +356,7 @@ def claims(out):
         first, gains, _ = re.split(' (is|gains) ', row['claim'], maxsplit=1)
         name = f'{first} less {row["other"]}{", gain" * (gains == "gains")}; {row["place"]}'
         colour = {'agrees': 'C2', 'disagrees': 'C3'}.get(row['verdict'], 'C7')
-        rows.append(row | dict(name=textwrap.fill(spell(name), 45), colour=colour))
+        rows.append(row | dict(name=spell(name), colour=colour))
     forest(out / 'study_claims.png', rows, 'difference in macro AUROC\n'
            'green: agrees, red: disagrees')
     for name in STUDY.index:
